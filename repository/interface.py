@@ -1,0 +1,254 @@
+"""Where snapshots live: one interface to a local datastore or a remote server.
+
+`repository.local` implements it over a `datastore.Datastore`; the wire's remote implements it over HTTP/2. One test
+suite (`tests/repository/test_interface.py`) runs over every implementation.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from core.buffers import Buffer
+from datastore.blob import Blob
+from datastore.crypt_mode import CryptMode
+from datastore.index import ArchiveIndex
+from datastore.names import Group, Namespace, Snapshot
+
+#: Bytes of every chunk of a fixed index but the last: what PBS always uses.
+FIXED_CHUNK_SIZE = 4 << 20
+
+
+class PutResult(NamedTuple):
+    """What became of a chunk that was handed over."""
+
+    duplicate: bool  #: the store had it already
+    stored: int  #: bytes it takes in the store
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of a snapshot as listed."""
+
+    filename: str  #: with type extension
+    size: int | None  #: bytes (images and streams plain, blobs encoded), None if the manifest does not list it
+    crypt_mode: CryptMode | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """One snapshot as listed."""
+
+    snapshot: Snapshot
+    files: tuple[FileInfo, ...]  #: manifest order, `index.json.blob` first
+    finished: bool  #: has a manifest
+    owner: str | None
+    protected: bool
+    comment: str  #: notes, all lines
+    verification: dict[str, Any] | None  #: `{"state": "ok"|"failed", "upid": ...}` as in the manifest
+    fingerprint: str | None  #: of the key, colon-separated hex
+    size: int | None  #: sum of the file sizes
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """One group as listed."""
+
+    group: Group
+    owner: str | None
+    comment: str
+    count: int  #: finished snapshots
+    latest: Snapshot | None  #: newest finished snapshot
+
+
+class BackupSession(Protocol):
+    """One snapshot being written. It is listed after `finish`, and never before.
+
+    Left by an exception, cancelled or killed, it leaves no listed snapshot; what it stored is reused or swept by
+    garbage collection.
+    """
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot being written."""
+        ...
+
+    @property
+    def base(self) -> Snapshot | None:
+        """Newest finished snapshot of the group that is not known bad; locked until `finish`. None if there is none."""
+        ...
+
+    async def previous_manifest(self) -> bytes | None:
+        """The base's manifest blob as stored (raw), None without a base."""
+        ...
+
+    async def previous_index(self, name: str) -> ArchiveIndex | None:
+        """The base's index `name` (full file name), checked against its manifest; its chunks become known chunks.
+
+        None on any failure: no base, no such archive, unreadable, checksum differs.
+        """
+        ...
+
+    def knows(self, digest: bytes) -> bool:
+        """True if the chunk need not be put: a known chunk, or one put in this session."""
+        ...
+
+    async def open_index(
+        self, name: str, *, size: int | None = None, chunk_size: int = FIXED_CHUNK_SIZE, reuse_csum: bytes | None = None
+    ) -> int:
+        """Open the index `name` for writing and return its writer id; the kind follows from the extension.
+
+        Args:
+            name: full file name, new in this snapshot.
+            size: image size in bytes; only and always for a fixed index.
+            chunk_size: of a fixed index, a power of two.
+            reuse_csum: prefill a fixed index with the base's entries, whose csum must be this; then only changed
+                chunks need appending.
+
+        Raises:
+            FleeceError: the base cannot be reused (no base, other csum, other number of chunks), or names clash.
+        """
+        ...
+
+    async def put_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
+        """Store one chunk (`size` plain bytes) as it is; many calls may be in flight.
+
+        Cancelled or failed, the chunk is there whole or not at all.
+        """
+        ...
+
+    async def append(self, writer: int, entries: Sequence[tuple[int, bytes]]) -> None:
+        """Set index entries: (offset of the chunk's first byte, digest). Each digest must be known (`knows`).
+
+        A fixed index takes any order, a dynamic one needs each offset to be the end of the entry before.
+        """
+        ...
+
+    async def close_index(self, writer: int, count: int, size: int, csum: bytes) -> None:
+        """Put the index in place after comparing what the caller thinks is in it.
+
+        `count` is the number of entries of the index (of a reused fixed one too), `size` the archive's bytes, `csum`
+        the SHA-256 over the entry area.
+        """
+        ...
+
+    async def put_blob(self, name: str, blob: Blob | Buffer) -> None:
+        """Store the encoded blob `name`. `index.json.blob` (the manifest) comes last and appears only in `finish`."""
+        ...
+
+    async def finish(self) -> None:
+        """Make everything durable as the store's sync level says, then list the snapshot.
+
+        Once this returns, a dirty bitmap may be handed over. If it raises, the snapshot is not listed.
+        """
+        ...
+
+    async def abort(self) -> None:
+        """Throw the snapshot away; also done by leaving the session without `finish`."""
+        ...
+
+
+class Reader(Protocol):
+    """One snapshot being read; holds its shared lock, so prune leaves it alone meanwhile."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot being read."""
+        ...
+
+    async def manifest(self) -> bytes:
+        """The manifest blob as stored (raw)."""
+        ...
+
+    async def open_index(self, name: str) -> ArchiveIndex:
+        """The index `name` (full file name). The caller compares it with the manifest."""
+        ...
+
+    async def read_blob(self, name: str) -> bytes:
+        """The encoded blob `name` as stored (raw)."""
+        ...
+
+    async def read_chunk(self, digest: bytes) -> Blob:
+        """The chunk as stored; nothing of it is checked but its header.
+
+        Raises:
+            ChunkNotFoundError: not in the store.
+        """
+        ...
+
+    async def read_chunks(self, digests: Sequence[bytes]) -> list[Blob]:
+        """Several chunks in one call, in the given order; as `read_chunk`."""
+        ...
+
+    def disk_order(self, digests: Sequence[bytes]) -> list[int]:
+        """Positions in `digests` in the order in which reading is quickest."""
+        ...
+
+
+class Repository(Protocol):
+    """A datastore, local or remote."""
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it."""
+        ...
+
+    async def identity(self) -> str:
+        """What tells this datastore from all others; dirty bitmaps are bound to it."""
+        ...
+
+    async def namespaces(self, parent: Namespace = Namespace(), *, depth: int | None = None) -> list[Namespace]:
+        """`parent` and all namespaces below it, depth first; `depth` limits how far down."""
+        ...
+
+    async def groups(self, ns: Namespace = Namespace()) -> list[GroupInfo]:
+        """The groups of one namespace in PBS's order."""
+        ...
+
+    async def snapshots(
+        self, ns: Namespace = Namespace(), group: Group | None = None, *, unfinished: bool = False
+    ) -> list[SnapshotInfo]:
+        """The snapshots of a namespace or group, by group and then oldest first."""
+        ...
+
+    async def snapshot(self, snapshot: Snapshot) -> SnapshotInfo:
+        """One snapshot.
+
+        Raises:
+            SnapshotNotFoundError: not there.
+        """
+        ...
+
+    async def latest(self, group: Group) -> Snapshot | None:
+        """The newest finished snapshot of a group."""
+        ...
+
+    async def forget(self, snapshot: Snapshot) -> None:
+        """Remove one snapshot; its chunks stay until garbage collection.
+
+        Raises:
+            ProtectedError, LockedError, SnapshotNotFoundError.
+        """
+        ...
+
+    async def forget_group(self, group: Group) -> list[Snapshot]:
+        """Remove a group's unprotected snapshots (and the group, if none is left); returns those that stayed."""
+        ...
+
+    def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AbstractAsyncContextManager[BackupSession]:
+        """Write a new snapshot while the block runs; without `finish` it is thrown away at the end.
+
+        Raises:
+            LockedError: a backup of this group is running.
+            OwnerError: the group is somebody else's.
+            FleeceError: the time is not newer than the newest snapshot's, the store is full or read-only.
+        """
+        ...
+
+    def reader(self, snapshot: Snapshot) -> AbstractAsyncContextManager[Reader]:
+        """Read a snapshot while the block runs; a second reader beside an open backup session works.
+
+        Raises:
+            SnapshotNotFoundError, LockedError.
+        """
+        ...
