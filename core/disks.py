@@ -71,7 +71,7 @@ class DiskSource(Protocol):
         ...
 
     async def read_into(self, offset: int, buffer: WritableBuffer) -> None:
-        """Fill `buffer` with the bytes from `offset` on; the range lies inside the disk. Several calls may be in flight.
+        """Fill `buffer` with the bytes from `offset` on; the range lies inside the disk; many in flight.
 
         Raises:
             SourceError: unreadable, or (for a live VM) the frozen view is broken.

@@ -185,6 +185,10 @@ class Namespace:
         return "/".join(self.components)
 
 
+#: The root namespace.
+ROOT: Final = Namespace()
+
+
 def _id_key(backup_id: str) -> tuple[int, int, str]:
     # Numeric ids first, by value; the text breaks the tie between "7" and "007".
     numeric = backup_id.isascii() and backup_id.isdigit() and int(backup_id) < 1 << 64
@@ -197,10 +201,10 @@ class Group:
 
     type: BackupType
     id: str
-    ns: Namespace = Namespace()
+    ns: Namespace = ROOT
 
     @classmethod
-    def parse(cls, text: str, ns: Namespace = Namespace()) -> Self:
+    def parse(cls, text: str, ns: Namespace = ROOT) -> Self:
         """Read `type/id`.
 
         Raises:
@@ -238,7 +242,7 @@ class Snapshot:
     time: str  #: the folder's name as it is; only impossible dates differ from `format_time(ctime)`
 
     @classmethod
-    def parse(cls, text: str, ns: Namespace = Namespace()) -> Self:
+    def parse(cls, text: str, ns: Namespace = ROOT) -> Self:
         """Read `type/id/time`.
 
         Raises:

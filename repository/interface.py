@@ -7,16 +7,16 @@ suite (`tests/repository/test_interface.py`) runs over every implementation.
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from core.buffers import Buffer
 from datastore.blob import Blob
 from datastore.crypt_mode import CryptMode
 from datastore.index import ArchiveIndex
-from datastore.names import Group, Namespace, Snapshot
+from datastore.names import ROOT, Group, Namespace, Snapshot
 
 #: Bytes of every chunk of a fixed index but the last: what PBS always uses.
-FIXED_CHUNK_SIZE = 4 << 20
+FIXED_CHUNK_SIZE: Final = 4 << 20
 
 
 class PutResult(NamedTuple):
@@ -197,16 +197,16 @@ class Repository(Protocol):
         """What tells this datastore from all others; dirty bitmaps are bound to it."""
         ...
 
-    async def namespaces(self, parent: Namespace = Namespace(), *, depth: int | None = None) -> list[Namespace]:
+    async def namespaces(self, parent: Namespace = ROOT, *, depth: int | None = None) -> list[Namespace]:
         """`parent` and all namespaces below it, depth first; `depth` limits how far down."""
         ...
 
-    async def groups(self, ns: Namespace = Namespace()) -> list[GroupInfo]:
+    async def groups(self, ns: Namespace = ROOT) -> list[GroupInfo]:
         """The groups of one namespace in PBS's order."""
         ...
 
     async def snapshots(
-        self, ns: Namespace = Namespace(), group: Group | None = None, *, unfinished: bool = False
+        self, ns: Namespace = ROOT, group: Group | None = None, *, unfinished: bool = False
     ) -> list[SnapshotInfo]:
         """The snapshots of a namespace or group, by group and then oldest first."""
         ...
