@@ -1,0 +1,308 @@
+"""QMP, QEMU's control socket, for trio: `async with connect(path) as qmp: await qmp.execute("query-block")`.
+
+The only module that knows `qemu.qmp`, which speaks asyncio; each connection runs it on an event loop of its own inside
+trio, opened and closed with the connection, so that callers never meet asyncio.
+
+A QMP socket serves one client at a time: connect, do what is to be done, leave. Events in between two connections are
+lost, therefore none are kept at all: poll states instead. docs/hypervisor.md, "Connecting".
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+from qemu.qmp import QMPClient
+from qemu.qmp.error import QMPError
+from qemu.qmp.message import Message
+from qemu.qmp.protocol import ConnectError, StateError
+from qemu.qmp.qmp_client import ExecInterruptedError, ExecuteError
+
+from core.errors import os_reason
+from hypervisor.checked import field, objects, of_type
+from hypervisor.errors import QmpAnswerError, QmpCommandError, QmpConnectError, QmpError, QmpLostError, QmpTimeoutError
+from hypervisor.unix_socket import Peer, connect_unix, peer_of
+
+#: Seconds for connecting and the greeting. QEMU greets at once unless another client holds the socket.
+CONNECT_TIMEOUT_S: Final = 10.0
+#: Seconds for one command. The slowest that is sent drains the guest's requests, on bad storage many seconds long.
+COMMAND_TIMEOUT_S: Final = 120.0
+#: Bytes of one answer. The largest honest one, the schema, has about 250 KB; long backing chains a few MB.
+MAX_ANSWER: Final = 16 * 1024 * 1024
+#: Seconds for saying good-bye; what is not closed by then is dropped.
+_CLOSE_TIMEOUT_S: Final = 5.0
+#: Seconds between two looks of `Qmp.poll`.
+_POLL_INTERVAL_S: Final = 0.05
+
+_quiet = logging.getLogger("fleece.qmp")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+
+class _Client(QMPClient):
+    """A client that keeps no events and writes no log: both would grow for as long as the connection lasts."""
+
+    logger = _quiet
+
+    def __init__(self) -> None:
+        super().__init__(None, MAX_ANSWER)
+        self.logger = _quiet  # the library's own goes to stderr when nobody has set up logging
+
+    async def _event_dispatch(self, msg: Message) -> None:
+        pass
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg  # the library's own formats every message for a log that nobody reads
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+
+class Qmp:
+    """An open QMP session; made by `connect`.
+
+    Several commands may be in flight at once. After `QmpLostError` every further command raises it too.
+    """
+
+    def __init__(self, where: str, peer: Peer) -> None:
+        self.where: Final = where  #: the socket, the way messages name it
+        self.peer: Final = peer  #: the process that listens: QEMU
+        self.version: tuple[int, int, int] = (0, 0, 0)  #: major, minor, micro
+        self.package: str = ""  #: the distributor's own version, for people
+        self.commands: frozenset[str] = frozenset()  #: what this QEMU understands
+        self._session = _Session(where)
+        self._fd_lock = trio.Lock()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> Any:
+        """Run `command` and return its answer, JSON as Python values; check them with `hypervisor.checked`.
+
+        Cancelled, the connection stays usable and the answer is dropped when it comes; QEMU may well have carried
+        the command out.
+
+        Raises:
+            QmpCommandError: QEMU refused.
+            QmpLostError: QEMU is gone.
+            QmpTimeoutError: no answer within `timeout_s`.
+            QmpAnswerError: an answer that is none.
+        """
+        with trio.move_on_after(timeout_s):
+            return await self._session.execute(command, arguments)
+        raise QmpTimeoutError(
+            f"run {command} in", self.where, f"no answer within {timeout_s:g} s", "its storage may hang"
+        )
+
+    async def transaction(self, actions: Sequence[Mapping[str, object]]) -> None:
+        """Run `actions` (`{"type": ..., "data": {...}}`) all or none; nothing is sent for none. Raises as `execute`."""
+        if actions:
+            await self.execute("transaction", {"actions": list(actions)})
+
+    async def qom_set(self, path: str, prop: str, value: object) -> None:
+        """Set the property `prop` of the object at `path`. Raises as `execute`."""
+        await self.execute("qom-set", {"path": path, "property": prop, "value": value})
+
+    async def qom_get(self, path: str, prop: str) -> Any:
+        """The property `prop` of the object at `path`. Raises as `execute`."""
+        return await self.execute("qom-get", {"path": path, "property": prop})
+
+    async def poll(
+        self,
+        command: str,
+        done: Callable[[Any], bool],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float,
+        interval_s: float = _POLL_INTERVAL_S,
+    ) -> Any:
+        """Repeat `command` until `done(answer)`, and return that answer.
+
+        Raises:
+            QmpTimeoutError: not done within `timeout_s`; and as `execute`.
+        """
+        with trio.move_on_after(timeout_s):
+            while True:
+                answer = await self.execute(command, arguments)
+                if done(answer):
+                    return answer
+                await trio.sleep(interval_s)
+        raise QmpTimeoutError(f"wait by {command} for", self.where, f"not done within {timeout_s:g} s")
+
+    async def get_fd(self, fd: int, name: str) -> None:
+        """Give QEMU a copy of the descriptor `fd` under `name`, as address `{"type": "fd"}` of a server uses it."""
+        await self._send_fd(fd, "getfd", {"fdname": name})
+
+    async def add_fd(self, fd: int, *, opaque: str = "fleece") -> str:
+        """Give QEMU a copy of the descriptor `fd` and return the file name `/dev/fdset/N` that opens it.
+
+        The set lives until `remove_fd_set`, or until the last user has closed it.
+        """
+        answer = await self._send_fd(fd, "add-fd", {"opaque": opaque})
+        where = f"{self.where}, answer to add-fd"
+        return f"/dev/fdset/{field(of_type(answer, dict, where), 'fdset-id', int, where)}"
+
+    async def remove_fd_set(self, filename: str) -> None:
+        """Take back what `add_fd` gave, by its file name; who has it open keeps it, QEMU drops it when we leave."""
+        await self.execute("remove-fd", {"fdset-id": int(filename.rpartition("/")[2])})
+
+    async def _send_fd(self, fd: int, command: str, arguments: Mapping[str, object]) -> Any:
+        # QEMU takes the descriptor that came last: no other may come between it and its command.
+        async with self._fd_lock:
+            self._session.send_fd(fd)
+            return await self.execute(command, arguments)
+
+    async def _introduce(self) -> None:
+        answer = await self.execute("query-version")
+        where = f"{self.where}, answer to query-version"
+        version = of_type(answer, dict, where)
+        numbers = field(version, "qemu", dict, where)
+        self.version = (
+            field(numbers, "major", int, where),
+            field(numbers, "minor", int, where),
+            field(numbers, "micro", int, where),
+        )
+        self.package = str(version.get("package", ""))[:200]
+        where = f"{self.where}, answer to query-commands"
+        self.commands = frozenset(
+            field(entry, "name", str, where) for entry in objects(await self.execute("query-commands"), where)
+        )
+
+
+@asynccontextmanager
+async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncIterator[Qmp]:
+    """A QMP session with the QEMU that listens on the unix socket `path`.
+
+    Leaving the block, in whatever way, closes the socket within 5 s and leaves no task behind. While the block is
+    being left (or cancelled), shielded code in it can still use the session.
+
+    Raises:
+        QmpConnectError: no socket, nobody listens, no right, or no greeting within `timeout_s`.
+        QmpError, QmpAnswerError: as `Qmp.execute`, from asking for version and commands.
+    """
+    where = os.fspath(path)
+    failure: BaseException | None = None
+    sock = None
+    try:
+        with trio.fail_after(timeout_s):
+            sock = await connect_unix(where)
+    except OSError as error:
+        hint = "is the VM running?" if isinstance(error, FileNotFoundError | ConnectionRefusedError) else ""
+        raise QmpConnectError("connect to QEMU at", where, os_reason(error), hint) from error
+    except trio.TooSlowError as error:
+        raise _held(where, timeout_s) from error
+    qmp = Qmp(where, peer_of(sock))
+    # A failing block must raise its own error, not a group: it is carried round the nursery.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(qmp._session.run, sock, timeout_s)
+        try:
+            await qmp._session.opened()
+            await qmp._introduce()
+            yield qmp
+        except BaseException as error:
+            failure = error
+        finally:
+            qmp._session.closing.set()
+            nursery.cancel_scope.shield = True  # closing is bounded by itself
+    if failure is not None:
+        raise failure
+
+
+def _held(where: str, timeout_s: float) -> QmpConnectError:
+    return QmpConnectError(
+        "connect to QEMU at",
+        where,
+        f"no greeting within {timeout_s:g} s: another client holds the socket",
+        "give the VM a second one: -qmp unix:PATH,server=on,wait=off",
+    )
+
+
+class _Session:
+    """The asyncio side: one loop, one client, both living in the task `run`."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._client: _Client | None = None
+        self._run_coroutine: Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]] | None = None
+        self._failure: Exception | None = None
+        self._settled = trio.Event()
+        self.closing: Final = trio.Event()
+
+    async def opened(self) -> None:
+        """Wait for the greeting, or raise what came instead."""
+        await self._settled.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def run(self, sock: Any, timeout_s: float) -> None:
+        """Hold the connection until `closing` is set. Never raises but to be cancelled; takes over `sock`."""
+        import trio_asyncio
+
+        try:
+            async with trio_asyncio.open_loop() as loop:
+                client = _Client()
+                try:
+                    with trio.fail_after(timeout_s):
+                        await loop.run_aio_coroutine(client.connect(sock))
+                except (ConnectError, trio.TooSlowError) as error:
+                    self._failure = self._translated(error, timeout_s)
+                    return
+                self._client, self._run_coroutine = client, loop.run_aio_coroutine
+                self._settled.set()
+                with trio.CancelScope(shield=True):
+                    await self.closing.wait()
+                    with trio.move_on_after(_CLOSE_TIMEOUT_S), contextlib.suppress(Exception):
+                        # Raises again what ended the connection, which `execute` has told already.
+                        await loop.run_aio_coroutine(client.disconnect())
+        except Exception as error:
+            # The library lost its way; whoever waits learns of it as of a lost connection.
+            self._failure = self._failure or self._lost("talk to", error)
+        finally:
+            self._client = self._run_coroutine = None
+            self._settled.set()
+            sock.close()
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None) -> Any:
+        client, run = self._client, self._run_coroutine
+        if client is None or run is None:
+            raise self._lost(f"run {command} in", self._failure)
+        try:
+            return await run(client.execute(command, arguments))
+        except ExecuteError as error:
+            raise QmpCommandError(self._where, command, error.error_class[:100], str(error)[:2000]) from None
+        except (ExecInterruptedError, StateError, OSError, EOFError, asyncio.CancelledError) as error:
+            raise self._lost(f"run {command} in", error) from error
+        except QMPError as error:
+            raise QmpAnswerError("understand the answer to", command, str(error)[:200]) from error
+
+    def send_fd(self, fd: int) -> None:
+        if self._client is None:
+            raise self._lost("send a descriptor to", self._failure)
+        try:
+            self._client.send_fd_scm(fd)
+        except (StateError, OSError, QMPError) as error:
+            raise self._lost("send a descriptor to", error) from error
+
+    def _lost(self, what: str, cause: BaseException | None) -> QmpError:
+        if isinstance(cause, QmpError):
+            return cause
+        return QmpLostError(what, self._where, "the connection is lost", "QEMU has ended, or closed its QMP socket")
+
+    def _translated(self, error: ConnectError | trio.TooSlowError, timeout_s: float) -> QmpConnectError:
+        if isinstance(error, trio.TooSlowError):
+            failure = _held(self._where, timeout_s)
+        elif isinstance(error.exc, OSError):
+            failure = QmpConnectError("connect to QEMU at", self._where, os_reason(error.exc))
+        elif isinstance(error.exc, EOFError):
+            failure = QmpConnectError("connect to QEMU at", self._where, "it closed the connection without a greeting")
+        else:
+            failure = QmpConnectError("connect to QEMU at", self._where, "what answers there does not speak QMP")
+        failure.__cause__ = error
+        return failure
