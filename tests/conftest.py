@@ -1,0 +1,69 @@
+"""Fixtures for all rooms; docs/development.md shows how they are used."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tests.support.cache import ROOT, Unavailable
+from tests.support.guest import SmallGuest, small_guest
+from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
+
+T = TypeVar("T")
+_QEMUS: dict[str, Callable[[], QemuBinary]] = {"distribution": distribution_qemu, "backports": backports_qemu}
+
+
+def _or_skip(get: Callable[[], T]) -> T:
+    try:
+        return get()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.qemu) for name in _QEMUS])
+def qemu(request: pytest.FixtureRequest) -> QemuBinary:
+    """Each QEMU there is to test with, one after the other: the distribution's and the one of its backports."""
+    return _or_skip(_QEMUS[request.param])
+
+
+@pytest.fixture
+def distribution() -> QemuBinary:
+    """The distribution's QEMU only, where one is enough (its qemu-img, qemu-nbd, ...)."""
+    return _or_skip(distribution_qemu)
+
+
+@pytest.fixture
+def backports() -> QemuBinary:
+    """The newer QEMU only, for what older ones cannot do."""
+    return _or_skip(backports_qemu)
+
+
+@pytest.fixture(scope="session")
+def guest() -> SmallGuest:
+    """Kernel and initramfs of the small guest."""
+    return _or_skip(small_guest)
+
+
+@pytest.fixture
+def tmpfs() -> Iterator[Path]:
+    """An empty folder in memory, removed after the test: a datastore has 65536 folders, which cost time on a disk."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="fleece-test-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of files that a real PBS wrote: `FLEECE_GOLDEN`, else `../shared/golden` beside the checkout."""
+    folder = Path(os.environ.get("FLEECE_GOLDEN") or ROOT.parent / "shared/golden")
+    if not folder.is_dir():
+        pytest.skip(f"no golden data in {folder} (FLEECE_GOLDEN)")
+    return folder
