@@ -7,23 +7,17 @@ suite (`tests/repository/test_interface.py`) runs over every implementation.
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from core.buffers import Buffer
 from datastore.blob import Blob
 from datastore.crypt_mode import CryptMode
 from datastore.index import ArchiveIndex
+from datastore.interface import PutResult
 from datastore.names import ROOT, Group, Namespace, Snapshot
 
 #: Bytes of every chunk of a fixed index but the last: what PBS always uses.
 FIXED_CHUNK_SIZE: Final = 4 << 20
-
-
-class PutResult(NamedTuple):
-    """What became of a chunk that was handed over."""
-
-    duplicate: bool  #: the store had it already
-    stored: int  #: bytes it takes in the store
 
 
 @dataclass(frozen=True, slots=True)

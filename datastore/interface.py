@@ -1,0 +1,127 @@
+"""What a datastore needs of a storage backend: one store for chunks, one for all other files.
+
+The local folder implements both (`local_chunks`, `local_meta`); the S3 backend puts a bucket behind them. Garbage
+collection, verify, prune and sessions are written against these two. One test suite
+(`tests/datastore/test_chunk_store.py`) runs over every implementation.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from core.buffers import Buffer
+from datastore.blob import Blob
+from datastore.locks import Writer
+from datastore.names import Namespace
+
+
+class PutResult(NamedTuple):
+    """What became of a chunk that was handed over."""
+
+    duplicate: bool  #: the store had it already
+    stored: int  #: bytes it takes in the store
+
+
+class ChunkStore(Protocol):
+    """Chunks by digest."""
+
+    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True) -> PutResult:
+        """Store the chunk; one that is there is touched and kept.
+
+        `cache` False asks a store with a cache in front not to keep it there. Cancelled or failed, the chunk is there
+        whole or not at all.
+
+        Raises:
+            StoreError: no space, no rights, or a file that cannot be this chunk is in its place.
+            LockedError: another process holds the chunk for a minute.
+        """
+        ...
+
+    async def read(self, digest: bytes, *, origin: bool = False) -> Blob:
+        """The chunk as stored; only its header is checked. `origin` True passes by a cache.
+
+        Raises:
+            ChunkNotFoundError: not there.
+            FormatError: no blob.
+            StoreError: unreadable.
+        """
+        ...
+
+    async def read_many(self, digests: Sequence[bytes]) -> list[Blob]:
+        """Several chunks, in the given order; as `read`."""
+        ...
+
+    async def touch(self, digest: bytes) -> bool:
+        """Mark the chunk as used now; False if it is not there."""
+        ...
+
+    async def mark(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Touch many chunks for garbage collection; returns those that are missing (their bad copies are touched)."""
+        ...
+
+    async def quarantine(self, digest: bytes) -> str | None:
+        """Set a chunk that was found corrupt aside under a `.bad` name and return that; None if it is not there."""
+        ...
+
+    def disk_order(self, digests: Sequence[bytes]) -> list[int]:
+        """Positions in `digests` in the order in which reading is quickest."""
+        ...
+
+    def writer(self, *, wait_s: float) -> AbstractAsyncContextManager[Writer]:
+        """Be a writer while the block runs: garbage collection keeps what is inserted meanwhile.
+
+        Raises:
+            LockedError: somebody else's garbage collection holds the store for longer than `wait_s`.
+        """
+        ...
+
+    def exclusive(self, *, wait_s: float) -> AbstractAsyncContextManager[float | None]:
+        """Be the only garbage collection while the block runs; gives the start time of the oldest writer, or None.
+
+        Raises:
+            LockedError: another one, or a writer that this store cannot run beside, for longer than `wait_s`.
+        """
+        ...
+
+
+class MetaStore(Protocol):
+    """Every other file of a datastore, by its path relative to the store's folder.
+
+    The local tree is complete on every backend, so reading goes straight to the files; only writing passes here.
+    """
+
+    async def put(self, path: str, data: Sequence[Buffer], *, replace: bool, sync: bool = False) -> None:
+        """Write the file atomically; with `replace` False one that is there is an error. `sync` makes it durable.
+
+        Raises:
+            StoreError: it is there, no space, no rights.
+        """
+        ...
+
+    async def publish_index(self, tmp: Path, path: str) -> None:
+        """Give a finished index, written at `tmp` in the same folder, its name."""
+        ...
+
+    async def delete(self, path: str) -> bool:
+        """Remove the file; False if it is not there."""
+        ...
+
+    async def delete_tree(self, path: str) -> None:
+        """Remove the folder and all in it, a manifest first, so that a cut-off removal never looks like a backup."""
+        ...
+
+    async def make_folders(self, path: str) -> list[Path]:
+        """Make the folder and those on the way to it; returns the ones that were missing, outermost first."""
+        ...
+
+    async def create_namespace(self, ns: Namespace) -> None:
+        """Make the namespace and its parents; one that is there is fine."""
+        ...
+
+    async def sync(self, folders: Sequence[str]) -> None:
+        """Make everything written so far durable, as the store's sync level says.
+
+        `folders` are the snapshot's folder and those above it, which level `file` syncs one by one.
+        """
+        ...

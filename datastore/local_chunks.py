@@ -1,0 +1,277 @@
+"""Chunks in a local folder: `.chunks/abcd/<digest>`.
+
+Rules of insertion and their reasons: docs/formats.md, "Chunk store".
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from core.errors import FormatError, os_reason
+from core.limits import in_io_thread
+from datastore.blob import MAX_ENCODED_CHUNK, Blob, BlobKind
+from datastore.errors import ChunkNotFoundError, StoreError
+from datastore.files import (
+    FILE_MODE,
+    Owner,
+    SyncLevel,
+    create_unnamed,
+    link_unnamed,
+    make_folders,
+    read_file,
+    replace_file,
+    store_errors,
+    sync_path,
+    temporary_path,
+    touch,
+    write_all,
+)
+from datastore.interface import PutResult
+from datastore.locks import ChunkLocks, ProcessLocker, Writer
+
+CHUNK_FOLDER_MODE: Final = 0o750
+#: Seconds between the two looks of the access-time test: time stamps of file systems are as coarse as this.
+_ACCESS_TIME_WAIT_S: Final = 1.0
+#: Names for set-aside chunks run from `.0.bad` to `.9.bad`.
+_BAD_NAMES: Final = 10
+
+
+class LocalChunkStore:
+    """The chunk store of a local datastore; see `datastore.interface.ChunkStore`."""
+
+    def __init__(self, base: Path, owner: Owner, sync_level: SyncLevel) -> None:
+        self._base = base
+        self._folder = str(base / ".chunks")
+        self._owner = owner
+        self._sync = sync_level is SyncLevel.FILE
+        self._locker = ProcessLocker(base, owner)
+        self._locks = ChunkLocks(base, owner)
+
+    def path(self, digest: bytes) -> str:
+        """Where the chunk `digest` lies."""
+        name = digest.hex()
+        return f"{self._folder}/{name[:4]}/{name}"
+
+    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True) -> PutResult:
+        """See `ChunkStore.insert`."""
+        return await in_io_thread(self._insert, digest, blob)
+
+    async def read(self, digest: bytes, *, origin: bool = False) -> Blob:
+        """See `ChunkStore.read`."""
+        return await in_io_thread(self._read, digest)
+
+    async def read_many(self, digests: Sequence[bytes]) -> list[Blob]:
+        """See `ChunkStore.read_many`."""
+        return await in_io_thread(lambda: [self._read(digest) for digest in digests])
+
+    async def touch(self, digest: bytes) -> bool:
+        """See `ChunkStore.touch`."""
+        return await in_io_thread(self._touch, digest)
+
+    async def mark(self, digests: Sequence[bytes]) -> list[bytes]:
+        """See `ChunkStore.mark`."""
+        return await in_io_thread(self._mark, digests)
+
+    async def quarantine(self, digest: bytes) -> str | None:
+        """See `ChunkStore.quarantine`."""
+        return await in_io_thread(self._quarantine, digest)
+
+    def disk_order(self, digests: Sequence[bytes]) -> list[int]:
+        """See `ChunkStore.disk_order`: by inode, as PBS; those that cannot be looked at last."""
+
+        def inode(position: int) -> int:
+            try:
+                return os.stat(self.path(digests[position]), follow_symlinks=False).st_ino  # noqa: PTH116 - hot
+            except OSError:
+                return 1 << 64
+
+        return sorted(range(len(digests)), key=inode)
+
+    def writer(self, *, wait_s: float) -> AbstractAsyncContextManager[Writer]:
+        """See `ChunkStore.writer`."""
+        return self._locker.writer(wait_s=wait_s)
+
+    def exclusive(self, *, wait_s: float) -> AbstractAsyncContextManager[float | None]:
+        """See `ChunkStore.exclusive`."""
+        return self._locker.exclusive(wait_s=wait_s)
+
+    async def check_access_times(self, zero_digest: bytes, zero_blob: Blob) -> None:
+        """See to it that touching a chunk changes its access time, which garbage collection lives on; takes 1 s.
+
+        Also puts the zero chunk into the store.
+
+        Raises:
+            StoreError: access times do not change here.
+        """
+        await self.insert(zero_digest, zero_blob)
+        for attempt in range(2):
+            before = await in_io_thread(os.stat, self.path(zero_digest))
+            await trio.sleep(_ACCESS_TIME_WAIT_S)
+            await self.touch(zero_digest)
+            after = await in_io_thread(os.stat, self.path(zero_digest))
+            if before.st_ino != after.st_ino and attempt == 0:
+                continue  # somebody replaced it meanwhile
+            if before.st_ino == after.st_ino and before.st_atime_ns < after.st_atime_ns:
+                return
+        raise StoreError(
+            "use the chunk store",
+            str(self._base),
+            "touching a file does not change its access time",
+            "garbage collection needs that; use another file system",
+        )
+
+    def close(self) -> None:
+        """Close the descriptors that are kept."""
+        self._locks.close()
+
+    # The rest runs in worker threads.
+
+    def _insert(self, digest: bytes, blob: Blob) -> PutResult:
+        path = self.path(digest)
+        with store_errors("store chunk", path), self._locks.hold(digest):
+            while True:
+                try:
+                    found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
+                except FileNotFoundError:
+                    if self._write_new(path, blob):
+                        return PutResult(False, len(blob))
+                    continue  # a writer that does not know our locks was quicker: look at its file
+                if self._keep(path, found, blob):
+                    touch(path)
+                    return PutResult(True, found.st_size)
+                self._replace(path, blob)
+                return PutResult(False, len(blob))
+
+    def _keep(self, path: str, found: os.stat_result, blob: Blob) -> bool:
+        """True if the file that is there stays, False if `blob` replaces it."""
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreError("store chunk", path, "something that is no file is in its place", "remove it")
+        if found.st_size == len(blob):
+            return True  # equal length is taken for equal content, as in PBS; verify is there to find out
+        if found.st_size == 0:
+            return False
+        if not blob.kind.encrypted:
+            return found.st_size < len(blob)
+        with Path(path).open("rb") as file:
+            magic = file.read(8)
+        plain = magic in (BlobKind.PLAIN.value, BlobKind.PLAIN_ZSTD.value)
+        if plain or (magic == BlobKind.ENCRYPTED.value and blob.kind is BlobKind.ENCRYPTED):
+            raise StoreError(
+                "store chunk",
+                path,
+                "another chunk is stored under its digest",
+                "'fleece verify' tells whether it is sound",
+            )
+        return True
+
+    def _write_new(self, path: str, blob: Blob) -> bool:
+        folder = Path(path).parent
+        try:
+            fd = create_unnamed(folder)
+        except FileNotFoundError:
+            raise StoreError(
+                "store chunk",
+                path,
+                "its folder is missing",
+                "is this a datastore? all of .chunks/0000 to ffff must exist",
+            ) from None
+        if fd is None:
+            self._replace(path, blob)
+            return True
+        try:
+            os.fchmod(fd, FILE_MODE)
+            self._owner.own(fd)
+            write_all(fd, (blob.header, blob.payload))
+            if self._sync:
+                os.fsync(fd)
+            try:
+                link_unnamed(fd, Path(path))
+            except FileExistsError:
+                return False
+        finally:
+            os.close(fd)
+        if self._sync:
+            sync_path(folder)
+        return True
+
+    def _replace(self, path: str, blob: Blob) -> None:
+        # Not in .chunks itself: nothing is ever deleted there by its name, so a left-over would stay for ever.
+        make_folders(self._base, ".fleece/tmp", self._owner)
+        temporary = temporary_path(self._base / ".fleece" / "tmp" / os.path.basename(path))  # noqa: PTH119
+        replace_file(Path(path), (blob.header, blob.payload), self._owner, sync=self._sync, temporary=temporary)
+
+    def _read(self, digest: bytes) -> Blob:
+        path = self.path(digest)
+        try:
+            data = read_file(path, limit=MAX_ENCODED_CHUNK)
+        except FileNotFoundError:
+            raise ChunkNotFoundError("read chunk", digest.hex(), "it is not in the store") from None
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise FormatError("read chunk", digest.hex(), os_reason(error)) from error
+            raise StoreError("read chunk", path, os_reason(error)) from error
+        return Blob.parse(data, where=digest.hex())
+
+    def _touch(self, digest: bytes) -> bool:
+        path = self.path(digest)
+        with store_errors("touch chunk", path):
+            try:
+                touch(path)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def _mark(self, digests: Sequence[bytes]) -> list[bytes]:
+        missing = []
+        for digest in digests:
+            if not self._touch(digest):
+                missing.append(digest)
+                for bad in self._bad_names(digest):
+                    try:
+                        touch(bad)
+                    except FileNotFoundError:
+                        continue
+        return missing
+
+    def _bad_names(self, digest: bytes) -> list[str]:
+        return [f"{self.path(digest)}.{number}.bad" for number in range(_BAD_NAMES)]
+
+    def _quarantine(self, digest: bytes) -> str | None:
+        path = self.path(digest)
+        with store_errors("set the corrupt chunk aside", path), self._locks.hold(digest):
+            names = self._bad_names(digest)
+            bad = next((name for name in names if not os.path.lexists(name)), names[-1])
+            try:
+                os.rename(path, bad)  # noqa: PTH104 - str paths throughout
+            except FileNotFoundError:
+                return None
+            return os.path.basename(bad)  # noqa: PTH119
+
+
+def fill_chunk_folder(chunks: Path, owner: Owner) -> None:
+    """Make the 65536 folders of the empty folder `chunks`.
+
+    Raises:
+        OSError: no space, no rights, or one exists.
+    """
+    folder = os.open(chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        adjust = False
+        for number in range(1 << 16):
+            name = f"{number:04x}"
+            os.mkdir(name, CHUNK_FOLDER_MODE, dir_fd=folder)
+            if number == 0:
+                # The umask belongs to the whole process, so it is worked around, not changed.
+                adjust = stat.S_IMODE(os.stat(name, dir_fd=folder).st_mode) != CHUNK_FOLDER_MODE
+            if adjust:
+                os.chmod(name, CHUNK_FOLDER_MODE, dir_fd=folder)
+            if os.geteuid() == 0:
+                os.chown(name, owner.uid, owner.gid, dir_fd=folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,101 @@
+"""All files of a local datastore that are no chunks: written atomically, removed safely."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from core.buffers import Buffer
+from core.limits import in_io_thread
+from datastore.errors import StoreError
+from datastore.files import (
+    Owner,
+    SyncLevel,
+    make_folders,
+    remove_tree,
+    replace_file,
+    store_errors,
+    sync_filesystem,
+    sync_path,
+    unlink_existing,
+)
+from datastore.names import MANIFEST_NAME, Namespace
+
+
+class LocalMetaStore:
+    """The metadata store of a local datastore; see `datastore.interface.MetaStore`."""
+
+    def __init__(self, base: Path, owner: Owner, sync_level: SyncLevel) -> None:
+        self._base = base
+        self._owner = owner
+        self._level = sync_level
+
+    async def put(self, path: str, data: Sequence[Buffer], *, replace: bool, sync: bool = False) -> None:
+        """See `MetaStore.put`. Without `replace` the caller holds the snapshot's exclusive lock."""
+        target = self._base / path
+
+        def write() -> None:
+            with store_errors("write", path):
+                if not replace and os.path.lexists(target):
+                    raise StoreError("write", path, "it exists already")
+                replace_file(target, data, self._owner, sync=sync and self._level is not SyncLevel.NONE)
+
+        await in_io_thread(write)
+
+    async def publish_index(self, tmp: Path, path: str) -> None:
+        """See `MetaStore.publish_index`."""
+
+        def publish() -> None:
+            with store_errors("put in place", path):
+                self._owner.own(tmp)
+                os.rename(tmp, self._base / path)  # noqa: PTH104 - one system call that the crash tests count
+
+        await in_io_thread(publish)
+
+    async def delete(self, path: str) -> bool:
+        """See `MetaStore.delete`."""
+
+        def remove() -> bool:
+            with store_errors("remove", path):
+                return unlink_existing(self._base / path)
+
+        return await in_io_thread(remove)
+
+    async def delete_tree(self, path: str) -> None:
+        """See `MetaStore.delete_tree`."""
+
+        def remove() -> None:
+            with store_errors("remove", path):
+                remove_tree(self._base / path, first=(MANIFEST_NAME,))
+
+        await in_io_thread(remove)
+
+    async def make_folders(self, path: str) -> list[Path]:
+        """See `MetaStore.make_folders`."""
+
+        def make() -> list[Path]:
+            with store_errors("make the folder", path):
+                return make_folders(self._base, path, self._owner)
+
+        return await in_io_thread(make)
+
+    async def create_namespace(self, ns: Namespace) -> None:
+        """See `MetaStore.create_namespace`."""
+        if ns.components:
+            await self.make_folders(ns.path)
+
+    async def sync(self, folders: Sequence[str]) -> None:
+        """See `MetaStore.sync`."""
+        if self._level is SyncLevel.FILESYSTEM:
+            with store_errors("sync", str(self._base)):
+                await in_io_thread(sync_filesystem, self._base)
+        elif self._level is SyncLevel.FILE:
+            with store_errors("sync", str(self._base)):
+                await in_io_thread(_sync_folders, [self._base / folder for folder in folders])
+
+
+def _sync_folders(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        for entry in os.scandir(folder):
+            if entry.is_file(follow_symlinks=False):
+                sync_path(Path(entry.path))
+        sync_path(folder)

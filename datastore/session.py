@@ -1,0 +1,339 @@
+"""A backup session: one snapshot being written into a datastore.
+
+Order of writes and why it survives a crash: docs/formats.md, "Life of a snapshot". In short: chunks, indexes and blobs,
+then everything is made durable, and only then the manifest appears, which makes the snapshot a listed one.
+"""
+
+import hashlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from core.buffers import Buffer
+from core.errors import FleeceError, UsageError
+from core.limits import in_io_thread
+from datastore.blob import MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob
+from datastore.digests import DigestSet
+from datastore.dynamic_index import DynamicIndexWriter
+from datastore.errors import LockedError, OwnerError, StoreError
+from datastore.files import unlink_quietly
+from datastore.fixed_index import FixedIndexWriter
+from datastore.index import ArchiveIndex
+from datastore.interface import PutResult
+from datastore.locks import HeldLock
+from datastore.manifest import Manifest
+from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Group, Snapshot, archive_kind
+from datastore.reader import open_snapshot_index
+from datastore.store import Datastore
+
+#: Owner of a new group where nobody says otherwise.
+DEFAULT_OWNER: Final = "root@pam"
+#: Seconds that throwing away a failed snapshot may take.
+_ABORT_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class _OpenIndex:
+    """An index being written."""
+
+    name: str
+    tmp: Path
+    writer: FixedIndexWriter | DynamicIndexWriter
+    short_chunk: bool = False  #: a chunk shorter than the chunk size was put; only the last one may be
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredFile:
+    size: int
+    csum: bytes
+
+
+@dataclass(slots=True)
+class LocalBackupSession:
+    """See `repository.interface.BackupSession`. Made by `open_session`; not for several tasks but for `put_chunk`."""
+
+    store: Datastore
+    snapshot: Snapshot
+    base: Snapshot | None
+    warnings: list[str] = field(default_factory=list)  #: for people, for example about a foreign owner
+    _known: DigestSet = field(default_factory=DigestSet)
+    _writers: dict[int, _OpenIndex] = field(default_factory=dict)
+    _next_writer: int = 1
+    _files: dict[str, _StoredFile] = field(default_factory=dict)
+    _manifest: Blob | None = None
+    _finished: bool = False
+    _aborted: bool = False
+
+    async def previous_manifest(self) -> bytes | None:
+        """See `BackupSession.previous_manifest`."""
+        if self.base is None:
+            return None
+        return await in_io_thread(self.store.read_manifest, self.base)
+
+    async def previous_index(self, name: str) -> ArchiveIndex | None:
+        """See `BackupSession.previous_index`."""
+        if self.base is None:
+            return None
+        index = await in_io_thread(self._checked_previous, self.base, name)
+        if index is not None:
+            # Not in a thread: put_chunk and knows of other archives use the same set meanwhile.
+            self._known.add_index(index)
+        return index
+
+    def _checked_previous(self, base: Snapshot, name: str) -> ArchiveIndex | None:
+        try:
+            manifest = Manifest.parse(self.store.read_manifest(base), where=str(base))
+            listed = manifest.file(name)
+            index = open_snapshot_index(self.store, base, name)
+        except FleeceError:
+            return None
+        return index if (index.csum, index.size) == (listed.csum, listed.size) else None
+
+    def knows(self, digest: bytes) -> bool:
+        """See `BackupSession.knows`."""
+        return digest in self._known
+
+    async def open_index(
+        self, name: str, *, size: int | None = None, chunk_size: int = 4 << 20, reuse_csum: bytes | None = None
+    ) -> int:
+        """See `BackupSession.open_index`."""
+        self._check_new(name)
+        kind = archive_kind(name)
+        where = f"{self.snapshot}/{name}"
+        if kind is ArchiveKind.BLOB or (kind is ArchiveKind.FIXED) != (size is not None):
+            raise UsageError(
+                "write index", where, "a fixed index needs a size, a dynamic one has none, a blob is no index"
+            )
+        previous = None
+        if reuse_csum is not None:
+            previous = await self.previous_index(name)
+            if previous is None or previous.csum != reuse_csum:
+                raise StoreError("reuse index", where, "the base snapshot holds no such index", "back it up in full")
+        tmp = self.store.base / self.snapshot.path / f"{name.rpartition('.')[0]}.tmp_{kind.value[1:]}"
+
+        def make() -> FixedIndexWriter | DynamicIndexWriter:
+            if size is None:
+                return DynamicIndexWriter(tmp, where=where)
+            base = None if previous is None else previous.digests
+            return FixedIndexWriter(tmp, size, chunk_size, where=where, base=base)
+
+        writer = await in_io_thread(make)
+        number = self._next_writer
+        self._next_writer += 1
+        self._writers[number] = _OpenIndex(name, tmp, writer)
+        return number
+
+    async def put_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
+        """See `BackupSession.put_chunk`."""
+        index = self._writer(writer)
+        where = f"{self.snapshot}/{index.name}"
+        if not 1 <= size <= MAX_CHUNK_SIZE or not blob.kind.header_size < len(blob) <= MAX_ENCODED_CHUNK:
+            raise UsageError("store chunk", where, f"{size} bytes, encoded {len(blob)}: a chunk has 1 byte to 16 MiB")
+        if isinstance(index.writer, FixedIndexWriter) and size != index.writer.chunk_size:
+            if size > index.writer.chunk_size or index.short_chunk:
+                raise UsageError("store chunk", where, f"{size} bytes; only the last chunk may be short, none longer")
+            index.short_chunk = True
+        result = await self.store.chunks.insert(digest, blob)
+        self._known.add(digest, size)
+        return result
+
+    async def append(self, writer: int, entries: Sequence[tuple[int, bytes]]) -> None:
+        """See `BackupSession.append`."""
+        index = self._writer(writer)
+        for offset, digest in entries:
+            size = self._known.size_of(digest)
+            if size is None:
+                why = f"chunk {digest.hex()} at {offset} was neither put nor is it known from the base"
+                raise UsageError("write index", f"{self.snapshot}/{index.name}", why)
+            if isinstance(index.writer, FixedIndexWriter):
+                index.writer.set(index.writer.number_of(offset, size), digest)
+            else:
+                index.writer.append(offset, size, digest)
+
+    async def close_index(self, writer: int, count: int, size: int, csum: bytes) -> None:
+        """See `BackupSession.close_index`."""
+        index = self._writer(writer)
+        where = f"{self.snapshot}/{index.name}"
+        if (index.writer.count, index.writer.size) != (count, size):
+            why = f"it has {index.writer.count} chunks of {index.writer.size} bytes, announced are {count} of {size}"
+            raise UsageError("close index", where, why)
+        found = await in_io_thread(index.writer.close)
+        if found != csum:
+            await in_io_thread(unlink_quietly, index.tmp)
+            raise UsageError("close index", where, f"its checksum is {found.hex()}, announced is {csum.hex()}")
+        await self.store.meta.publish_index(index.tmp, f"{self.snapshot.path}/{index.name}")
+        del self._writers[writer]
+        self._files[index.name] = _StoredFile(size, csum)
+
+    async def put_blob(self, name: str, blob: Blob | Buffer) -> None:
+        """See `BackupSession.put_blob`."""
+        where = f"{self.snapshot}/{name}"
+        if archive_kind(name) is not ArchiveKind.BLOB:
+            raise UsageError("store blob", where, "its name does not end in .blob")
+        if not isinstance(blob, Blob):
+            blob = Blob.parse(blob, where=where)
+        if len(blob) > MAX_ENCODED_CHUNK:
+            raise UsageError("store blob", where, f"{len(blob)} bytes; a blob has at most {MAX_ENCODED_CHUNK}")
+        blob.check(where=where)
+        if name == MANIFEST_NAME:
+            # Manifest last: a snapshot counts as finished once it is there.
+            self._manifest = blob
+            return
+        self._check_new(name)
+        header = blob.header
+        await self.store.meta.put(f"{self.snapshot.path}/{name}", (header, blob.payload), replace=False)
+        csum = hashlib.sha256(header)
+        csum.update(blob.payload)
+        self._files[name] = _StoredFile(len(blob), csum.digest())
+
+    async def finish(self) -> None:
+        """See `BackupSession.finish`."""
+        where = str(self.snapshot)
+        if self._finished or self._aborted:
+            raise UsageError("finish", where, "the session is over")
+        if self._writers:
+            names = ", ".join(index.name for index in self._writers.values())
+            raise UsageError("finish", where, f"still being written: {names}")
+        if self._manifest is None or not self._files:
+            raise UsageError("finish", where, "no manifest, or no file, was stored")
+        manifest = Manifest.parse(bytes(self._manifest), where=where)
+        for file in manifest.files:
+            stored = self._files.get(file.filename)
+            if stored is None or (stored.size, stored.csum) != (file.size, file.csum):
+                raise UsageError("finish", where, f"the manifest's {file.filename} is not what was stored")
+        if self.base is not None and not await in_io_thread(self.store.is_finished, self.base):
+            raise StoreError("finish", where, f"its base {self.base} has been removed meanwhile", "back it up again")
+        folders = [self.snapshot.path]
+        while "/" in folders[-1]:
+            folders.append(folders[-1].rpartition("/")[0])
+        with trio.CancelScope(shield=True):
+            # From here on the outcome is decided by the disk, not by an impatient caller.
+            await self.store.meta.sync([*folders, ""])
+            path = f"{self.snapshot.path}/{MANIFEST_NAME}"
+            await self.store.meta.put(path, (self._manifest.header, self._manifest.payload), replace=False, sync=True)
+            self._finished = True
+
+    async def abort(self) -> None:
+        """See `BackupSession.abort`."""
+        if self._finished or self._aborted:
+            return
+        self._aborted = True
+        for index in self._writers.values():
+            index.writer.abort()
+        self._writers.clear()
+        await self.store.meta.delete_tree(self.snapshot.path)
+
+    def _writer(self, number: int) -> _OpenIndex:
+        if self._finished or self._aborted:
+            raise UsageError("write to", str(self.snapshot), "the session is over")
+        try:
+            return self._writers[number]
+        except KeyError:
+            raise UsageError("write to", str(self.snapshot), f"there is no open index {number}") from None
+
+    def _check_new(self, name: str) -> None:
+        if self._finished or self._aborted:
+            raise UsageError("write to", str(self.snapshot), "the session is over")
+        if (
+            name in (MANIFEST_NAME, CLIENT_LOG_NAME)
+            or name in self._files
+            or name in {w.name for w in self._writers.values()}
+        ):
+            raise UsageError("write", f"{self.snapshot}/{name}", "there is one already, or the name is reserved")
+
+
+@asynccontextmanager
+async def open_session(
+    store: Datastore, snapshot: Snapshot, *, owner: str | None = None, lock_wait_s: float = 60.0
+) -> AsyncIterator[LocalBackupSession]:
+    """Write `snapshot` while the block runs; without `finish` everything of it is removed at the end.
+
+    Takes, in this order, the store's shared lock, the group's, the base's (shared) and the snapshot's; first removes
+    what killed sessions left in the group.
+
+    Args:
+        owner: of a new group (default `root@pam`); an existing group must belong to them, or the process to root or
+            the store's owner, which gives a warning.
+        lock_wait_s: how long to wait for a garbage collection that excludes writers.
+
+    Raises:
+        LockedError: another backup of the group is running, or the store stays locked.
+        OwnerError: the group is somebody else's.
+        UsageError: the time is not newer than that of the newest snapshot.
+        StoreError: full, read-only, in maintenance.
+    """
+    store.check_writable()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(store.chunks.writer(wait_s=lock_wait_s))
+        group_lock = await stack.enter_async_context(store.locks.group(snapshot.group))
+        made = await store.meta.make_folders(snapshot.group.path)
+        new_group = store.base / snapshot.group.path in made
+        try:
+            warnings = await in_io_thread(_check_owner, store, snapshot.group, owner)
+            await store.remove_unfinished(snapshot.group)
+            base = await in_io_thread(_find_base, store, snapshot)
+            if base is not None:
+                await stack.enter_async_context(store.locks.snapshot(base, shared=True))
+            lock = await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
+            if not await store.meta.make_folders(snapshot.path):
+                raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
+            session = LocalBackupSession(store, snapshot, _usable_base(store, base), warnings)
+        except BaseException:
+            if new_group:
+                await _remove_group(store, snapshot.group, group_lock)
+            raise
+        try:
+            yield session
+        finally:
+            if not session._finished:
+                with trio.fail_after(_ABORT_TIMEOUT_S, shield=True):
+                    await session.abort()
+                    lock.release(unlink=True)
+                    if new_group:
+                        await _remove_group(store, snapshot.group, group_lock)
+
+
+async def _remove_group(store: Datastore, group: Group, lock: HeldLock) -> None:
+    with trio.CancelScope(shield=True):
+        if await store.remove_empty_group(group):
+            lock.release(unlink=True)
+
+
+def _check_owner(store: Datastore, group: Group, owner: str | None) -> list[str]:
+    current = store.group_owner(group)
+    if current is None:
+        store.write_new_owner(group, owner or DEFAULT_OWNER)
+        return []
+    if owner is None or current == owner or current.startswith(f"{owner}!"):
+        return []
+    if os.geteuid() in (0, store.owner.uid):
+        return [f"group {group} belongs to {current}, not to {owner}; writing anyway as the store's owner"]
+    raise OwnerError("write to group", str(group), f"it belongs to {current}, not to {owner}")
+
+
+def _find_base(store: Datastore, snapshot: Snapshot) -> Snapshot | None:
+    newest = store.latest(snapshot.group)
+    if newest is not None and newest.ctime >= snapshot.ctime:
+        raise UsageError(
+            "write",
+            str(snapshot),
+            f"its time is not after that of the newest snapshot, {newest.time}",
+            "check the clock",
+        )
+    return newest
+
+
+def _usable_base(store: Datastore, base: Snapshot | None) -> Snapshot | None:
+    """The base unless its manifest is unreadable or its verification failed: what it holds may be damaged."""
+    if base is None:
+        return None
+    try:
+        state = Manifest.parse(store.read_manifest(base), where=str(base)).verify_state
+    except FleeceError:
+        return None
+    return None if state is not None and state.get("state") == "failed" else base

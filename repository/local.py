@@ -1,0 +1,136 @@
+"""A local datastore as a repository."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from core.limits import in_io_thread
+from datastore.codec import format_fingerprint
+from datastore.files import SyncLevel
+from datastore.names import ROOT, Group, Namespace, Snapshot
+from datastore.reader import LocalReader, open_reader
+from datastore.session import LocalBackupSession, open_session
+from datastore.store import Datastore, SnapshotEntry
+from repository.interface import FileInfo, GroupInfo, SnapshotInfo
+
+#: Seconds a writer waits for a garbage collection that excludes it.
+WRITER_WAIT_S: Final = 60.0
+
+
+class LocalRepository:
+    """See `repository.interface.Repository`."""
+
+    def __init__(self, store: Datastore, name: str, *, lock_wait_s: float = WRITER_WAIT_S) -> None:
+        self.store: Final = store
+        self._name = name
+        self._lock_wait_s = lock_wait_s
+
+    @property
+    def name(self) -> str:
+        """See `Repository.name`."""
+        return self._name
+
+    async def identity(self) -> str:
+        """See `Repository.identity`: the store's UUID."""
+        return await self.store.uuid()
+
+    async def namespaces(self, parent: Namespace = ROOT, *, depth: int | None = None) -> list[Namespace]:
+        """See `Repository.namespaces`."""
+        return await in_io_thread(lambda: list(self.store.namespaces(parent, depth=depth)))
+
+    async def groups(self, ns: Namespace = ROOT) -> list[GroupInfo]:
+        """See `Repository.groups`."""
+        return await in_io_thread(lambda: [self._group(group) for group in self.store.groups(ns)])
+
+    async def snapshots(
+        self, ns: Namespace = ROOT, group: Group | None = None, *, unfinished: bool = False
+    ) -> list[SnapshotInfo]:
+        """See `Repository.snapshots`."""
+
+        def collect() -> list[SnapshotInfo]:
+            groups = self.store.groups(ns) if group is None else [group]
+            found = (snapshot for one in groups for snapshot in self.store.snapshots(one, unfinished=unfinished))
+            return [_info(self.store.entry(snapshot)) for snapshot in found]
+
+        return await in_io_thread(collect)
+
+    async def snapshot(self, snapshot: Snapshot) -> SnapshotInfo:
+        """See `Repository.snapshot`."""
+        return await in_io_thread(lambda: _info(self.store.entry(snapshot)))
+
+    async def latest(self, group: Group) -> Snapshot | None:
+        """See `Repository.latest`."""
+        return await in_io_thread(self.store.latest, group)
+
+    async def forget(self, snapshot: Snapshot) -> None:
+        """See `Repository.forget`."""
+        await self.store.forget(snapshot)
+
+    async def forget_group(self, group: Group) -> list[Snapshot]:
+        """See `Repository.forget_group`."""
+        return await self.store.forget_group(group)
+
+    @asynccontextmanager
+    async def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AsyncIterator[LocalBackupSession]:
+        """See `Repository.backup`."""
+        async with open_session(self.store, snapshot, owner=owner, lock_wait_s=self._lock_wait_s) as session:
+            yield session
+
+    @asynccontextmanager
+    async def reader(self, snapshot: Snapshot) -> AsyncIterator[LocalReader]:
+        """See `Repository.reader`."""
+        async with open_reader(self.store, snapshot) as reader:
+            yield reader
+
+    def close(self) -> None:
+        """Close the datastore."""
+        self.store.close()
+
+    def _group(self, group: Group) -> GroupInfo:
+        finished = self.store.snapshots(group)
+        return GroupInfo(
+            group,
+            owner=self.store.group_owner(group),
+            comment=self.store.group_notes(group),
+            count=len(finished),
+            latest=finished[-1] if finished else None,
+        )
+
+
+async def open_local(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    sync_level: SyncLevel = SyncLevel.FILESYSTEM,
+    lock_wait_s: float = WRITER_WAIT_S,
+) -> LocalRepository:
+    """Open the datastore in the folder `path` as a repository; to be closed with `close`.
+
+    Args:
+        name: as the command line takes it, default the path.
+        sync_level: how durable a finished backup is.
+        lock_wait_s: how long a backup waits for a garbage collection that excludes writers.
+
+    Raises:
+        StoreError: not a datastore, no rights, in maintenance.
+    """
+    store = await Datastore.open(Path(path), sync_level=sync_level)
+    return LocalRepository(store, name or str(path), lock_wait_s=lock_wait_s)
+
+
+def _info(entry: SnapshotEntry) -> SnapshotInfo:
+    manifest = entry.manifest
+    fingerprint = None if manifest is None else manifest.fingerprint
+    files = tuple(FileInfo(file.filename, file.size, file.crypt_mode) for file in entry.files)
+    return SnapshotInfo(
+        entry.snapshot,
+        files=files,
+        finished=entry.finished,
+        owner=entry.owner,
+        protected=entry.protected,
+        comment="" if manifest is None else manifest.notes or "",
+        verification=None if manifest is None else manifest.verify_state,
+        fingerprint=None if fingerprint is None else format_fingerprint(fingerprint),
+        size=None if manifest is None else sum(file.size for file in manifest.files),
+    )
