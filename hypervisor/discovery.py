@@ -244,7 +244,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     if jobs:
         busy = await _nodes_of_jobs(qmp)
         for disk in disks:
-            for job in busy.get(disk.node, ()):
+            for job in sorted(busy.get(disk.node, ())):
                 raise VmStateError(
                     "back up disk", disk.device, f"the block job '{job}' ({jobs.get(job) or 'unknown'}) works on it"
                 )
@@ -337,9 +337,8 @@ class _BlockDevice:
         yield self.qdev
         yield self.qom_path
         yield from filter(None, (self.device_id, self.backend, self.image_name, image_path(self.image_name) or ""))
-        if self.inserted is not None:
-            if not self.node.startswith("#"):
-                yield self.node
+        if self.inserted is not None and not self.node.startswith("#"):
+            yield self.node
 
     def archive(self, names: Mapping[str, str], aliases: frozenset[str]) -> str:
         """The archive's name: what the configuration gives, else the device's own."""
@@ -471,7 +470,7 @@ def _check_clashes(qmp: Qmp, found: Sequence[Disk]) -> None:
 
 
 async def _nodes_of_jobs(qmp: Qmp) -> dict[str, set[str]]:
-    """Block nodes, by name, that lie below or above a node of a block job, with the names of the jobs."""
+    """Block nodes, by name, that a block job works on or that stand over one it works on, with the jobs' names."""
     where = f"{qmp.where}, x-debug-query-block-graph"
     graph = checked.of_type(await qmp.execute("x-debug-query-block-graph"), dict, where)
     kinds: dict[int, tuple[str, str]] = {}
@@ -491,11 +490,13 @@ async def _nodes_of_jobs(qmp: Qmp) -> dict[str, set[str]]:
             ahead.extend(new)
         return reached
 
-    used = {name: below(number) for number, (kind, name) in kinds.items() if kind == "block-job"}
     busy: dict[str, set[str]] = {}
-    for number, (kind, name) in kinds.items():
-        if kind == "block-driver":
-            jobs = {job for job, nodes in used.items() if nodes & below(number)}
-            if jobs:
-                busy[name] = jobs
+    for job, (kind, name) in kinds.items():
+        if kind != "block-job":
+            continue
+        reached, direct = below(job), children.get(job, set())
+        for number, (node_kind, node) in kinds.items():
+            # A base image that two disks share and no job writes to makes neither of them busy.
+            if node_kind == "block-driver" and (number in reached or below(number) & direct):
+                busy.setdefault(node, set()).add(name)
     return busy
