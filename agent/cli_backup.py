@@ -1,0 +1,225 @@
+"""`fleece backup`: disk images and single files into one snapshot."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from agent.invocation import Invocation, command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agent.specifications import Specification
+    from core.progress import Progress
+    from datastore.names import Group
+    from repository.interface import Repository
+    from repository.planning import DiskPlan
+    from repository.report import BackupReport
+
+OwnerOption = Annotated[
+    str | None, typer.Option("--owner", metavar="AUTHID", help="Owner of a new group, for example backup@pbs.")
+]
+BackupTimeOption = Annotated[
+    str | None,
+    typer.Option("--backup-time", metavar="TIME", help="Instead of now: Unix seconds or 2026-01-02T03:04:05Z."),
+]
+BandwidthOption = Annotated[
+    str | None,
+    typer.Option("--bwlimit", "--rate", metavar="SIZE", help="Read at most this much a second, for example 100M."),
+]
+LockWaitOption = Annotated[
+    float, typer.Option("--lock-wait", metavar="SECONDS", min=0, help="Wait for another backup of the group.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Only say what would be read, and why. Writes nothing.")
+]
+NotesOption = Annotated[str | None, typer.Option("--notes", metavar="TEXT", help="Notes of the snapshot.")]
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verb."""
+    command(
+        application,
+        "backup",
+        examples="""
+fleece backup root.img:/dev/vg/root --backup-id db1
+fleece backup disk.img:/var/lib/vm/web.qcow2 vm.conf:/etc/vm/web.conf --backup-type vm --backup-id web
+fleece backup disk.img:nbd://storage/web --backup-id web --bwlimit 100M
+fleece backup disk.img:/dev/vg/root --dry-run
+""",
+    )(backup)
+
+
+def parse_rate(*texts: str | None) -> int | None:
+    """The first of `texts` that is given, in bytes a second; 0 means no limit."""
+    from core.units import parse_size
+
+    text = next((text for text in texts if text is not None), None)
+    return (parse_size(text) or None) if text is not None else None
+
+
+def backup(
+    invocation: Invocation,
+    specifications: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME.img:SOURCE|NAME.conf:FILE...",
+            help="Disk images (raw or qcow2 file, block device, NBD URI) and small files.",
+        ),
+    ],
+    backup_id: Annotated[str | None, typer.Option("--backup-id", metavar="ID", help="Else this host's name.")] = None,
+    backup_type: Annotated[Literal["host", "vm", "ct"], typer.Option("--backup-type")] = "host",
+    backup_time: BackupTimeOption = None,
+    owner: OwnerOption = None,
+    notes: NotesOption = None,
+    bwlimit: BandwidthOption = None,
+    lock_wait: LockWaitOption = 0.0,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Store disk images and small files in one new snapshot.
+
+    A source that is written to meanwhile gives an inconsistent image: for a running virtual machine there is
+    'fleece vm backup'. qcow2 is recognised by the file's name only; everything else is read as it is.
+    """
+    from agent.sessions import parse_backup_time
+    from agent.specifications import parse_specifications
+    from datastore.names import BackupType, Group
+
+    parsed = parse_specifications(specifications)
+    group = Group.parse(f"{BackupType(backup_type).value}/{backup_id or _host_name()}", invocation.namespace())
+    rate = parse_rate(bwlimit, invocation.config.bwlimit)
+    ctime = parse_backup_time(backup_time) if backup_time is not None else None
+    group_owner = invocation.owner(owner)
+
+    if dry_run:
+
+        async def plan(progress: "Progress") -> "list[DiskPlan]":
+            async with invocation.repository() as repository:
+                return await plan_images(invocation, repository, group, parsed, progress)
+
+        show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
+        return
+
+    async def work(progress: "Progress") -> "BackupReport":
+        from agent.sessions import new_session
+
+        started = time.monotonic()
+        async with (
+            invocation.repository() as repository,
+            new_session(
+                repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+            ) as session,
+        ):
+            from repository.backup import SnapshotWriter
+            from repository.report import BackupReport
+
+            writer = SnapshotWriter(session, invocation.codec(), progress)
+            await add_all(writer, parsed, rate, progress)
+            await writer.finish(notes=notes)
+            return BackupReport(session.snapshot, writer.reports, time.monotonic() - started)
+
+    report = invocation.run(work, what="back up", where=str(group))
+    show_report(invocation, report)
+
+
+async def add_all(
+    writer: "SnapshotWriter", specifications: "Sequence[Specification]", rate: int | None, progress: "Progress"
+) -> None:
+    """Store everything that `specifications` name: images first, side by side, then files.
+
+    Raises:
+        SourceError: something cannot be read.
+        FleeceError: what the session raises.
+    """
+    from contextlib import AsyncExitStack
+    from pathlib import Path
+
+    from agent.specifications import SpecificationKind, read_small_file
+    from core.limits import in_io_thread
+    from hypervisor.files import open_source
+
+    # Small files first into memory: one that is missing should not cost the time of a disk.
+    blobs = [
+        (one.name, await in_io_thread(read_small_file, Path(one.source)))
+        for one in specifications
+        if one.kind is SpecificationKind.BLOB
+    ]
+    async with AsyncExitStack() as stack:
+        sources = [
+            await stack.enter_async_context(open_source(one.source, one.name))
+            for one in specifications
+            if one.kind is SpecificationKind.IMAGE
+        ]
+        if sources:
+            await writer.add_disks(sources, bwlimit=rate)
+    for name, data in blobs:
+        await writer.add_blob(name, data)
+
+
+async def plan_images(
+    invocation: Invocation,
+    repository: "Repository",
+    group: "Group",
+    specifications: "Sequence[Specification]",
+    progress: "Progress",
+) -> "list[DiskPlan]":
+    """What a backup would read of the images in `specifications`; small files are read to see that they can be."""
+    from contextlib import AsyncExitStack
+    from pathlib import Path
+
+    from agent.specifications import SpecificationKind, read_small_file
+    from core.limits import in_io_thread
+    from hypervisor.files import open_source
+    from repository.planning import plan_disks
+
+    async with AsyncExitStack() as stack:
+        sources = []
+        for one in specifications:
+            if one.kind is SpecificationKind.IMAGE:
+                sources.append(await stack.enter_async_context(open_source(one.source, one.name)))
+            else:
+                await in_io_thread(read_small_file, Path(one.source))
+        return await plan_disks(repository, group, sources, invocation.codec())
+
+
+def show_plan(invocation: Invocation, group: "Group", plans: "Sequence[DiskPlan]") -> None:
+    """The result of `--dry-run`."""
+    from core.units import format_size
+
+    document = {"group": str(group), "dry-run": True, "archives": [plan.to_json() for plan in plans]}
+
+    def lines() -> list[str]:
+        text = []
+        for plan in plans:
+            why = f" ({plan.reason})" if plan.reason else ""
+            text.append(
+                f"{plan.name}: {plan.mode.value}{why}, would read {format_size(plan.read)} of {format_size(plan.size)}"
+            )
+        return [*text, "nothing was written"]
+
+    invocation.emit(document, lines)
+
+
+def show_report(invocation: Invocation, report: "BackupReport") -> None:
+    """The closing report; its warnings are those of the invocation and of the report together."""
+    for warning in report.warnings:
+        if warning not in invocation.warnings:
+            invocation.warnings.append(warning)
+    report.warnings = tuple(invocation.warnings)
+    invocation.emit(report.to_json(), report.lines)
+    if invocation.is_json and invocation.warnings:
+        # They are in the document.
+        from core.errors import ExitCode
+
+        raise typer.Exit(ExitCode.WARNINGS)
+
+
+def _host_name() -> str:
+    import socket
+
+    return socket.gethostname().partition(".")[0]
+
+
+if TYPE_CHECKING:
+    from repository.backup import SnapshotWriter

@@ -1,0 +1,225 @@
+"""`fleece restore`: one archive to a file, device, NBD server or pipe; a whole snapshot to a folder."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent.invocation import Invocation, command, to_stderr
+from core.errors import TargetError, UsageError, os_reason
+
+if TYPE_CHECKING:
+    from core.progress import Progress
+    from datastore.codec import ChunkCodec
+    from datastore.manifest import Manifest, ManifestFile
+    from repository.interface import Reader
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verb."""
+    command(
+        application,
+        "restore",
+        examples="""
+fleece restore vm/100/latest drive-scsi0.img /var/lib/vm/new.raw
+fleece restore vm/100/latest drive-scsi0.img /dev/vg/web --force
+fleece restore vm/100/latest drive-scsi0.img nbd://storage/web
+fleece restore vm/100/latest drive-scsi0.img - | ssh other 'dd of=/dev/vg/web bs=4M'
+fleece restore vm/100/latest qemu-command.json -
+fleece restore vm/100/2026-01-02T03:04:05Z --all /tmp/everything
+""",
+    )(restore)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one archive."""
+
+    name: str  #: without type extension
+    target: str
+    size: int  #: bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of the document."""
+        return {"name": self.name, "target": self.target, "size": self.size}
+
+
+def restore(
+    invocation: Invocation,
+    snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="type/id/time or type/id/latest.")],
+    archive: Annotated[
+        str | None, typer.Argument(metavar="ARCHIVE", help="As 'fleece show' lists it, with or without its type.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="A file, folder, block device, NBD URI, or - for a pipe.")
+    ] = None,
+    everything: Annotated[
+        Path | None, typer.Option("--all", metavar="FOLDER", help="Every archive of the snapshot, into this folder.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Restore disk images and files. Every chunk is checked on the way.
+
+    Too small a target, and one that is mounted or in use, is always refused. A file with content, a folder with entries
+    and a device or NBD export whose first or last MiB is not zero need --force.
+    """
+    if everything is None and (archive is None or target is None):
+        raise UsageError("restore", snapshot, "ARCHIVE and TARGET are needed, or --all FOLDER", "see --help")
+    if everything is not None and archive is not None:
+        raise UsageError("restore", snapshot, "--all takes every archive: leave out ARCHIVE and TARGET")
+    if target == "-" and invocation.is_json:
+        raise UsageError(
+            "restore", snapshot, "standard output cannot take both the archive and a JSON document",
+            "leave out --output, or restore to a file",
+        )  # fmt: skip
+    ns = invocation.namespace()
+    started = time.monotonic()
+
+    async def work(progress: "Progress") -> tuple[str, list[Restored]]:
+        from agent.documents import find_snapshot
+        from datastore.manifest import Manifest
+
+        codec = invocation.codec()
+        async with invocation.repository() as repository:
+            found = await find_snapshot(repository, snapshot, ns)
+            async with repository.reader(found) as reader:
+                manifest = Manifest.parse(await reader.manifest(), where=str(found), key=codec.key)
+                job = _Job(reader, codec, manifest, force, progress)
+                if everything is not None:
+                    return str(found), await job.all_to_folder(everything)
+                return str(found), [await job.one(archive or "", target or "")]
+
+    named, restored = invocation.run(work, what="restore", where=snapshot)
+    duration = time.monotonic() - started
+
+    def lines() -> list[str]:
+        from core.units import format_duration, format_size
+
+        return [
+            *(f"{one.name} -> {one.target}: {format_size(one.size)}" for one in restored),
+            f"{named}: restored in {format_duration(duration)}",
+        ]
+
+    if target == "-":
+        if not invocation.quiet:
+            to_stderr("\n".join(lines()))
+        return
+    document = {
+        "snapshot": named,
+        "restored": [one.to_json() for one in restored],
+        "duration-s": round(duration, 3),
+        "warnings": invocation.warnings,
+    }
+    invocation.emit(document, lines)
+
+
+class _Job:
+    """The restore of archives of one snapshot."""
+
+    def __init__(
+        self, reader: "Reader", codec: "ChunkCodec", manifest: "Manifest", force: bool, progress: "Progress"
+    ) -> None:
+        self._reader, self._codec, self._manifest = reader, codec, manifest
+        self._force, self._progress = force, progress
+
+    async def one(self, archive: str, target: str) -> Restored:
+        """Restore the archive to the target a person named."""
+        from datastore.names import ArchiveKind, archive_kind, complete_archive_name, strip_archive_type
+
+        entry = self._manifest.file(complete_archive_name(archive))
+        name = strip_archive_type(entry.filename)
+        kind = archive_kind(entry.filename)
+        if kind is ArchiveKind.DYNAMIC:
+            raise UsageError(
+                "restore", f"{self._reader.snapshot} {name}", "this version restores disk images and small files only",
+                "proxmox-backup-client reads file archives of this datastore",
+            )  # fmt: skip
+        if "://" not in target and target != "-" and Path(target).is_dir():
+            target = str(Path(target) / name)
+        if kind is ArchiveKind.FIXED:
+            await self._image(entry, target)
+            return Restored(name, target, entry.size)
+        return Restored(name, target, await self._blob(entry, target))
+
+    async def all_to_folder(self, folder: Path) -> list[Restored]:
+        """Restore every archive into `folder`."""
+        from core.limits import in_io_thread
+        from datastore.names import ArchiveKind, archive_kind, strip_archive_type
+
+        await in_io_thread(_prepare_folder, folder, self._force)
+        restored = []
+        for entry in self._manifest.files:
+            name = strip_archive_type(entry.filename)
+            if archive_kind(entry.filename) is ArchiveKind.DYNAMIC:
+                self._progress.warn(f"{entry.filename} was left out: this version restores no file archives")
+                continue
+            restored.append(await self.one(entry.filename, str(folder / name)))
+        return restored
+
+    async def _image(self, entry: "ManifestFile", target: str) -> None:
+        from hypervisor.files import open_target
+        from repository.restore import restore_disk
+
+        if target == "-":
+            await self._image_to_stdout(entry)
+            return
+        async with open_target(target, entry.size, force=self._force) as disk:
+            await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
+
+    async def _image_to_stdout(self, entry: "ManifestFile") -> None:
+        pass
+
+    async def _blob(self, entry: "ManifestFile", target: str) -> int:
+        import sys
+
+        from core.limits import in_io_thread
+        from repository.restore import restore_blob
+
+        data = await restore_blob(self._reader, self._codec, self._manifest, entry.filename)
+        if target == "-":
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            await in_io_thread(write_small_file, Path(target), data, self._force)
+        return len(data)
+
+
+def _prepare_folder(folder: Path, force: bool) -> None:
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise TargetError("restore to", str(folder), os_reason(error)) from error
+    if occupied and not force:
+        raise TargetError("restore to", str(folder), "the folder is not empty", "use another one, or --force")
+
+
+def write_small_file(path: Path, data: bytes, force: bool) -> None:
+    """Write `data` to the file `path`, whole or not at all.
+
+    Raises:
+        TargetError: the file has content and `force` is not given, it is no regular file, or it cannot be written.
+    """
+    import os
+    import tempfile
+
+    try:
+        if path.exists() and not path.is_file():
+            raise TargetError("restore to", str(path), "it is no regular file")
+        if path.exists() and path.stat().st_size > 0 and not force:
+            raise TargetError("restore to", str(path), "the file has content", "use another one, or --force")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise TargetError("write", str(path), os_reason(error)) from error

@@ -1,0 +1,340 @@
+"""One call of the command: the options every verb has, its configuration, its output, its end.
+
+`command` registers a verb and gives it these options. A verb is a plain function of an `Invocation` and its own
+options; it calls `Invocation.run` for the work and `Invocation.emit` for the result.
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import typer
+
+from core.errors import ExitCode, FleeceError, UsageError
+
+if TYPE_CHECKING:
+    from agent.config import Config
+    from agent.registry import Registry
+    from core.progress import Progress
+    from datastore.codec import ChunkCodec
+    from datastore.names import Namespace
+    from repository.interface import Repository
+
+T = TypeVar("T")
+
+#: Owner of new groups where nobody says otherwise.
+DEFAULT_OWNER: Final = "root@pam"
+
+
+class Output(Enum):
+    """What standard output is for."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSON_PRETTY = "json-pretty"
+
+
+@dataclass
+class Invocation:
+    """What the general options say, and the way out for results, warnings and log lines."""
+
+    output: Output = Output.TEXT
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    config_path: Path | None = None
+    repo: str | None = None
+    ns: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_json(self) -> bool:
+        """True if standard output is one JSON document."""
+        return self.output is not Output.TEXT
+
+    @cached_property
+    def config(self) -> "Config":
+        """The configuration file, read at the first use.
+
+        Raises:
+            UsageError: it is not valid.
+        """
+        from agent.config import load_config
+        from agent.places import config_file
+
+        if self.config_path is not None:
+            return load_config(self.config_path, must_exist=True)
+        if named := os.environ.get("FLEECE_CONFIG"):
+            return load_config(Path(named), must_exist=True)
+        return load_config(config_file(), must_exist=False)
+
+    @cached_property
+    def registry(self) -> "Registry":
+        """The datastores that commands made."""
+        from agent.places import datastores_file
+        from agent.registry import Registry
+
+        return Registry(datastores_file())
+
+    def repository_spec(self, configured: str | None = None) -> str:
+        """The repository that is meant: `--repo`, else the environment, else `configured`, else the default.
+
+        Raises:
+            UsageError: nothing names one.
+        """
+        for spec in (
+            self.repo,
+            os.environ.get("FLEECE_REPOSITORY"),
+            os.environ.get("PBS_REPOSITORY"),
+            configured,
+            self.config.default_repository,
+        ):
+            if spec:
+                return spec
+        raise UsageError(
+            "find", "the repository", "none is named",
+            "give --repo, set FLEECE_REPOSITORY, or write default-repository into the configuration",
+        )  # fmt: skip
+
+    def namespace(self, configured: str | None = None) -> "Namespace":
+        """The namespace that is meant: `--ns`, else PBS_NAMESPACE, else `configured`, else the repository's own.
+
+        Raises:
+            UsageError: not a namespace.
+        """
+        from datastore.names import Namespace
+
+        for text in (self.ns, os.environ.get("PBS_NAMESPACE"), configured):
+            if text is not None:
+                return Namespace.parse(text)
+        section = self.config.repository.get(self.repository_spec())
+        return Namespace.parse(section.ns if section else "")
+
+    @asynccontextmanager
+    async def repository(self, configured: str | None = None) -> "AsyncIterator[Repository]":
+        """The repository that is meant, open while the block runs.
+
+        Raises:
+            UsageError, NotFoundError: nothing or nothing known is named.
+            FleeceError: it cannot be opened.
+        """
+        from agent.repositories import repository_at
+
+        async with repository_at(self.repository_spec(configured), self.config, self.registry) as repository:
+            yield repository
+
+    def owner(self, named: str | None, configured: str | None = None) -> str:
+        """Who shall own a new group: `named` (`--owner`), else `configured`, the repository's, the file's, root@pam.
+
+        Raises:
+            UsageError: no owner's form.
+        """
+        from agent.config import check_owner
+
+        section = self.config.repository.get(self.repository_spec())
+        for text in (named, configured, section.owner if section else None, self.config.owner):
+            if text:
+                return check_owner(text)
+        return DEFAULT_OWNER
+
+    def codec(self) -> "ChunkCodec":
+        """How chunks are hashed, encoded and decoded: plainly, without a key."""
+        from datastore.codec import ChunkCodec
+
+        return ChunkCodec()
+
+    def say(self, text: str) -> None:
+        """One line for people, on standard error, unless quiet or JSON is asked for."""
+        if not self.quiet and not self.is_json:
+            to_stderr(text)
+
+    def run(self, work: "Callable[[Progress], Awaitable[T]]", *, what: str, where: str = "") -> T:
+        """Run the work of a verb under trio, with progress on standard error; keeps its warnings.
+
+        Raises:
+            InterruptedByUser, FleeceError: as `agent.running.run`.
+        """
+        from agent.running import run
+        from core.render import rendered
+
+        quiet = self.quiet or (self.is_json and not self.verbose)
+        with rendered(sys.stderr, quiet=quiet, verbose=self.verbose) as progress:
+            try:
+                return run(lambda: work(progress), what=what, where=where, say=self.say)
+            finally:
+                self.warnings += [text for text in progress.warnings if text not in self.warnings]
+
+    def emit(self, document: Any, text: Callable[[], str | Iterable[str]]) -> None:
+        """Write the result to standard output: `document` as JSON, or what `text` returns, for people."""
+        if self.is_json:
+            indent = 2 if self.output is Output.JSON_PRETTY else None
+            print(json.dumps(document, indent=indent, ensure_ascii=False, default=_plain))
+            return
+        lines = text()
+        for line in [lines] if isinstance(lines, str) else lines:
+            print(line)
+
+    def show_warnings(self) -> None:
+        """List the warnings on standard error: as lines, or as one JSON document."""
+        if self.warnings and self.is_json:
+            to_stderr(json.dumps({"warnings": self.warnings}, ensure_ascii=False))
+        elif self.warnings:
+            to_stderr("Warnings:" if len(self.warnings) > 1 else "Warning:")
+            for warning in self.warnings:
+                to_stderr(f"  {warning}")
+
+    def end(self) -> None:
+        """The end of a verb that did its work: exit code 3 if there were warnings.
+
+        Raises:
+            typer.Exit: with the exit code, if it is not 0.
+        """
+        if self.warnings:
+            self.show_warnings()
+            raise typer.Exit(ExitCode.WARNINGS)
+
+
+def _plain(value: object) -> object:
+    """What JSON cannot write by itself."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Enum):
+        return value.value
+    return str(value)
+
+
+def to_stderr(text: str) -> None:
+    """Print `text` to standard error; a stream that is gone does not matter."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
+# The general options. They may stand before the verb too; what stands behind it wins.
+
+_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "output": (
+        Output | None,
+        typer.Option("--output", "--output-format", help="What goes to standard output.", show_default=False),
+    ),
+    "quiet": (bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")),
+    "verbose": (bool, typer.Option("--verbose", "-v", help="Also say what is done and why.")),
+    "debug": (bool, typer.Option("--debug", help="Show where in the program an error arose.", hidden=True)),
+    "config": (
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Configuration file (else FLEECE_CONFIG).", show_default=False),
+    ),
+}  # fmt: skip
+_REPOSITORY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "repo": (
+        str | None,
+        typer.Option("--repo", "--repository", metavar="REPO", show_default=False,
+                     help="Folder with a / in it, or a configured name (else FLEECE_REPOSITORY, PBS_REPOSITORY)."),
+    ),
+    "ns": (
+        str | None,
+        typer.Option("--ns", metavar="NS", help="Namespace a/b/c (else PBS_NAMESPACE).", show_default=False),
+    ),
+}  # fmt: skip
+
+
+def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if kind is bool else None,
+            annotation=Annotated[kind, option],
+        )
+        for name, (kind, option) in options.items()
+    ]
+
+
+def _invocation(context: typer.Context, values: dict[str, Any]) -> Invocation:
+    """Merge the options behind the verb with those before it."""
+    before = context.obj if isinstance(context.obj, dict) else {}
+    merged = {name: value or before.get(name) for name, value in values.items()}
+    # An empty namespace is the root, and so says something.
+    ns = values.get("ns") if values.get("ns") is not None else before.get("ns")
+    invocation = Invocation(
+        output=merged["output"] or Output.TEXT,
+        quiet=bool(merged["quiet"]),
+        verbose=bool(merged["verbose"]) or bool(merged["debug"]),
+        debug=bool(merged["debug"]),
+        config_path=merged["config"],
+        repo=merged.get("repo"),
+        ns=ns,
+    )
+    level = logging.DEBUG if invocation.debug else logging.INFO if invocation.verbose else logging.WARNING
+    if invocation.is_json and not invocation.verbose:
+        level = logging.CRITICAL
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
+    return invocation
+
+
+def _take_over(function: Callable[..., None], wrapper: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Make typer see `parameters` as those of `wrapper`."""
+    wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    everything = [context, *parameters]
+    # Keyword-only parameters may not stand before others; typer passes everything by name.
+    everything = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in everything]
+    wrapper.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in everything}
+
+
+def command(
+    group: typer.Typer, name: str, *, examples: str = "", repository: bool = True, hidden: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `(Invocation, own options...)` as the verb `name` of `group`.
+
+    Args:
+        group: where the verb belongs.
+        name: as typed.
+        examples: lines shown at the end of `--help`.
+        repository: False for a verb that needs no repository: `--repo` and `--ns` are left out.
+        hidden: not listed.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        general = {**_REPOSITORY_OPTIONS, **_OPTIONS} if repository else _OPTIONS
+
+        def wrapper(*, context: typer.Context, **values: Any) -> None:
+            invocation = _invocation(context, {option: values.pop(option) for option in general})
+            try:
+                function(invocation, **values)
+            except FleeceError:
+                # What was a warning may be why it failed.
+                if not invocation.is_json:
+                    invocation.show_warnings()
+                raise
+            invocation.end()
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        _take_over(function, wrapper, own + _parameters(general))
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()) if examples else None
+        group.command(name, epilog=epilog, hidden=hidden)(wrapper)
+        return function
+
+    return register
+
+
+def general_options(application: typer.Typer) -> None:
+    """Accept the general options before the verb too."""
+
+    def callback(*, context: typer.Context, **values: Any) -> None:
+        context.obj = values
+
+    _take_over(callback, callback, _parameters({**_REPOSITORY_OPTIONS, **_OPTIONS}))
+    callback.__doc__ = None
+    application.callback()(callback)

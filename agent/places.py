@@ -1,0 +1,50 @@
+"""Where Fleece's own files lie on this host: configuration, state, run-time files.
+
+The system's for root, a user's own else (XDG base directories). `FLEECE_STATE_DIR` and `FLEECE_RUN_DIR` move the last
+two, for tests and containers.
+"""
+
+import os
+from pathlib import Path
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _xdg(variable: str, default: str) -> Path:
+    # The specification says that relative paths in these variables are to be ignored.
+    value = os.environ.get(variable, "")
+    return Path(value) if value.startswith("/") else Path.home() / default
+
+
+def config_file() -> Path:
+    """The configuration that is read when neither `--config` nor `FLEECE_CONFIG` names one."""
+    return Path("/etc/fleece/fleece.toml") if _is_root() else _xdg("XDG_CONFIG_HOME", ".config") / "fleece/fleece.toml"
+
+
+def state_dir() -> Path:
+    """The folder of what commands write and what must survive a reboot."""
+    if configured := os.environ.get("FLEECE_STATE_DIR"):
+        return Path(configured)
+    return Path("/var/lib/fleece") if _is_root() else _xdg("XDG_STATE_HOME", ".local/state") / "fleece"
+
+
+def run_dir() -> Path:
+    """The folder of sockets, locks and state that end with this boot."""
+    if configured := os.environ.get("FLEECE_RUN_DIR"):
+        return Path(configured)
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if _is_root():
+        return Path("/run/fleece")
+    return Path(runtime) / "fleece" if runtime.startswith("/") else Path(f"/tmp/fleece-{os.geteuid()}")
+
+
+def datastores_file() -> Path:
+    """The list that `fleece datastore create` writes."""
+    return state_dir() / "datastores.toml"
+
+
+def scratch_dir() -> Path:
+    """The folder of fleecing images when the configuration names none."""
+    return state_dir() / "tmp"
