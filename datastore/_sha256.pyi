@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+
+from core.buffers import Buffer
+
+def variants() -> list[tuple[str, int]]: ...
+def digest_many(variant: str, buffers: Sequence[Buffer], suffix: bytes, /) -> bytes: ...
