@@ -1,0 +1,49 @@
+# `make help` lists what there is. Every target sets up first; that is instant when nothing changed.
+.PHONY: help setup setup-bench demo test test-long test-quick lint format bench clean
+PYTHON := .venv/bin/python
+
+help:
+	@echo 'make setup       install what is missing, make .venv, build the C parts'
+	@echo 'make demo        back up a running VM, change it, back it up again, mount, restore and boot it (2 minutes)'
+	@echo 'make test        all tests but the long ones (up to 20 minutes)'
+	@echo 'make test-quick  only those that need no QEMU and no guest'
+	@echo 'make test-long   everything, on every QEMU'
+	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
+	@echo 'make format      let ruff format and repair what it can'
+	@echo 'make bench       the benchmark of disk images, with restic and borg beside it'
+	@echo 'make clean       remove .venv, built parts and the cache of downloads'
+
+setup:
+	@scripts/setup
+
+setup-bench:
+	@scripts/setup bench
+
+demo: setup
+	@$(PYTHON) -m demo
+
+test: setup
+	$(PYTHON) -m pytest -m 'not long'
+
+test-quick: setup
+	$(PYTHON) -m pytest -m 'not long and not qemu and not guest'
+
+test-long: setup
+	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest
+
+lint: setup
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: setup-bench
+	$(PYTHON) bench/image_backup.py
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -maxdepth 2 -name '_*.so' -delete

@@ -1,0 +1,1 @@
+"""`make demo`: Fleece's main job from beginning to end, on a real Linux guest, told in plain words."""
