@@ -1,0 +1,259 @@
+"""Random access to an archive: what the mount reads through.
+
+An `ArchiveReader` answers ranges from chunks that lie decoded in a `ChunkCache`, which all archives of a mount share
+and which is bounded in bytes. A chunk that several readers want is read once. Who reads one chunk after the other is
+read ahead for, in batches that grow while he goes on.
+"""
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from core.buffers import Buffer
+from core.errors import FleeceError, FormatError
+from core.nursery import open_nursery
+from datastore.codec import ChunkCodec
+from datastore.manifest import Manifest
+from repository.buffers import batch_size
+from repository.fetch import read_batch
+from repository.interface import FIXED_CHUNK_SIZE, Reader
+from repository.locate import Archive, open_archive
+
+#: Bytes of decoded chunks kept by default: 32 chunks of a disk image.
+DEFAULT_CACHE_SIZE: Final = 128 << 20
+#: Places in one archive that are followed as sequential readers; the one not seen longest goes first.
+_STREAMS: Final = 16
+#: Part of the cache that read-ahead may fill before it is asked for.
+_READ_AHEAD_SHARE: Final = 2
+
+
+class ChunkCache:
+    """Decoded chunks by digest, the least recently used ones dropped first; made by `open_cache`."""
+
+    def __init__(self, capacity: int, nursery: trio.Nursery) -> None:
+        self.capacity: Final = capacity
+        self._nursery = nursery
+        self._chunks: OrderedDict[bytes, Buffer] = OrderedDict()
+        self.size = 0  #: bytes held
+        self.hits = 0
+        self.misses = 0
+        #: Chunks being read, by digest; the event is set when the reading is over, however it ended.
+        self._in_flight: dict[bytes, trio.Event] = {}
+        #: Bytes being read ahead.
+        self._ahead = 0
+
+    def get(self, digest: bytes) -> Buffer | None:
+        """The decoded chunk `digest` if it is here; never waits."""
+        chunk = self._chunks.get(digest)
+        if chunk is not None:
+            self._chunks.move_to_end(digest)
+        return chunk
+
+    def _put(self, digest: bytes, chunk: Buffer) -> None:
+        if digest in self._chunks:
+            return
+        self._chunks[digest] = chunk
+        self.size += len(chunk)
+        while self.size > self.capacity and len(self._chunks) > 1:
+            _, dropped = self._chunks.popitem(last=False)
+            self.size -= len(dropped)
+
+    async def load(self, reader: "ArchiveReader", number: int) -> Buffer:
+        """Chunk `number` of the archive of `reader`, from here or read now; several callers cause one read.
+
+        Raises:
+            FleeceError: it cannot be read; the next call tries again.
+        """
+        digest = reader.archive.index.digest(number)
+        while True:
+            chunk = self.get(digest)
+            if chunk is not None:
+                return chunk
+            pending = self._in_flight.get(digest)
+            if pending is None:
+                self.misses += 1
+                results = await self._read(reader, [number])
+                if isinstance(results[0], FleeceError):
+                    raise results[0]
+                return results[0]
+            await pending.wait()
+
+    async def _read(self, reader: "ArchiveReader", numbers: Sequence[int]) -> list[Buffer | FleeceError]:
+        """Read chunks that nobody is reading yet."""
+        done = trio.Event()
+        digests = [reader.archive.index.digest(number) for number in numbers]
+        for digest in digests:
+            self._in_flight[digest] = done
+        try:
+            chunks = await read_batch(reader.reader, reader.codec, reader.archive, numbers)
+            results = [data for _, data in chunks]
+            for digest, data in zip(digests, results, strict=True):
+                if not isinstance(data, FleeceError):
+                    self._put(digest, data)
+            return results
+        finally:
+            for digest in digests:
+                self._in_flight.pop(digest, None)
+            done.set()
+
+    def read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
+        """Begin to read those of `numbers` that are neither here nor being read, as far as the cache has room."""
+        wanted = []
+        seen = set()
+        for number in numbers:
+            digest = reader.archive.index.digest(number)
+            if digest in self._chunks or digest in self._in_flight or digest in seen or reader.is_zero(number):
+                continue
+            length = reader.archive.index.span(number)[1]
+            if self._ahead + length > self.capacity // _READ_AHEAD_SHARE:
+                break
+            seen.add(digest)
+            self._ahead += length
+            wanted.append(number)
+        if wanted:
+            self._nursery.start_soon(self._read_ahead, reader, wanted)
+
+    async def _read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
+        try:
+            # What cannot be read is reported to whoever asks for it.
+            await self._read(reader, numbers)
+        except FleeceError:
+            pass
+        finally:
+            self._ahead -= sum(reader.archive.index.span(number)[1] for number in numbers)
+
+
+@asynccontextmanager
+async def open_cache(capacity: int = DEFAULT_CACHE_SIZE) -> AsyncIterator[ChunkCache]:
+    """A cache of at most `capacity` bytes (and one chunk); read-ahead that is under way ends with the block."""
+    async with open_nursery() as nursery:
+        yield ChunkCache(capacity, nursery)
+        nursery.cancel_scope.cancel()
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One sequential reader of an archive."""
+
+    chunk: int  #: where it reads now
+    window: int = 1  #: chunks to be read ahead next
+    ahead: int = 0  #: first chunk that was not asked for yet
+
+
+@dataclass(slots=True, eq=False)
+class ArchiveReader:
+    """One archive of an open snapshot; for any number of tasks at once."""
+
+    reader: Reader
+    codec: ChunkCodec
+    archive: Archive
+    cache: ChunkCache
+    #: Sequential readers, the one seen last at the end.
+    _streams: list[_Stream] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the archive."""
+        return self.archive.index.size
+
+    def is_zero(self, number: int) -> bool:
+        """True if chunk `number` is a full chunk of zeros, which is never read."""
+        index = self.archive.index
+        return index.digest(number) == self.archive.zero and index.span(number)[1] == FIXED_CHUNK_SIZE
+
+    def read_cached(self, offset: int, length: int) -> bytes | None:
+        """As `read`, if it can be answered at once from the cache or from zeros; else None. Never waits."""
+        length = self._clip(offset, length)
+        if not length:
+            return b""
+        index = self.archive.index
+        number = index.find(offset)
+        start, size = index.span(number)
+        if offset + length > start + size:
+            return None
+        digest = index.digest(number)
+        chunk = self.cache.get(digest)
+        if chunk is None:
+            return bytes(length) if digest == self.archive.zero and size == FIXED_CHUNK_SIZE else None
+        self._check_length(number, chunk)
+        self.cache.hits += 1
+        self._follow(number)
+        begin = offset - start
+        return bytes(chunk[begin : begin + length])
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes from `offset` on, `length` of them or up to the end of the archive.
+
+        Raises:
+            FleeceError: a chunk of this range is bad, missing or unreadable; other ranges are not concerned.
+        """
+        answer = self.read_cached(offset, length)
+        if answer is not None:
+            return answer
+        index = self.archive.index
+        end = offset + self._clip(offset, length)
+        pieces: list[Buffer] = []
+        while offset < end:
+            number = index.find(offset)
+            start, size = index.span(number)
+            stop = min(end, start + size)
+            if self.is_zero(number):
+                pieces.append(bytes(stop - offset))
+            else:
+                self._follow(number)
+                chunk = await self.cache.load(self, number)
+                self._check_length(number, chunk)
+                pieces.append(memoryview(chunk)[offset - start : stop - start])
+            offset = stop
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+    def _clip(self, offset: int, length: int) -> int:
+        if offset < 0 or length < 0:
+            raise ValueError(f"offset {offset}, length {length}")
+        return max(0, min(length, self.size - offset))
+
+    def _check_length(self, number: int, chunk: Buffer) -> None:
+        # Another archive's index may have brought the chunk in under its own, right length.
+        size = self.archive.index.span(number)[1]
+        if len(chunk) != size:
+            why = f"the chunk has {len(chunk)} bytes, the index says {size}"
+            raise FormatError("read", self.archive.chunk_where(number), why)
+
+    def _follow(self, number: int) -> None:
+        """Note a read in chunk `number`, and read ahead if it continues one that is known."""
+        streams = self._streams
+        for position in range(len(streams) - 1, -1, -1):
+            stream = streams[position]
+            # The kernel's own read-ahead asks out of order now and then, so a chunk back still counts.
+            if stream.chunk - 1 <= number <= stream.chunk + 1:
+                break
+        else:
+            if len(streams) >= _STREAMS:
+                del streams[0]
+            streams.append(_Stream(number, ahead=number + 1))
+            return
+        if position != len(streams) - 1:
+            streams.append(streams.pop(position))
+        if number <= stream.chunk:
+            return
+        stream.chunk = number
+        if stream.ahead - number <= stream.window // 2 + 1:
+            stream.window = min(2 * stream.window, max(batch_size(), 8))
+            first = max(stream.ahead, number + 1)
+            stream.ahead = min(first + stream.window, self.archive.index.count)
+            self.cache.read_ahead(self, range(first, stream.ahead))
+
+
+async def open_archive_reader(
+    reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str, cache: ChunkCache
+) -> ArchiveReader:
+    """Open the archive `name` (full file name) of the snapshot that `reader` reads.
+
+    Raises:
+        NotFoundError, FormatError, KeyNeededError: as `locate.open_archive`.
+    """
+    return ArchiveReader(reader, codec, await open_archive(reader, codec, manifest, name), cache)

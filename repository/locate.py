@@ -1,0 +1,78 @@
+"""Finding one archive of a snapshot and comparing it with the manifest before anything of it is used."""
+
+from dataclasses import dataclass
+
+from core.errors import FormatError
+from core.limits import in_cpu_thread
+from datastore.codec import ChunkCodec
+from datastore.crypt_mode import CryptMode
+from datastore.errors import KeyNeededError
+from datastore.index import ArchiveIndex
+from datastore.manifest import Manifest, ManifestFile
+from datastore.names import MANIFEST_NAME
+from repository.interface import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An index that is what the manifest says, and what is needed to read its chunks."""
+
+    index: ArchiveIndex
+    entry: ManifestFile
+    zero: bytes | None  #: digest of a full chunk of zeros, None if it cannot be known (no key)
+
+    @property
+    def where(self) -> str:
+        """The archive for messages."""
+        return self.index.where
+
+    def chunk_where(self, number: int) -> str:
+        """Chunk `number` for messages: archive, offset and digest."""
+        return f"{self.where} at {self.index.span(number)[0]}, chunk {self.index.digest(number).hex()}"
+
+
+async def load_manifest(reader: Reader, codec: ChunkCodec) -> Manifest:
+    """The manifest of the snapshot that `reader` reads, its signature checked if `codec` has a key.
+
+    Raises:
+        FormatError, KeyNeededError: as `Manifest.parse`.
+    """
+    where = f"{reader.snapshot}/{MANIFEST_NAME}"
+    return Manifest.parse(await reader.manifest(), where=where, key=codec.key)
+
+
+async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str) -> Archive:
+    """Open the index `name` (full file name) and compare its size and checksum with the manifest.
+
+    Raises:
+        NotFoundError: the manifest does not list it, or the file is gone.
+        FormatError: broken, or not what the manifest says.
+        KeyNeededError: it is encrypted and `codec` has no key.
+    """
+    entry = manifest.file(name)
+    if entry.crypt_mode is CryptMode.ENCRYPT and codec.key is None:
+        raise KeyNeededError("read", f"{reader.snapshot}/{name}", "it is encrypted", "give its key with --keyfile")
+    index = await reader.open_index(name)
+    await check_index(index, entry)
+    return Archive(index, entry, zero_digest(codec, entry.crypt_mode))
+
+
+async def check_index(index: ArchiveIndex, entry: ManifestFile) -> None:
+    """Compare `index` with its entry in the manifest.
+
+    Raises:
+        FormatError: size or checksum differ.
+    """
+    if index.size != entry.size:
+        raise FormatError("read index", index.where, f"wrong size ({index.size} != {entry.size})")
+    if await in_cpu_thread(lambda: index.csum) != entry.csum:
+        raise FormatError("read index", index.where, f"wrong index checksum ({index.csum.hex()} != {entry.csum.hex()})")
+
+
+def zero_digest(codec: ChunkCodec, mode: CryptMode) -> bytes | None:
+    """Digest of a full chunk of zeros in an archive of `mode`, None if that needs a key that is not there."""
+    if codec.mode is mode:
+        return codec.zero_digest()
+    if mode is CryptMode.ENCRYPT:
+        return None if codec.key is None else ChunkCodec(codec.key, mode).zero_digest()
+    return ChunkCodec().zero_digest()
