@@ -474,9 +474,9 @@ async def _nodes_of_jobs(qmp: Qmp) -> dict[str, set[str]]:
     where = f"{qmp.where}, x-debug-query-block-graph"
     graph = checked.of_type(await qmp.execute("x-debug-query-block-graph"), dict, where)
     kinds: dict[int, tuple[str, str]] = {}
-    for node in checked.objects(graph.get("nodes"), where):
-        number = checked.field(node, "id", int, where)
-        kinds[number] = (checked.field(node, "type", str, where), checked.field(node, "name", str, where))
+    for entry in checked.objects(graph.get("nodes"), where):
+        number = checked.field(entry, "id", int, where)
+        kinds[number] = (checked.field(entry, "type", str, where), checked.field(entry, "name", str, where))
     children: dict[int, set[int]] = {}
     for edge in checked.objects(graph.get("edges"), where):
         parent = checked.field(edge, "parent", int, where)

@@ -1,0 +1,183 @@
+"""Freezing the guest's file systems around the instant of a backup, through QEMU's guest agent.
+
+The freeze belongs to a small child process (`freeze_child.py`) that holds the agent's socket and thaws as soon as the
+block is left, this process dies, or 10 s have passed. A guest without agent, or with one that does not do as it is
+told, is backed up without a freeze, and the report says so. docs/hypervisor.md, "Freezing the guest".
+"""
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any, Final
+
+import trio
+
+from core.errors import os_reason
+from hypervisor import freeze_child
+from hypervisor.unix_socket import connect_unix
+
+#: Seconds a guest may stay frozen, from the order to freeze to the order to thaw.
+HOLD_S: Final = 10.0
+#: Seconds to connect to the agent's socket; a full queue means that others wait there too.
+_CONNECT_TIMEOUT_S: Final = 5.0
+#: Seconds for the child to say whether the guest is frozen: sync, status, and perhaps an earlier freeze to be ended.
+_FREEZE_TIMEOUT_S: Final = 60.0
+#: Seconds to wait for the thaw. The child goes on trying when this process does not wait any more.
+_THAW_TIMEOUT_S: Final = 15.0
+
+
+@dataclass(slots=True)
+class Freeze:
+    """What became of a freeze; complete when the block of `frozen` has been left."""
+
+    file_systems: int = 0  #: frozen ones; 0 too if nothing was frozen
+    frozen_s: float = 0.0  #: seconds from freeze sent to thaw answered; 0 if nothing was frozen
+    warnings: list[str] = field(default_factory=list)  #: sentences for the report
+
+    @property
+    def done(self) -> bool:
+        """True if the guest was frozen (even if it has no file system to freeze)."""
+        return self.frozen_s > 0
+
+
+@asynccontextmanager
+async def frozen(socket_path: str | os.PathLike[str] | None, *, hold_s: float = HOLD_S) -> AsyncIterator[Freeze]:
+    """The guest's file systems are frozen while the block runs, at most `hold_s` seconds; without a path nothing is.
+
+    Thawed when the block ends in whatever way, cancellation included, and if this process is killed. Never fails a
+    backup: what goes wrong stands in `warnings`, some of it only after the block.
+    """
+    freeze = Freeze()
+    async with AsyncExitStack() as stack:
+        child = None if socket_path is None else await _begin(stack, os.fspath(socket_path), hold_s, freeze)
+        try:
+            if child is not None:
+                await _wait_frozen(child, freeze)
+            yield freeze
+        finally:
+            if child is not None:
+                with trio.move_on_after(_THAW_TIMEOUT_S, shield=True):
+                    await _thaw(child, hold_s, freeze)
+
+
+async def thaw_leftover(socket_path: str | os.PathLike[str]) -> list[str]:
+    """Thaw a guest that an earlier run has left frozen; returns what is to be reported, mostly nothing.
+
+    An agent that does not answer is no reason for a report: the freeze will say it.
+    """
+    freeze = Freeze()
+    async with AsyncExitStack() as stack:
+        child = await _begin(stack, os.fspath(socket_path), 0, freeze, mode="thaw")
+        if child is None:
+            return []
+        with trio.move_on_after(_FREEZE_TIMEOUT_S):
+            event = await child.event()
+            if event.get("was-frozen"):
+                return ["the guest was still frozen by an earlier run; it has been thawed"]
+            if event.get("event") == "stuck":
+                return [f"the guest is frozen and cannot be thawed: {event.get('why')}"]
+    return []
+
+
+class _Child:
+    """The two pipes to a running child."""
+
+    def __init__(self, stdin: trio.abc.SendStream, stdout: trio.abc.ReceiveStream) -> None:
+        self._stdin, self._stdout = stdin, stdout
+        self._received = b""
+
+    async def event(self) -> dict[str, Any]:
+        """The next thing it tells; `{}` when it has ended."""
+        while b"\n" not in self._received:
+            data = await self._stdout.receive_some(4096)
+            if not data:
+                return {}
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    async def let_go(self) -> None:
+        """Make it thaw."""
+        await self._stdin.aclose()
+
+
+async def _begin(
+    stack: AsyncExitStack, path: str, hold_s: float, freeze: Freeze, *, mode: str = "freeze"
+) -> _Child | None:
+    try:
+        with trio.fail_after(_CONNECT_TIMEOUT_S):
+            sock = await connect_unix(path)
+    except OSError as error:
+        freeze.warnings.append(_without(f"no connection to the guest agent at {path}: {os_reason(error)}"))
+        return None
+    except trio.TooSlowError:
+        freeze.warnings.append(_without(f"the guest agent's socket {path} is in use"))
+        return None
+    with sock:
+        # -I -S: nothing of the environment and no site-packages, for a start within 20 ms.
+        command = [sys.executable, "-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
+        with trio.CancelScope(shield=True):  # it takes milliseconds, and half a child would be nobody's
+            process = await trio.lowlevel.open_process(
+                command, stdin=PIPE, stdout=PIPE, pass_fds=[sock.fileno()], start_new_session=True, cwd="/"
+            )
+            assert process.stdin is not None
+            assert process.stdout is not None
+            child = _Child(process.stdin, process.stdout)
+            await stack.enter_async_context(process.stdout)
+            await stack.enter_async_context(process.stdin)
+            await process.wait()  # it has gone on in the background by itself
+    return child
+
+
+async def _wait_frozen(child: _Child, freeze: Freeze) -> None:
+    with trio.move_on_after(_FREEZE_TIMEOUT_S):
+        event = await child.event()
+        if event.get("was-frozen"):
+            freeze.warnings.append("the guest was still frozen by an earlier run; it has been thawed")
+        match event.get("event"):
+            case "frozen":
+                freeze.file_systems = event["file-systems"]
+                return
+            case "stuck":
+                freeze.warnings.append(_stuck(event))
+            case "failed":
+                freeze.warnings.append(_without(event["why"]))
+            case _:
+                freeze.warnings.append(_without("the process that freezes the guest has ended"))
+        return
+    freeze.warnings.append(_without("the guest agent is too slow"))
+
+
+async def _thaw(child: _Child, hold_s: float, freeze: Freeze) -> None:
+    await child.let_go()
+    while event := await child.event():
+        match event.get("event"):
+            case "thawed":
+                freeze.frozen_s = event["frozen-s"]
+                if event["early"]:
+                    freeze.warnings.append(
+                        f"the guest was thawed after {hold_s:g} s, before all disks were switched: "
+                        "its file systems are only as consistent as after a power cut"
+                    )
+                return
+            case "frozen":  # the block never ran: cancelled while the agent was freezing
+                freeze.file_systems = event["file-systems"]
+            case "failed":
+                freeze.warnings.append(f"the guest agent was lost while the guest was frozen: {event['why']}")
+            case "stuck":
+                freeze.warnings.append(_stuck(event))
+                return
+
+
+def _without(why: str) -> str:
+    return f"{why}: backed up without freezing the guest's file systems"
+
+
+def _stuck(event: dict[str, Any]) -> str:
+    return f"the guest may still be frozen, thawing goes on in the background: {event.get('why')}"
