@@ -23,9 +23,8 @@ class Fleece:
         for part in ("state", "run", "scratch"):
             (folder / part).mkdir()
         # The demo's disks lie in the same temporary folder, which a real set-up avoids.
-        (folder / "fleece.toml").write_text(
-            f'scratch = "{folder / "scratch"}"\n\n[vm.demo]\nscratch = "{folder / "scratch"}"\nscratch-beside-disks = true\n'
-        )
+        scratch = f'scratch = "{folder / "scratch"}"'
+        (folder / "fleece.toml").write_text(f"{scratch}\n\n[vm.demo]\n{scratch}\nscratch-beside-disks = true\n")
         self._environment = {
             **os.environ,
             "FLEECE_CONFIG": str(folder / "fleece.toml"),

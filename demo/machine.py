@@ -43,8 +43,8 @@ class Disks:
             with path.open("wb") as file:
                 file.truncate(size)
         command = ["mke2fs", "-q", "-t", "ext4", "-F", "-d", str(root), str(disks.system)]
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-        subprocess.run(command, check=True, timeout=60, env={**os.environ, "PATH": path})
+        programs = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        subprocess.run(command, check=True, timeout=60, env={**os.environ, "PATH": programs})
         subprocess.run(["rm", "-rf", str(root)], check=True, timeout=60)
         return disks
 
@@ -89,7 +89,6 @@ async def ledgers(guest: GuestControl) -> tuple[int, int]:
             f"head -c {LEDGER.slots * BLOCK} {path} | od -A n -t u8 -v -w{BLOCK} | awk '{{print $1}}'"
         )
         numbers = [int(line) for line in listed.split()]
-        content = b"".join(number.to_bytes(8, "little") * (BLOCK // 8) for number in numbers)
-        newest.append(LEDGER.newest(lambda offset, length, content=content: content[offset : offset + length]))
+        newest.append(LEDGER.newest_of(numbers))
     assert newest[0] - newest[1] in (0, 1), f"the disks show {newest[0]} and {newest[1]}: not one instant"
     return newest[0], newest[1]

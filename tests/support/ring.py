@@ -5,7 +5,7 @@ is that of the disk before it, or one less, and every slot holds the newest numb
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -45,9 +45,12 @@ class Ring:
         Raises:
             AssertionError: an older write is missing although a newer one is there.
         """
-        found = self.numbers(read)
-        newest = max(max(found), start - 1)
-        for slot, number in enumerate(found):
+        return self.newest_of(self.numbers(read), start=start)
+
+    def newest_of(self, numbers: Sequence[int], *, start: int = 1) -> int:
+        """As `newest`, of the number in each slot."""
+        newest = max(*numbers, start - 1)
+        for slot, number in enumerate(numbers):
             expected = newest - (newest - slot) % self.slots
             expected = expected if expected >= start else 0
             assert number == expected, f"slot {slot} holds {number}, with {newest} written it must hold {expected}"
