@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from agent.config import MAX_CONFIG_SIZE, Config, load_config, parse_config
+from core.errors import UsageError
+
+WHOLE = """\
+default-repository = "main"
+owner = "backup@pbs!host1"
+scratch = "/scratch"
+
+[repository.main]
+path = "/backup/main"
+ns = "a/b"
+sync-level = "file"
+
+[vm.web]
+id = "100"
+qmp = "/run/web.qmp"
+guest-agent = "/run/web.qga"
+bitmap = "transient"
+include = ["scsi*"]
+files = ["web.conf:/etc/web.conf"]
+bwlimit = "100M"
+
+[vm.web.names]
+virtio0 = "system"
+
+[vm.web.disks]
+system = "/var/lib/web.qcow2"
+
+[job.nightly]
+type = "backup"
+schedule = "02:00"
+vm = ["web"]
+"""
+
+
+def test_everything_the_documentation_shows_is_accepted() -> None:
+    config = parse_config(WHOLE, "fleece.toml")
+    assert config.default_repository == "main"
+    assert config.repository["main"].path == Path("/backup/main")
+    assert config.repository["main"].sync_level == "file"
+    web = config.vm["web"]
+    assert (web.id, web.guest_agent, web.bitmap) == ("100", Path("/run/web.qga"), "transient")
+    assert web.disks == {"system": Path("/var/lib/web.qcow2")}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ('\n[vm.web]\nqpm = "/run/x"\n', 3, "vm.web.qpm is no known option (did you mean 'qmp'?)"),
+        ("[vm.web]\nid = 100\n", 2, "vm.web.id: input should be a valid string"),
+        ('[vm.web]\nid = "a/b"\n', 2, "vm.web.id: it is not of the form"),
+        ('[vm.web]\nbitmap = "always"\n', 2, "vm.web.bitmap must be 'persistent', 'transient' or 'none'"),
+        ('[vm.web]\nqmp = "run/x"\n', 2, "vm.web.qmp: a path in the configuration begins with a /"),
+        ('[vm.web]\nbwlimit = "fast"\n', 2, "vm.web.bwlimit: it is not a number with a unit"),
+        ("[repository.main]\n", 1, "repository.main.path is missing"),
+        ('[repository.ab]\npath = "/x"\n', 1, "3 to 32 letters"),
+        ('[repository.main]\npath = "/x"\nns = "a//b"\n', 3, "'' is no valid component"),
+        ('owner = "root"\n', 1, "not of the form user@realm"),
+        ('defalt-repository = "x"\n', 1, "(did you mean 'default-repository'?)"),
+        ('[job.x]\ntype = "dance"\n', 2, "job.x.type must be 'backup'"),
+        ("a = \n", 1, "no valid TOML"),
+        ('a = "\n', 1, "no valid TOML"),
+        ("[vm.web]\n[vm.web]\n", 2, "no valid TOML"),
+    ],
+)
+def test_an_error_names_file_line_and_option(text: str, line: int, why: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_config(text, "/etc/fleece/fleece.toml")
+    assert caught.value.where == f"/etc/fleece/fleece.toml:{line}"
+    assert why in caught.value.why
+
+
+def test_all_errors_are_listed_at_once_by_line() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_config('[vm.web]\nx = 1\n\n[vm.db]\ny = 2\n', "f")
+    assert caught.value.where == "f:2"
+    assert "vm.web.x is no known option; line 5: vm.db.y is no known option" in caught.value.why
+
+
+def test_a_missing_file_is_an_empty_configuration_unless_somebody_named_it(tmp_path: Path) -> None:
+    missing = tmp_path / "fleece.toml"
+    assert load_config(missing, must_exist=False) == Config()
+    with pytest.raises(UsageError, match="there is no such file"):
+        load_config(missing, must_exist=True)
+
+
+def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "fleece.toml"
+    path.write_bytes(b'a = "x"\nb = "\xff"\n')
+    with pytest.raises(UsageError, match=r"fleece\.toml:2: it is not UTF-8"):
+        load_config(path, must_exist=True)
+    path.write_bytes(b"#" * (MAX_CONFIG_SIZE + 1))
+    with pytest.raises(UsageError, match="larger than"):
+        load_config(path, must_exist=True)
+    with pytest.raises(UsageError, match="Is a directory"):
+        load_config(tmp_path, must_exist=True)
