@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import trio
 
@@ -49,6 +49,11 @@ _MAX_SOCKET_PATH: Final = 107
 _SLICE_S: Final = 0.25
 #: More extents than this for one answer to `block_status` are not kept; 1 TiB in alternating 1 MiB pieces has as many.
 _MAX_EXTENTS: Final = 1024**2
+
+#: What libnbd calls with the error number (`.value`) of a finished request.
+Completed: TypeAlias = Callable[[Any], int]
+#: Starts the next request of a run; False if there is none.
+StartNext: TypeAlias = Callable[[Completed], bool]
 
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 
@@ -222,48 +227,53 @@ class NbdConnection:
         make = self._nbd.Buffer.from_buffer
         position = offset
 
-        def next_request() -> int | None:
+        def start_next(completed: Completed) -> bool:
             nonlocal position
             if position == end:
-                return None
+                return False
             stop = min(end, (position // piece + 1) * piece)
-            into = make(buffer[position - offset : stop - offset])
-            cookie: int = handle.aio_pread(into, position)
+            handle.aio_pread(make(buffer[position - offset : stop - offset]), position, completion=completed)
             position = stop
-            return cookie
+            return True
 
-        self._run("read", next_request, depth)
+        self._run("read", start_next, depth)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data`, a flat memoryview of bytes, at `offset`."""
-        self._ranged(
-            "write to",
-            offset,
-            len(data),
-            min(READ_PIECE, self.max_request),
-            READ_DEPTH,
-            self._start_write(data, offset),
-        )
+        handle = self._alive("write to")
+        make = self._nbd.Buffer.from_buffer
+
+        def start(at: int, size: int, completed: Completed) -> None:
+            handle.aio_pwrite(make(data[at - offset : at - offset + size]), at, completion=completed)
+
+        self._ranged("write to", offset, len(data), min(READ_PIECE, self.max_request), READ_DEPTH, start)
 
     def trim(self, offset: int, length: int) -> None:
         """Give the range up: its content is no longer defined, its space may be freed."""
         handle = self._alive("discard part of")
-        self._ranged("discard part of", offset, length, TRIM_STEP, 1, lambda at, size: handle.aio_trim(size, at))
+
+        def start(at: int, size: int, completed: Completed) -> None:
+            handle.aio_trim(size, at, completion=completed)
+
+        self._ranged("discard part of", offset, length, TRIM_STEP, 1, start)
 
     def zero(self, offset: int, length: int, *, may_trim: bool = True) -> None:
         """Make the range read as zeros; with `may_trim` without allocating it where the server can."""
         handle = self._alive("write zeros to")
         flags = 0 if may_trim else self._nbd.CMD_FLAG_NO_HOLE
-        self._ranged(
-            "write zeros to", offset, length, ZERO_STEP, 1, lambda at, size: handle.aio_zero(size, at, flags=flags)
-        )
+
+        def start(at: int, size: int, completed: Completed) -> None:
+            handle.aio_zero(size, at, completion=completed, flags=flags)
+
+        self._ranged("write zeros to", offset, length, ZERO_STEP, 1, start)
 
     def flush(self) -> None:
         """Make finished writes durable, if the server knows how."""
         if not self.can_flush:
             return
         handle = self._alive("flush")
-        self._run("flush", _once(handle.aio_flush), 1, timeout_s=max(FLUSH_TIMEOUT_S, self.timeout_s))
+        flush = _once(lambda completed: handle.aio_flush(completion=completed))
+        self._run("flush", flush, 1, timeout_s=max(FLUSH_TIMEOUT_S, self.timeout_s))
 
     def block_status(self, offset: int, length: int, context: str, sink: Callable[[int, int, int], None]) -> None:
         """Call `sink(offset, length, flags)` for the extents of the range, in order and without gaps."""
@@ -299,27 +309,18 @@ class NbdConnection:
                 answers.append(entries)
             return 0
 
-        self._run("read the map of", _once(lambda: int(handle.aio_block_status(length, offset, collect))), 1)
+        ask = _once(lambda completed: handle.aio_block_status(length, offset, collect, completion=completed))
+        self._run("read the map of", ask, 1)
         if len(answers) != 1 or len(answers[0]) % 2 or len(answers[0]) > 2 * _MAX_EXTENTS:
             raise self._error("read the map of", f"the server's answer for {context!r} at {offset} makes no sense")
         return answers[0]
 
     # -- how a request is run ------------------------------------------------------------------------------------
 
-    def _start_write(self, data: memoryview, base: int) -> Callable[[int, int], int]:
-        handle = self._alive("write to")
-        make = self._nbd.Buffer.from_buffer
-
-        def start(at: int, size: int) -> int:
-            cookie: int = handle.aio_pwrite(make(data[at - base : at - base + size]), at)
-            return cookie
-
-        return start
-
     def _ranged(
-        self, what: str, offset: int, length: int, step: int, depth: int, start: Callable[[int, int], int]
+        self, what: str, offset: int, length: int, step: int, depth: int, start: Callable[[int, int, Completed], None]
     ) -> None:
-        """Run `start(offset, length)` over the range in steps that end at multiples of `step`."""
+        """Run `start(offset, length, completed)` over the range in steps that end at multiples of `step`."""
         end = offset + length
         if offset < 0 or length < 0 or end > self.size:
             raise self._error(what, f"{offset}..{end} lies outside its {self.size} bytes")
@@ -327,58 +328,56 @@ class NbdConnection:
             raise self._error(what, f"{offset}..{end} is not aligned to the {self.block} bytes that the server wants")
         position = offset
 
-        def next_request() -> int | None:
+        def start_next(completed: Completed) -> bool:
             nonlocal position
             if position == end:
-                return None
+                return False
             stop = min(end, (position // step + 1) * step)
-            cookie = start(position, stop - position)
+            start(position, stop - position, completed)
             position = stop
-            return cookie
+            return True
 
-        self._run(what, next_request, depth)
+        self._run(what, start_next, depth)
 
-    def _run(
-        self, what: str, next_request: Callable[[], int | None], depth: int, timeout_s: float | None = None
-    ) -> None:
-        """Keep `depth` requests in flight until `next_request` has no more.
+    def _run(self, what: str, start_next: StartNext, depth: int, timeout_s: float | None = None) -> None:
+        """Keep `depth` requests in flight until `start_next` has started them all.
 
         After a failure the requests still in flight are waited for, unless the connection is lost, the server is
         silent or the caller is cancelled: then the connection is closed, and with it every claim on the buffer.
         """
         handle = self._alive(what)
         allowed_s = self.timeout_s if timeout_s is None else timeout_s
-        flying: list[int] = []
+        # The server's error numbers of finished requests. libnbd calls `completed` from `poll`; asking for each
+        # request in flight after each poll would cost more than the reads do.
+        answers: list[int] = []
+
+        def completed(error: Any) -> int:
+            answers.append(error.value)
+            return 1  # finished, forget it
+
         failure: FleeceError | None = None
+        started = finished = 0
         more = True
         deadline = time.monotonic() + allowed_s
         try:
-            while more or flying:
+            while True:
                 try:
-                    while more and len(flying) < depth:
+                    while more and started - finished < depth:
                         with self._translated(what):
-                            cookie = next_request()
-                        if cookie is None:
-                            more = False
-                        else:
-                            flying.append(cookie)
+                            more = start_next(completed)
+                        started += more
                 except FleeceError as error:
                     failure, more = failure or error, False
-                if not flying:
+                if started == finished:
                     break
-                self._poll(deadline, what)
-                left = []
-                for cookie in flying:
-                    try:
-                        with self._translated(what):
-                            done = handle.aio_command_completed(cookie)
-                    except FleeceError as error:
-                        failure, more, done = failure or error, False, True
-                    if done:
-                        deadline = time.monotonic() + allowed_s
-                    else:
-                        left.append(cookie)
-                flying = left
+                if len(answers) == finished:
+                    self._poll(deadline, what)
+                if len(answers) > finished:
+                    for errno in answers[finished:]:
+                        if errno and failure is None:
+                            failure, more = self._error(what, os.strerror(errno), errno=errno), False
+                    finished = len(answers)
+                    deadline = time.monotonic() + allowed_s
                 if handle.aio_is_dead() or handle.aio_is_closed():
                     raise self._error(what, "the connection to the server was lost", lost=True) from failure
         except BaseException:
@@ -609,14 +608,17 @@ async def open_nbd(
             connection.close()
 
 
-def _once(start: Callable[[], int]) -> Callable[[], int | None]:
+def _once(start: Callable[[Completed], object]) -> StartNext:
     """`start` as the only request of a run."""
     pending = [start]
 
-    def next_request() -> int | None:
-        return pending.pop()() if pending else None
+    def start_next(completed: Completed) -> bool:
+        if not pending:
+            return False
+        pending.pop()(completed)
+        return True
 
-    return next_request
+    return start_next
 
 
 def _load_nbd(fault: type[NbdSourceError] | type[NbdTargetError], where: str) -> ModuleType:
