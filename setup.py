@@ -17,7 +17,7 @@ setup(
             f"{room}.{source.stem}",
             sources=[f"{room}/{source.name}"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
-            extra_compile_args=["-O3", "-Wall"],
+            extra_compile_args=["-O3", "-g0", "-Wall"],
             py_limited_api=True,
             optional=True,
         )
