@@ -1,1 +1,17 @@
-"""Room hypervisor."""
+"""Everything that talks to QEMU: live disks and image files as disk sources and targets.
+
+Knows nothing of datastores: it implements the protocols of `core.disks` and hands over plain data. docs/hypervisor.md
+tells what happens in a QEMU during a backup, and why.
+
+    qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
+    discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
+    guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
+    cmdline.py      `command_line`: how QEMU was started, secrets masked
+    efi.py          `efi_vars`: the EFI variables of a running VM
+    stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
+    unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them
+    checked.py      `field`, `optional`, `objects`: JSON from outside, checked for its types
+    errors.py       what can go wrong
+
+Nothing is imported here: asyncio and libnbd cost start-up time that `fleece --help` need not pay.
+"""
