@@ -1,6 +1,6 @@
 """`fleece doctor`, `benchmark`, `completion`, `version`: the host itself."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -66,28 +66,22 @@ def _lines(checks: "list[Check]") -> list[str]:
 
 def benchmark(
     invocation: Invocation,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.05, max=60, help="How long each figure is measured.")
-    ] = 0.5,
+    runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Each figure is the median of so many.")] = 5,
 ) -> None:
     """Measure what this machine can do: hashing, compression, encryption, checksums.
 
     A backup of new data cannot be quicker than these together; the report of a backup can be compared with them.
     """
     from agent.documents import table
-    from core.units import format_size
     from datastore.primitives import measure
     from datastore.sha256 import implementation
 
-    figures = measure(seconds)
-    document: dict[str, Any] = {
-        "sha256-implementation": implementation(),
-        "primitives": [{"name": figure.name, "bytes-per-second": round(figure.rate)} for figure in figures],
-    }
+    figures = measure(runs)
+    document = {"sha256": implementation(), "primitives": [figure.to_json() for figure in figures]}
 
     def lines() -> list[str]:
-        rows = [(figure.name, f"{format_size(figure.rate)}/s") for figure in figures]
-        return [*table(("one thread", "rate"), rows, right=(1,)), f"SHA-256 of chunks is served by {implementation()}"]
+        rows = [(figure.text, f"{figure.rate / 1e6:.0f}", "used here" if figure.used else "") for figure in figures]
+        return list(table(("one thread, chunks of 4 MiB", "MB/s", ""), rows, right=(1,)))
 
     invocation.emit(document, lines)
 

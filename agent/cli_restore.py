@@ -11,6 +11,7 @@ from agent.invocation import Invocation, command, to_stderr
 from core.errors import TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
+    from core.buffers import Buffer
     from core.progress import Progress
     from datastore.codec import ChunkCodec
     from datastore.manifest import Manifest, ManifestFile
@@ -79,13 +80,13 @@ def restore(
 
     async def work(progress: "Progress") -> tuple[str, list[Restored]]:
         from agent.documents import find_snapshot
-        from datastore.manifest import Manifest
+        from repository.restore import load_manifest
 
         codec = invocation.codec()
         async with invocation.repository() as repository:
             found = await find_snapshot(repository, snapshot, ns)
             async with repository.reader(found) as reader:
-                manifest = Manifest.parse(await reader.manifest(), where=str(found), key=codec.key)
+                manifest = await load_manifest(reader, codec)
                 job = _Job(reader, codec, manifest, force, progress)
                 if everything is not None:
                     return str(found), await job.all_to_folder(everything)
@@ -169,21 +170,42 @@ class _Job:
             await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
 
     async def _image_to_stdout(self, entry: "ManifestFile") -> None:
-        pass
+        from repository.restore import restore_stream
+
+        await restore_stream(self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress)
 
     async def _blob(self, entry: "ManifestFile", target: str) -> int:
-        import sys
-
         from core.limits import in_io_thread
         from repository.restore import restore_blob
 
         data = await restore_blob(self._reader, self._codec, self._manifest, entry.filename)
         if target == "-":
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            await to_stdout(data)
         else:
             await in_io_thread(write_small_file, Path(target), data, self._force)
         return len(data)
+
+
+async def to_stdout(data: "Buffer") -> None:
+    """Write all of `data` to standard output.
+
+    Raises:
+        TargetError: whoever reads it went away, or it cannot be written.
+    """
+    import os
+    import sys
+
+    from core.limits import in_io_thread
+
+    def write() -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(sys.stdout.fileno(), left) :]
+        except OSError as error:
+            raise TargetError("write to", "standard output", os_reason(error)) from error
+
+    await in_io_thread(write)
 
 
 def _prepare_folder(folder: Path, force: bool) -> None:

@@ -1,6 +1,6 @@
 """`fleece list`, `show`, `forget`, `verify`: looking at snapshots and after them."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -157,7 +157,7 @@ def verify(
 
     Nothing in the datastore is changed. Ends with 1 if a snapshot is damaged.
     """
-    from agent.documents import find_snapshot, parse_selection
+    from agent.documents import find_snapshot, in_namespace, parse_selection
     from repository.verify import VerifyResult
     from repository.verify import verify as verify_snapshots
 
@@ -184,16 +184,13 @@ def verify(
             return list(await verify_snapshots(repository, await chosen(repository), invocation.codec(), progress))
 
     results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
-    document: list[dict[str, Any]] = [
-        {"snapshot": str(result.snapshot), "ns": str(result.snapshot.group.ns), "state": result.state,
-         "errors": list(result.errors)}
-        for result in results
-    ]  # fmt: skip
+    document = [{**result.to_json(), "ns": str(result.snapshot.group.ns)} for result in results]
 
     def lines() -> list[str]:
         text = []
         for result in results:
-            text.append(f"{result.snapshot}: {result.state}")
+            skipped = f", not looked at: {result.skipped}" if result.skipped else ""
+            text.append(f"{in_namespace(result.snapshot)}: {result.state}{skipped}")
             text += [f"  {error}" for error in result.errors]
         return text or ["No snapshots."]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from core.errors import UsageError
 from core.units import format_size
+from datastore.crypt_mode import CryptMode
 from datastore.names import ArchiveKind, Group, Namespace, Snapshot, archive_kind, strip_archive_type
 from repository.interface import Repository, SnapshotInfo
 
@@ -102,8 +103,10 @@ def marks(info: SnapshotInfo) -> Iterator[str]:
         yield "protected"
     if info.verification and info.verification.get("state") == "failed":
         yield "verify-failed"
-    if info.fingerprint:
+    if any(file.crypt_mode is CryptMode.ENCRYPT for file in info.files):
         yield "encrypted"
+    elif any(file.crypt_mode is CryptMode.SIGN_ONLY for file in info.files):
+        yield "signed"
 
 
 def in_namespace(snapshot: Snapshot | Group) -> str:
