@@ -1,6 +1,7 @@
 """`fleece backup`: disk images and single files into one snapshot."""
 
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -8,12 +9,12 @@ import typer
 from agent.invocation import Invocation, command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from agent.specifications import Specification
+    from core.disks import DiskSource
     from core.progress import Progress
     from datastore.names import Group
-    from repository.interface import Repository
     from repository.planning import DiskPlan
     from repository.report import BackupReport
 
@@ -30,6 +31,10 @@ BandwidthOption = Annotated[
 ]
 LockWaitOption = Annotated[
     float, typer.Option("--lock-wait", metavar="SECONDS", min=0, help="Wait for another backup of the group.")
+]
+FormatOption = Annotated[
+    Literal["raw", "qcow2"] | None,
+    typer.Option("--format", help="Format of the image files; else .qcow2 files are qcow2, all others raw."),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Only say what would be read, and why. Writes nothing.")
@@ -75,6 +80,8 @@ def backup(
     notes: NotesOption = None,
     bwlimit: BandwidthOption = None,
     lock_wait: LockWaitOption = 0.0,
+    image_format: FormatOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also read images that a running VM uses.")] = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Store disk images and small files in one new snapshot.
@@ -95,27 +102,38 @@ def backup(
     if dry_run:
 
         async def plan(progress: "Progress") -> "list[DiskPlan]":
-            async with invocation.repository() as repository:
-                return await plan_images(invocation, repository, group, parsed, progress)
+            from repository.planning import plan_disks
+
+            async with (
+                invocation.repository() as repository,
+                open_images(parsed, progress, image_format=image_format, force=force) as sources,
+            ):
+                await read_small_files(parsed)
+                return await plan_disks(repository, group, sources, invocation.codec())
 
         show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
         return
 
     async def work(progress: "Progress") -> "BackupReport":
         from agent.sessions import new_session
+        from repository.backup import SnapshotWriter
+        from repository.report import BackupReport
 
         started = time.monotonic()
+        # A small file that is missing should not cost the time of a disk.
+        blobs = await read_small_files(parsed)
         async with (
             invocation.repository() as repository,
             new_session(
                 repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
             ) as session,
         ):
-            from repository.backup import SnapshotWriter
-            from repository.report import BackupReport
-
             writer = SnapshotWriter(session, invocation.codec(), progress)
-            await add_all(writer, parsed, rate, progress)
+            async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
+                if sources:
+                    await writer.add_disks(sources, bwlimit=rate)
+            for name, data in blobs:
+                await writer.add_blob(name, data)
             await writer.finish(notes=notes)
             return BackupReport(session.snapshot, writer.reports, time.monotonic() - started)
 
@@ -123,64 +141,50 @@ def backup(
     show_report(invocation, report)
 
 
-async def add_all(
-    writer: "SnapshotWriter", specifications: "Sequence[Specification]", rate: int | None, progress: "Progress"
-) -> None:
-    """Store everything that `specifications` name: images first, side by side, then files.
+@asynccontextmanager
+async def open_images(
+    specifications: "Sequence[Specification]", progress: "Progress", *, image_format: str | None, force: bool
+) -> "AsyncIterator[list[DiskSource]]":
+    """The disk images among `specifications`, open while the block runs; what is odd about them becomes warnings.
 
     Raises:
-        SourceError: something cannot be read.
-        FleeceError: what the session raises.
+        SourceError, NotFoundError, BusyError: one cannot be read.
     """
     from contextlib import AsyncExitStack
+
+    from agent.specifications import SpecificationKind
+    from hypervisor.files import open_source
+
+    opened = []
+    try:
+        async with AsyncExitStack() as stack:
+            for one in specifications:
+                if one.kind is SpecificationKind.IMAGE:
+                    source = open_source(one.source, one.name, format=image_format, force=force)
+                    opened.append(await stack.enter_async_context(source))
+            yield list(opened)
+    finally:
+        for source in opened:
+            for warning in source.warnings:
+                progress.warn(warning)
+
+
+async def read_small_files(specifications: "Sequence[Specification]") -> "list[tuple[str, bytes]]":
+    """Name and content of the small files among `specifications`.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
     from pathlib import Path
 
     from agent.specifications import SpecificationKind, read_small_file
     from core.limits import in_io_thread
-    from hypervisor.files import open_source
 
-    # Small files first into memory: one that is missing should not cost the time of a disk.
-    blobs = [
+    return [
         (one.name, await in_io_thread(read_small_file, Path(one.source)))
         for one in specifications
         if one.kind is SpecificationKind.BLOB
     ]
-    async with AsyncExitStack() as stack:
-        sources = [
-            await stack.enter_async_context(open_source(one.source, one.name))
-            for one in specifications
-            if one.kind is SpecificationKind.IMAGE
-        ]
-        if sources:
-            await writer.add_disks(sources, bwlimit=rate)
-    for name, data in blobs:
-        await writer.add_blob(name, data)
-
-
-async def plan_images(
-    invocation: Invocation,
-    repository: "Repository",
-    group: "Group",
-    specifications: "Sequence[Specification]",
-    progress: "Progress",
-) -> "list[DiskPlan]":
-    """What a backup would read of the images in `specifications`; small files are read to see that they can be."""
-    from contextlib import AsyncExitStack
-    from pathlib import Path
-
-    from agent.specifications import SpecificationKind, read_small_file
-    from core.limits import in_io_thread
-    from hypervisor.files import open_source
-    from repository.planning import plan_disks
-
-    async with AsyncExitStack() as stack:
-        sources = []
-        for one in specifications:
-            if one.kind is SpecificationKind.IMAGE:
-                sources.append(await stack.enter_async_context(open_source(one.source, one.name)))
-            else:
-                await in_io_thread(read_small_file, Path(one.source))
-        return await plan_disks(repository, group, sources, invocation.codec())
 
 
 def show_plan(invocation: Invocation, group: "Group", plans: "Sequence[DiskPlan]") -> None:
@@ -219,7 +223,3 @@ def _host_name() -> str:
     import socket
 
     return socket.gethostname().partition(".")[0]
-
-
-if TYPE_CHECKING:
-    from repository.backup import SnapshotWriter

@@ -127,9 +127,9 @@ class _Job:
 
     async def one(self, archive: str, target: str) -> Restored:
         """Restore the archive to the target a person named."""
-        from datastore.names import ArchiveKind, archive_kind, complete_archive_name, strip_archive_type
+        from datastore.names import ArchiveKind, archive_kind, strip_archive_type
 
-        entry = self._manifest.file(complete_archive_name(archive))
+        entry = self._entry(archive)
         name = strip_archive_type(entry.filename)
         kind = archive_kind(entry.filename)
         if kind is ArchiveKind.DYNAMIC:
@@ -143,6 +143,20 @@ class _Job:
             await self._image(entry, target)
             return Restored(name, target, entry.size)
         return Restored(name, target, await self._blob(entry, target))
+
+    def _entry(self, archive: str) -> "ManifestFile":
+        """The archive that a person named with or without its type extension."""
+        from core.errors import NotFoundError
+        from datastore.names import strip_archive_type
+
+        files = self._manifest.files
+        for entry in files:
+            if archive in (entry.filename, strip_archive_type(entry.filename)):
+                return entry
+        raise NotFoundError(
+            "restore", f"{self._reader.snapshot} {archive}", "the snapshot has no such archive",
+            f"it has {', '.join(strip_archive_type(entry.filename) for entry in files)}",
+        )  # fmt: skip
 
     async def all_to_folder(self, folder: Path) -> list[Restored]:
         """Restore every archive into `folder`."""
@@ -160,19 +174,17 @@ class _Job:
         return restored
 
     async def _image(self, entry: "ManifestFile", target: str) -> None:
-        from hypervisor.files import open_target
-        from repository.restore import restore_disk
+        from repository.restore import restore_disk, restore_stream
 
         if target == "-":
-            await self._image_to_stdout(entry)
+            await restore_stream(
+                self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress
+            )
             return
+        from hypervisor.targets import open_target
+
         async with open_target(target, entry.size, force=self._force) as disk:
             await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
-
-    async def _image_to_stdout(self, entry: "ManifestFile") -> None:
-        from repository.restore import restore_stream
-
-        await restore_stream(self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress)
 
     async def _blob(self, entry: "ManifestFile", target: str) -> int:
         from core.limits import in_io_thread
