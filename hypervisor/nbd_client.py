@@ -165,6 +165,7 @@ class NbdConnection:
         self.size = 0
         self.read_only = True
         self.can_trim = self.can_zero = self.can_flush = self.multi_conn = False
+        self.offered: frozenset[str] = frozenset()  #: those of `contexts` that the server has
         self.block = 1  #: bytes, what every request must be aligned to
         self.max_request = _MAX_REQUEST  #: bytes of one read or write
 
@@ -281,9 +282,8 @@ class NbdConnection:
         end = offset + length
         if offset < 0 or end > self.size:
             raise self._error("read the map of", f"{offset}..{end} lies outside its {self.size} bytes")
-        with self._translated("read the map of"):
-            if context not in self.contexts or not handle.can_meta_context(context):
-                raise self._error("read the map of", f"the server does not offer {context!r}")
+        if context not in self.offered:
+            raise self._error("read the map of", f"the server does not offer {context!r}")
         while offset < end:
             trio.from_thread.check_cancelled()
             entries = iter(self._status(handle, offset, min(STATUS_STEP, end - offset), context))
@@ -423,6 +423,7 @@ class NbdConnection:
             self.read_only = handle.is_read_only()
             self.can_trim, self.can_zero = handle.can_trim(), handle.can_zero()
             self.can_flush, self.multi_conn = handle.can_flush(), handle.can_multi_conn()
+            self.offered = frozenset(context for context in self.contexts if handle.can_meta_context(context))
             block = handle.get_block_size(self._nbd.SIZE_MINIMUM)
             largest = handle.get_block_size(self._nbd.SIZE_MAXIMUM)
         if not 0 < size <= MAX_SIZE:
@@ -471,6 +472,7 @@ class NbdPool:
         self.read_only = first.read_only
         self.can_trim, self.can_zero, self.can_flush = first.can_trim, first.can_zero, first.can_flush
         self.block = first.block  #: bytes, the server's smallest unit
+        self._contexts = first.offered
         self._free = list(connections)
         self._slots = trio.Semaphore(len(connections))
         self._broken: FleeceError | None = None
@@ -530,6 +532,10 @@ class NbdPool:
         """Make everything written durable; no-op on a server that cannot."""
         # With several connections the server promises (multi-conn) that one flush covers the writes of all.
         await self._use(lambda connection: connection.flush())
+
+    def has_context(self, context: str) -> bool:
+        """Whether the server offers a metadata context that was named when the pool was opened."""
+        return context in self._contexts
 
     def close(self) -> None:
         """Close all connections. Nobody may be using them."""

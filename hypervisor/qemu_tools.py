@@ -1,0 +1,194 @@
+"""QEMU's own programs as child processes: `qemu-img` to create images, `qemu-nbd` to serve them on a unix socket.
+
+Images are always opened with an explicit format, and file names never reach QEMU where they could be taken for
+options or for a protocol. `qemu-nbd` ends by itself when its last client leaves, so even a killed agent leaves no
+server behind that would hold the image.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from core.errors import FleeceError, SourceError, TargetError
+from core.limits import in_io_thread
+from hypervisor.errors import DiskInUseError
+from hypervisor.nbd_client import NbdAddress, NbdConnection
+
+#: Seconds until a `qemu-nbd` must be ready; opening an image on a slow network file system takes time.
+START_TIMEOUT_S: Final = 60.0
+#: Seconds between SIGTERM and SIGKILL: `qemu-nbd` closes its image, which may write metadata.
+STOP_TIMEOUT_S: Final = 15.0
+#: Connections one server takes: ours, and the one that keeps it alive.
+_SHARED: Final = 8
+#: Bytes of a program's complaint that go into an error.
+_MAX_COMPLAINT: Final = 2000
+_EXPORT: Final = "image"
+_MAX_SOCKET_PATH: Final = 107
+
+
+def find_tool(name: str, fault: type[FleeceError] = SourceError) -> str:
+    """Path of QEMU's program `name`.
+
+    Raises:
+        FleeceError: it is not installed; the class is `fault`.
+    """
+    path = shutil.which(name)
+    if path is None:
+        raise fault("run", name, "it is not installed", "apt install qemu-utils")
+    return path
+
+
+async def create_qcow2(path: Path, size: int) -> None:
+    """Make the existing file `path` an empty qcow2 image of `size` bytes (rounded up to 512 by QEMU).
+
+    Cancelled, the file may be half an image.
+
+    Raises:
+        TargetError: no space, no right, or QEMU is missing.
+        DiskInUseError: another process holds the image.
+    """
+    tool = await in_io_thread(find_tool, "qemu-img", TargetError)
+    arguments = [tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)]
+    done = await trio.run_process(
+        arguments, capture_stdout=True, capture_stderr=True, check=False, env=_environment(), stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        raise _complaint(done.stderr, "create", path, TargetError)
+
+
+@asynccontextmanager
+async def serve_image(
+    path: Path, image_format: str, *, writable: bool = False, shared: bool = False, fault: type[FleeceError]
+) -> AsyncIterator[NbdAddress]:
+    """Serve the image at `path` with `qemu-nbd` on a private socket while the block runs.
+
+    QEMU locks the image as usual: nobody writes to it meanwhile, or it is refused. `shared` reads an image that
+    somebody else may be writing. The caller closes its connections before the block ends.
+
+    Raises:
+        DiskInUseError: somebody else holds the image.
+        FleeceError: QEMU cannot open it, or is missing; the class is `fault`.
+    """
+    tool = await in_io_thread(find_tool, "qemu-nbd", fault)
+    is_device = await in_io_thread(path.is_block_device)
+    options = {
+        "driver": image_format,
+        "file.driver": "host_device" if is_device else "file",
+        "file.filename": _absolute(path),
+    }
+    if writable:
+        options |= {"discard": "unmap", "detect-zeroes": "unmap", "file.discard": "unmap"}
+    elif shared:
+        options |= {"force-share": "on"}
+    folder = await in_io_thread(_private_folder)
+    try:
+        socket = folder / "nbd"
+        arguments = [tool, f"--socket={socket}", f"--shared={_SHARED}", f"--export-name={_EXPORT}", "--image-opts"]
+        # Commas are doubled in QEMU's options.
+        image = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+        mode = [] if writable else ["--read-only"]
+        with (folder / "stderr").open("w+b", buffering=0) as complaints:
+            process = await trio.lowlevel.open_process(
+                [*arguments, *mode, image],
+                stdin=subprocess.DEVNULL,
+                stdout=complaints,
+                stderr=complaints,
+                env=_environment(),
+                start_new_session=True,  # a Ctrl-C at the terminal is for us: the image must not vanish under us
+            )
+            keeper = NbdConnection(NbdAddress.unix(socket, _EXPORT))
+            try:
+                await _until_ready(process, keeper, folder / "stderr", path, fault)
+                yield keeper.address
+            finally:
+                # As long as the keeper is connected, qemu-nbd does not mind that a cancelled read closes the others.
+                keeper.close()
+                await _stop(process)
+    finally:
+        _remove(folder)  # two entries: no thread, so that cancellation cannot come between
+
+
+async def _until_ready(
+    process: trio.Process, keeper: NbdConnection, complaints: Path, path: Path, fault: type[FleeceError]
+) -> None:
+    deadline = trio.current_time() + START_TIMEOUT_S
+    pause_s = 0.005
+    while True:
+        ended = process.poll() is not None
+        if await in_io_thread(Path(keeper.address.socket).exists):
+            try:
+                await in_io_thread(keeper.connect)
+            except SourceError:
+                # Not listening yet, or already gone.
+                pass
+            else:
+                return
+        if ended:
+            text = await in_io_thread(_read_start, complaints)
+            raise _complaint(text, "open", path, fault)
+        if trio.current_time() > deadline:
+            raise fault("open", str(path), f"qemu-nbd was not ready after {START_TIMEOUT_S:.0f} s")
+        await trio.sleep(pause_s)
+        pause_s = min(0.1, pause_s * 1.5)
+
+
+async def _stop(process: trio.Process) -> None:
+    """End `process`, kindly at first; it has ended when this returns."""
+    with trio.CancelScope(shield=True):
+        process.terminate()
+        with trio.move_on_after(STOP_TIMEOUT_S):
+            await process.wait()
+            return
+        process.kill()
+        await process.wait()
+
+
+def _absolute(path: Path) -> str:
+    """A path that can be neither an option nor a protocol such as `nbd:`."""
+    return os.fspath(path.absolute())
+
+
+def _complaint(stderr: bytes, what: str, path: Path, fault: type[FleeceError]) -> FleeceError:
+    """What QEMU wrote, as an error of ours."""
+    text = " ".join(stderr[:_MAX_COMPLAINT].decode("utf-8", "replace").split())
+    text = re.sub(r"^qemu-(nbd|img): ", "", text)
+    if re.search(r"Failed to get .* lock|Failed to lock", text):
+        return DiskInUseError(
+            what, str(path), "another process, such as a running VM, holds the image", "stop it first"
+        )
+    return fault(what, str(path), text or "QEMU gave no reason")
+
+
+def _read_start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_COMPLAINT)
+
+
+def _private_folder() -> Path:
+    """A new folder that only we can enter, with a path short enough for sockets."""
+    candidates: Sequence[str | None] = (os.environ.get("XDG_RUNTIME_DIR"), "/run/fleece", None, "/tmp")
+    for parent in candidates:
+        if parent is not None and not (Path(parent).is_dir() and os.access(parent, os.W_OK)):
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="fleece-nbd-", dir=parent))
+        if len(os.fsencode(folder / "nbd")) <= _MAX_SOCKET_PATH:
+            return folder
+        folder.rmdir()
+    raise SourceError("make", "a folder for a socket", "no temporary folder has a short enough path", "set TMPDIR")
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with messages in English: locks are recognised by their words."""
+    return {**os.environ, "LC_ALL": "C"}

@@ -1,0 +1,556 @@
+"""Disk targets: what an image is restored to.
+
+Nothing is overwritten that its owner may still want: a target with content needs `force`, and one that is too small,
+mounted or in use is refused always. A file that this run has made is removed when the restore fails; what was there
+before never is.
+
+    target                  made by this run   zeros
+    new file                yes                are holes already
+    empty file              no                 are holes already
+    file with content       no                 holes are punched, else zeros written
+    block device            no                 the device's own command, else zeros written
+    NBD export              no                 the server's own command, else zeros written
+    qcow2, new or replaced  yes                are unallocated already
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from core.buffers import Buffer
+from core.disks import DiskTarget
+from core.errors import TargetError, os_reason
+from core.limits import in_io_thread
+from core.units import MIB, format_size
+from hypervisor.errors import DiskInUseError
+from hypervisor.image_files import check_kind, image_format, lock_for_writing, open_error, size_of, unlock
+from hypervisor.nbd_client import TIMEOUT_S, NbdAddress, NbdPool, is_nbd_uri, open_nbd
+from hypervisor.qemu_tools import create_qcow2, find_tool, serve_image
+
+#: Bytes at both ends of a device that must be zero, or `force` is needed: partition tables and file systems are there.
+GUARD_SIZE: Final = MIB
+_ZEROS: Final = bytes(MIB)
+#: fallocate(2): FALLOC_FL_KEEP_SIZE with FALLOC_FL_PUNCH_HOLE, which gives space back (on a device: only if it can do so
+#: and then reads zeros), and with FALLOC_FL_ZERO_RANGE, by which the kernel writes zeros where it must.
+_ZERO_MODES: Final = (0x01 | 0x02, 0x01 | 0x10)
+#: `fallocate` says so where the file system or device has no such command, or not for this alignment.
+_NO_SUCH_ZEROS: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
+_STREAM_PIECE: Final = 256 * 1024
+_STREAM_WAIT_MS: Final = 250
+#: Bytes a pipe always takes without blocking once it polls as writable.
+_PIPE_BUF: Final = 4096
+_FORCE_HINT: Final = "use --force to overwrite it"
+
+
+class FileTarget:
+    """A raw file or a block device, written as it is; made by `open_target`."""
+
+    def __init__(self, fd: int, where: str, size: int, *, reads_zero: bool) -> None:
+        self._fd, self._where, self._size, self._reads_zero = fd, where, size, reads_zero
+        self._zero_modes = list(_ZERO_MODES)
+        self.touched = False  #: something was written
+
+    @property
+    def size(self) -> int:
+        """Bytes that can be written."""
+        return self._size
+
+    @property
+    def reads_zero(self) -> bool:
+        """True for a file that had no content before."""
+        return self._reads_zero
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write `data` at `offset`; cancellation waits for it.
+
+        Raises:
+            TargetError: no space, an I/O error, or beyond the end.
+        """
+        await in_io_thread(self._write, offset, memoryview(data).cast("B"))
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros: nothing to do in a file without content, else by a hole, else by writing.
+
+        Raises:
+            TargetError: as `write`.
+        """
+        self._check(offset, length)
+        if not self._reads_zero and length:
+            await in_io_thread(self._zero, offset, length)
+
+    async def flush(self) -> None:
+        """Make everything written durable.
+
+        Raises:
+            TargetError: the data did not reach the disk.
+        """
+        await in_io_thread(self._flush)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self._size:
+            why = f"{offset}..{offset + length} lies outside its {self._size} bytes"
+            raise TargetError("write to", self._where, why)
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        self._check(offset, len(view))
+        self.touched = True
+        position = 0
+        while position < len(view):
+            try:
+                position += os.pwrite(self._fd, view[position:], offset + position)
+            except OSError as error:
+                raise self._failed(error, offset + position) from error
+
+    def _zero(self, offset: int, length: int) -> None:
+        self.touched = True
+        for mode in tuple(self._zero_modes):
+            try:
+                _fallocate(self._fd, mode, offset, length)
+                return
+            except OSError as error:
+                if error.errno not in _NO_SUCH_ZEROS:
+                    raise self._failed(error, offset) from error
+                if error.errno != errno.EINVAL:  # that may come from this range's alignment alone
+                    self._zero_modes.remove(mode)
+        end = offset + length
+        while offset < end:
+            piece = memoryview(_ZEROS)[: end - offset]
+            self._write(offset, piece)
+            offset += len(piece)
+
+    def _flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._failed(error, None) from error
+
+    def _failed(self, error: OSError, offset: int | None) -> TargetError:
+        where = "" if offset is None else f" at {offset}"
+        return TargetError("write to", self._where, f"{os_reason(error)}{where}", _space_hint(error))
+
+
+class NbdTarget:
+    """An NBD export; made by `open_target`."""
+
+    def __init__(self, pool: NbdPool, *, reads_zero: bool) -> None:
+        self._pool, self._reads_zero = pool, reads_zero
+
+    @property
+    def size(self) -> int:
+        """Bytes of the export."""
+        return self._pool.size
+
+    @property
+    def reads_zero(self) -> bool:
+        """True for an image that this run has just created."""
+        return self._reads_zero
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write `data` at `offset`.
+
+        Raises:
+            TargetError: the server has no space, fails, is gone, or does not answer.
+        """
+        await self._pool.write(offset, data)
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros by the server's own command; by writing them if it has none.
+
+        Raises:
+            TargetError: as `write`.
+        """
+        if self._reads_zero or not length:
+            return
+        if self._pool.can_zero:
+            await self._pool.zero(offset, length)
+            return
+        end = offset + length
+        while offset < end:
+            piece = memoryview(_ZEROS)[: end - offset]
+            await self._pool.write(offset, piece)
+            offset += len(piece)
+
+    async def flush(self) -> None:
+        """Make everything written durable, if the server can.
+
+        Raises:
+            TargetError: as `write`.
+        """
+        await self._pool.flush()
+
+
+class StreamTarget:
+    """A pipe, socket or file descriptor that takes the image from its first to its last byte.
+
+    Writes wait for their turn: of all calls, the one at the current position goes on. So the ranges may be handed
+    over by several tasks, but the next one must always be among them, and every byte must be written or zeroed.
+    """
+
+    def __init__(self, fd: int, size: int, where: str = "-") -> None:
+        self._fd, self._size, self._where = fd, size, where
+        self._position = 0
+        self._own_fd: int | None = None
+        self._turn = trio.Condition()
+        self._failed = False
+        self._prepare()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the image."""
+        return self._size
+
+    @property
+    def reads_zero(self) -> bool:
+        """False: zeros must be written too."""
+        return False
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._position
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Wait until everything before `offset` is written, then write `data`.
+
+        Raises:
+            TargetError: the reader went away, no space, or `offset` was written already.
+        """
+        view = memoryview(data).cast("B")
+        await self._in_turn(offset, len(view), lambda: self._write(view))
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Wait until everything before `offset` is written, then write `length` zeros.
+
+        Raises:
+            TargetError: as `write`.
+        """
+
+        def fill() -> None:
+            left = length
+            while left:
+                piece = memoryview(_ZEROS)[:left]
+                self._write(piece)
+                left -= len(piece)
+
+        await self._in_turn(offset, length, fill)
+
+    async def flush(self) -> None:
+        """Make a file durable; a pipe has taken everything already.
+
+        Raises:
+            TargetError: the data did not reach the disk.
+        """
+        await in_io_thread(self._sync)
+
+    def close(self) -> None:
+        """Give up the descriptor that was opened for writing without blocking; the caller's stays open."""
+        if self._own_fd is not None:
+            os.close(self._own_fd)
+            self._own_fd = None
+
+    def _prepare(self) -> None:
+        mode = os.fstat(self._fd).st_mode
+        if os.isatty(self._fd):
+            raise TargetError("write to", self._where, "it is a terminal", "redirect it into a file or a pipe")
+        self._blocks = stat.S_ISSOCK(mode)
+        if stat.S_ISFIFO(mode):
+            # A blocking write of a full pipe could not be cancelled, and O_NONBLOCK on the descriptor we were given
+            # would change it for whoever shares it: so open the pipe once more.
+            try:
+                self._own_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                self._blocks = True
+            else:
+                with suppress(OSError):  # beyond the user's limit
+                    fcntl.fcntl(self._own_fd, fcntl.F_SETPIPE_SZ, MIB)
+
+    async def _in_turn(self, offset: int, length: int, work: Callable[[], None]) -> None:
+        if offset < self._position or offset + length > self._size:
+            raise self._error(f"{offset}..{offset + length} is out of turn after {self._position} bytes")
+        async with self._turn:
+            while self._position != offset and not self._failed:
+                await self._turn.wait()
+            if self._failed:
+                raise self._error("an earlier part could not be written")
+            try:
+                await in_io_thread(work)
+            except BaseException:
+                # Who waits for this part would wait for ever.
+                self._failed = True
+                self._turn.notify_all()
+                raise
+            self._position += length
+            self._turn.notify_all()
+
+    def _write(self, view: memoryview) -> None:
+        fd = self._fd if self._own_fd is None else self._own_fd
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        piece = _PIPE_BUF if self._blocks else _STREAM_PIECE
+        position = 0
+        while position < len(view):
+            try:
+                if self._blocks:
+                    self._wait(poll)
+                position += os.write(fd, view[position : position + piece])
+            except BlockingIOError:
+                self._wait(poll)
+            except BrokenPipeError as error:
+                raise self._error("who reads it went away") from error
+            except OSError as error:
+                raise self._error(os_reason(error), _space_hint(error)) from error
+
+    def _wait(self, poll: "select.poll") -> None:
+        while not poll.poll(_STREAM_WAIT_MS):
+            trio.from_thread.check_cancelled()
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):  # no file
+                raise self._error(os_reason(error), _space_hint(error)) from error
+
+    def _error(self, why: str, hint: str = "") -> TargetError:
+        return TargetError("write to", self._where, why, hint)
+
+
+@asynccontextmanager
+async def open_target(
+    spec: str, size: int, *, force: bool = False, format: str | None = None, timeout_s: float = TIMEOUT_S
+) -> AsyncIterator[DiskTarget]:
+    """The disk that `spec` names, ready to take an image of `size` bytes: a file, a block device, an NBD URI, or `-`.
+
+    A file is qcow2 if `format` says so, or without one if its name ends in `.qcow2`; anything else is raw. If the
+    block raises, a file made by this run is removed, and one that was there and empty is empty again. When it ends
+    well a file has exactly the image's size, and all is durable.
+
+    Raises:
+        TargetError: too small, or it cannot be made or written; content that needs `force` to be overwritten.
+        DiskInUseError: mounted, or open somewhere else (with `force` too).
+        UsageError: a format or URI that is not supported.
+    """
+    if size < 1:
+        raise TargetError("restore to", spec, "the image is empty")
+    async with AsyncExitStack() as stack:
+        if spec == "-":
+            stream = StreamTarget(1, size)
+            stack.callback(stream.close)
+            yield stream
+        elif is_nbd_uri(spec):
+            yield await stack.enter_async_context(_open_nbd(spec, size, force=force, timeout_s=timeout_s))
+        elif image_format(Path(spec), format) == "qcow2":
+            yield await stack.enter_async_context(_open_qcow2(Path(spec), size, force=force, timeout_s=timeout_s))
+        else:
+            yield await stack.enter_async_context(_open_raw(Path(spec), size, force=force))
+
+
+@asynccontextmanager
+async def _open_nbd(spec: str, size: int, *, force: bool, timeout_s: float) -> AsyncIterator[NbdTarget]:
+    async with open_nbd(NbdAddress.parse(spec), writable=True, timeout_s=timeout_s) as pool:
+        if pool.size < size:
+            raise _too_small(spec, pool.size, size)
+        if not force:
+            for offset in _guards(pool.size):
+                start = bytearray(min(GUARD_SIZE, pool.size - offset))
+                await pool.read_into(offset, start)
+                _refuse_content(spec, start, offset)
+        target = NbdTarget(pool, reads_zero=False)
+        yield target
+        await target.flush()
+
+
+@asynccontextmanager
+async def _open_qcow2(path: Path, size: int, *, force: bool, timeout_s: float) -> AsyncIterator[NbdTarget]:
+    for tool in ("qemu-img", "qemu-nbd"):  # before anything is overwritten
+        await in_io_thread(find_tool, tool, TargetError)
+    file = await in_io_thread(_File.open, path, force)
+    overwritten = False
+    try:
+        if file.is_device:
+            raise TargetError("restore to", str(path), "a qcow2 image on a block device is not supported", "use raw")
+        # QEMU's tools lock it from here on; two locks would be in each other's way.
+        unlock(file.fd)
+        overwritten = True
+        await create_qcow2(path, size)
+        async with (
+            serve_image(path, "qcow2", writable=True, fault=TargetError) as address,
+            open_nbd(address, writable=True, timeout_s=timeout_s) as pool,
+        ):
+            if pool.size < size:
+                raise _too_small(str(path), pool.size, size)
+            target = NbdTarget(pool, reads_zero=True)
+            yield target
+            await target.flush()
+        await in_io_thread(file.keep)
+    except BaseException as error:
+        # What is left is half an image and must not look whole; an older one was overwritten by the first step. But
+        # an image that somebody else took meanwhile is theirs.
+        file.discard(emptied=overwritten and not isinstance(error, DiskInUseError))
+        raise
+    finally:
+        file.close()
+
+
+@asynccontextmanager
+async def _open_raw(path: Path, size: int, *, force: bool) -> AsyncIterator[FileTarget]:
+    file = await in_io_thread(_File.open, path, force)
+    target: FileTarget | None = None
+    try:
+        await in_io_thread(file.prepare, size, force)
+        target = FileTarget(file.fd, str(path), size, reads_zero=not file.is_device and file.old_size == 0)
+        yield target
+        if not file.is_device:
+            await in_io_thread(file.resize, size)
+        await target.flush()
+        await in_io_thread(file.keep)
+    except BaseException:
+        file.discard(emptied=False, untouched=target is None or not target.touched)
+        raise
+    finally:
+        file.close()
+
+
+class _File:
+    """An open file or device, and what it was before."""
+
+    def __init__(self, fd: int, path: Path, *, made: bool, old_size: int, is_device: bool) -> None:
+        self.fd, self.path, self.made, self.old_size, self.is_device = fd, path, made, old_size, is_device
+
+    @classmethod
+    def open(cls, path: Path, force: bool) -> "_File":
+        """Open or make `path` for writing; content needs `force`.
+
+        Raises:
+            TargetError, DiskInUseError: as `open_target`.
+        """
+        where = str(path)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            lock_for_writing(fd, where)
+            return cls(fd, path, made=True, old_size=0, is_device=False)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise open_error(error, "make", where, TargetError) from error
+        try:
+            is_device = check_kind(path.stat().st_mode, "write to", where, TargetError)
+            # O_EXCL without O_CREAT: fails on a device that is mounted or otherwise held.
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (os.O_EXCL if is_device else 0)
+            fd = os.open(path, flags)
+        except OSError as error:
+            raise open_error(error, "write to", where, TargetError) from error
+        try:
+            if check_kind(os.fstat(fd).st_mode, "write to", where, TargetError) is not is_device:
+                raise TargetError("write to", where, "it was replaced meanwhile")
+            old_size = size_of(fd)
+            lock_for_writing(fd, where)
+            if not is_device and old_size and not force:
+                raise TargetError("restore to", where, f"the file exists with {old_size} bytes", _FORCE_HINT)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, path, made=False, old_size=old_size, is_device=is_device)
+
+    def prepare(self, size: int, force: bool) -> None:
+        """Give a file room for `size` bytes, without allocating; check a device.
+
+        A file that is too long is cut when the restore has succeeded, not before: a restore that fails before its
+        first byte leaves it as it was.
+        """
+        if not self.is_device:
+            if self.old_size < size:
+                self.resize(size)
+            return
+        if self.old_size < size:
+            raise _too_small(str(self.path), self.old_size, size)
+        if force:
+            return
+        for offset in _guards(self.old_size):
+            try:
+                start = os.pread(self.fd, GUARD_SIZE, offset)
+            except OSError as error:
+                raise TargetError("read", str(self.path), os_reason(error)) from error
+            _refuse_content(str(self.path), start, offset)
+
+    def resize(self, size: int) -> None:
+        """Set the file's length."""
+        try:
+            if size_of(self.fd) != size:
+                os.ftruncate(self.fd, size)
+        except OSError as error:
+            why = f"it cannot have {size} bytes: {os_reason(error)}"
+            raise TargetError("write to", str(self.path), why, _space_hint(error)) from error
+
+    def keep(self) -> None:
+        """Make the file's length, and a new file's name, durable."""
+        try:
+            if not self.is_device:
+                os.fsync(self.fd)
+            if self.made:
+                folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+        except OSError as error:
+            raise TargetError("write to", str(self.path), os_reason(error), _space_hint(error)) from error
+
+    def discard(self, *, emptied: bool, untouched: bool = False) -> None:
+        """After a failure: remove the file if this run made it; else give it its old length where that is harmless."""
+        if self.is_device:
+            return
+        with suppress(OSError):  # the failure that brought us here is the one to report
+            if self.made:
+                if os.path.samestat(os.fstat(self.fd), self.path.lstat()):
+                    self.path.unlink()
+            elif emptied or self.old_size == 0:
+                os.ftruncate(self.fd, 0)
+            elif untouched:
+                os.ftruncate(self.fd, self.old_size)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _guards(size: int) -> tuple[int, ...]:
+    """Offsets of the parts at both ends that must be zero."""
+    return (0,) if size <= GUARD_SIZE else (0, max(GUARD_SIZE, size - GUARD_SIZE))
+
+
+def _refuse_content(where: str, data: Buffer, offset: int) -> None:
+    if data != _ZEROS[: len(data)]:
+        place = "first" if offset == 0 else "last"
+        raise TargetError("restore to", where, f"its {place} MiB is not zero, so it is in use or was", _FORCE_HINT)
+
+
+def _too_small(where: str, has: int, needs: int) -> TargetError:
+    why = f"it has {has} bytes ({format_size(has)}), the image has {needs} ({format_size(needs)})"
+    return TargetError("restore to", where, why, "choose a larger one")
+
+
+def _space_hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or choose another place"
+    if error.errno == errno.EFBIG:
+        return "the file system has no files of that size; choose another place"
+    return ""
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python has only without modes. Threads go on meanwhile."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
