@@ -31,13 +31,16 @@ def read_index_file(path: str | os.PathLike[str], where: str) -> bytes:
     try:
         # Non-blocking: a FIFO under this name must not hang us.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError("read index", where, "it is no regular file")
             if status.st_size > HEADER_SIZE + MAX_ENTRY_BYTES:
                 raise FormatError("read index", where, f"{status.st_size} bytes, more than any index has")
-            return file.readall() or b""
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
+                return file.readall()
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise NotFoundError("read index", where, "there is no such file") from None
     except OSError as error:
