@@ -39,8 +39,7 @@ _CLOSE_TIMEOUT_S: Final = 5.0
 _POLL_INTERVAL_S: Final = 0.05
 
 _quiet = logging.getLogger("fleece.qmp")
-_quiet.addHandler(logging.NullHandler())
-_quiet.propagate = False
+_quiet.setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):

@@ -55,9 +55,9 @@ async def connect_unix(path: str) -> socket.socket:
         sock.setblocking(False)
         address = path
         if len(os.fsencode(path)) >= _MAX_PATH:
-            folder = os.open(Path(path).parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, folder)
-            address = f"/proc/self/fd/{folder}/{Path(path).name}"
+            node = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, node)
+            address = f"/proc/self/fd/{node}"
         while True:
             try:
                 # trio's own connect would take the EAGAIN of a full queue for "under way".
