@@ -53,7 +53,7 @@ class DigestSet:
         """Add many: `digests` packed (32 bytes each), `sizes` one for all or one per digest.
 
         Raises:
-            FleeceError: not whole digests, or another number of sizes.
+            FleeceError: not whole digests, another number of sizes, or what is no size.
         """
         view = memoryview(digests).cast("B")
         count = len(view) // DIGEST_SIZE
@@ -66,7 +66,10 @@ class DigestSet:
             return
         import numpy as np
 
-        added = np.full(count, sizes, np.uint32) if isinstance(sizes, int) else np.asarray(sizes, np.uint32)
+        wide = np.full(count, sizes, np.int64) if isinstance(sizes, int) else np.asarray(sizes, np.int64)
+        if count and not (0 <= wide.min() and wide.max() <= _MAX_SIZE):
+            raise FleeceError("remember chunks", f"of {len(view)} bytes of digests", "a size among them is no size")
+        added = wide.astype(np.uint32)
         # What was there first stays: pending ones go in before.
         self._merge()
         self._insert(np.frombuffer(view, np.uint8).reshape(count, DIGEST_SIZE), added)
