@@ -1,1 +1,5 @@
-"""Room fusefs."""
+"""The read-only file system over snapshots: images as files, small files decoded.
+
+Public API: `mount.mount` (everything from the checks to the unmount), `mount.serve` (under trio), `mount.OneArchive`,
+`options.MountOptions`, `errors.MountError`, and `helper.main`, the script `mount.fleece`.
+"""

@@ -1,0 +1,59 @@
+"""What Fleece tells the kernel about its mounts: options, request sizes, read-ahead."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+#: KiB the kernel reads ahead on a mount. Its default of 128 makes every request 128 KiB; libfuse allows 1 MiB.
+READ_AHEAD_KIB: Final = 1024
+_ESCAPED: Final = re.compile(r"\\([0-7]{3})")
+
+
+def mount_options(source: str, extra: Iterable[str] = ()) -> set[str]:
+    """The options for libfuse: what every mount of Fleece has, and `extra`.
+
+    `source` is what /proc/mounts shows in its first column.
+    """
+    # The library splits its options at commas; a backslash keeps one that belongs to the name.
+    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    return {"ro", "nosuid", "nodev", "default_permissions", "subtype=fleece", f"fsname={name}", *extra}
+
+
+def raise_read_ahead(mountpoint: str) -> bool:
+    """Let the kernel read more at once from the mount at `mountpoint`; only root may, False if it was not allowed.
+
+    The mount itself is not asked: this runs in the process that would have to answer.
+    """
+    device = _device(mountpoint)
+    if device is None:
+        return False
+    try:
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError:
+        return False
+    return True
+
+
+def is_served(mountpoint: str) -> bool:
+    """Ask the mount for its root and wait for the answer; True if there was one. Blocks, so it needs a thread."""
+    try:
+        Path(mountpoint).stat()
+    except OSError:
+        return False
+    return True
+
+
+def _device(mountpoint: str) -> str | None:
+    # mountinfo: id, parent, major:minor, root, mount point with octal escapes, ...; the last mount is the upper one.
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if len(fields) > 4 and unescape(fields[4]) == mountpoint:
+            found = fields[2]
+    return found
+
+
+def unescape(text: str) -> str:
+    """A path as /proc/self/mountinfo writes it, with `\\040` for a space, in plain form."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)

@@ -1,0 +1,333 @@
+"""Mounting: one call from the command line to the last request.
+
+`mount` checks, goes into the background if it shall, and serves until the mount is taken away or a signal comes.
+`serve` is the part that runs under trio. pyfuse3 has one session per process, so a process has one mount.
+"""
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+import trio
+
+from core.errors import FleeceError, UsageError, os_reason
+from core.nursery import one_error, open_nursery
+from datastore.codec import CryptKey
+from datastore.crypt_mode import CryptMode
+from datastore.errors import KeyNeededError, SnapshotNotFoundError
+from datastore.names import ROOT, Group, Namespace, Snapshot, complete_archive_name
+from fusefs.errors import MountError
+from fusefs.kernel import is_served, mount_options, raise_read_ahead
+from fusefs.mountpoint import check_fuse, check_mountpoint
+from fusefs.opened import OpenSnapshot, open_snapshot
+from fusefs.options import MountOptions
+from fusefs.pool import IDLE_S, SnapshotPool
+from fusefs.tree import ArchiveFolder, Folder, NamespaceFolder, Shared, find_file, is_shown
+from repository.archive import open_cache
+from repository.interface import Repository
+
+#: Opens the repository, for as long as the block runs.
+OpenRepository = Callable[[], AbstractAsyncContextManager[Repository]]
+#: Seconds that requests under way get to finish when a signal ends the mount.
+GRACE_S: Final = 5.0
+_READY: Final = b"ready"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OneArchive:
+    """Show a single archive instead of the tree; of a group, the newest snapshot's."""
+
+    snapshot: Snapshot | Group
+    name: str  #: with or without type extension
+
+
+def mount(
+    open_repository: OpenRepository,
+    mountpoint: Path,
+    *,
+    key: CryptKey | None = None,
+    ns: Namespace = ROOT,
+    archive: OneArchive | None = None,
+    options: MountOptions | None = None,
+    store: Path | None = None,
+    foreground: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Show a repository, or one archive of it, as a read-only file system on the folder `mountpoint`.
+
+    In the foreground it returns when the mount ended, by `umount`, `fusermount3 -u`, SIGTERM, SIGINT or SIGHUP. Else a
+    new process serves the mount, and this one returns as soon as it is usable; what goes wrong before that is raised
+    here. To be called outside of trio, and in the background without other threads.
+
+    Args:
+        open_repository: called once, in the serving process.
+        mountpoint: an existing, empty folder.
+        key: for encrypted archives; those of other keys are not shown.
+        ns: the namespace shown as the root of the tree.
+        archive: show this only.
+        options: what stands behind `-o`.
+        store: the folder of a local datastore, which must not be mounted over.
+        foreground: serve in this process.
+        on_ready: called in this process once the mount is usable.
+
+    Raises:
+        MountError: the mountpoint or this host is not fit for it.
+        FleeceError: the repository cannot be opened, or the archive cannot be shown.
+    """
+    options = options or MountOptions()
+    folder = check_mountpoint(mountpoint, store)
+    check_fuse()
+
+    def serve_it(ready: Callable[[], None]) -> None:
+        async def work() -> None:
+            async with open_repository() as repo:
+                await serve(repo, folder, key=key, ns=ns, archive=archive, options=options, ready=ready)
+
+        with one_error():
+            trio.run(work)
+
+    if foreground:
+        serve_it(on_ready)
+    else:
+        _in_background(serve_it, folder, options.log)
+        on_ready()
+
+
+async def serve(
+    repo: Repository,
+    mountpoint: Path,
+    *,
+    key: CryptKey | None = None,
+    ns: Namespace = ROOT,
+    archive: OneArchive | None = None,
+    options: MountOptions | None = None,
+    idle_s: float = IDLE_S,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount `repo` on `mountpoint` and answer requests until an unmount or a signal; `mount` has the arguments.
+
+    Cancelled, it unmounts; so it does however it ends.
+
+    Args:
+        repo: what to show.
+        mountpoint: a real path that `check_mountpoint` found fit.
+        key: as `mount`.
+        ns: as `mount`.
+        archive: as `mount`.
+        options: as `mount`.
+        idle_s: seconds a snapshot stays locked after its last use.
+        ready: called once requests are answered.
+    """
+    # pyfuse3 and with it libfuse are not there on every host that runs `fleece`.
+    import pyfuse3
+
+    from fusefs.operations import Operations
+
+    options = options or MountOptions()
+    async with open_cache(options.cache_size) as cache, open_nursery() as nursery:
+        pool: SnapshotPool[OpenSnapshot] = SnapshotPool(
+            lambda snapshot: open_snapshot(repo, key, snapshot, cache), repo.snapshot, nursery, idle_s=idle_s
+        )
+        shared = Shared(repo, key, pool, time.time_ns())
+        operations = Operations(
+            await _root(shared, ns, archive),
+            uid=os.getuid() if options.uid is None else options.uid,
+            gid=os.getgid() if options.gid is None else options.gid,
+        )
+        source = repo.name if archive is None else f"{repo.name}:{archive.snapshot}/{archive.name}"
+        _attach(operations, mountpoint, mount_options(source, options.fuse))
+        try:
+            async with open_nursery() as serving:
+                await serving.start(_end_on_signal, serving.cancel_scope)
+                serving.start_soon(_announce, mountpoint, ready)
+                await pyfuse3.main()
+                serving.cancel_scope.cancel()
+        finally:
+            operations.release_all()
+            pyfuse3.close(unmount=True)
+        nursery.cancel_scope.cancel()
+
+
+async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Folder:
+    """The root of the tree, read once so that errors come before the mount is made."""
+    if archive is None:
+        folder = NamespaceFolder(shared, b"", ns)
+        await folder.children()
+        return folder
+    snapshot = archive.snapshot
+    if isinstance(snapshot, Group):
+        newest = await shared.repo.latest(snapshot)
+        if newest is None:
+            raise SnapshotNotFoundError("mount", f"{snapshot}/latest", "the group has no finished snapshot")
+        snapshot = newest
+    name = complete_archive_name(archive.name)
+    info = await shared.repo.snapshot(snapshot)
+    file = find_file(info, name)
+    where = f"{snapshot}/{archive.name}"
+    if not is_shown(name):
+        why = "only disk images and small files can be mounted"
+        raise UsageError("mount", where, why, "'fleece restore' writes other archives to a file")
+    if file.crypt_mode is CryptMode.ENCRYPT and not shared.can_read(info, file.crypt_mode):
+        raise KeyNeededError(
+            "mount", where, f"it is encrypted with the key {info.fingerprint}", "give it with --keyfile"
+        )
+    root = ArchiveFolder(shared, info, file)
+    for node in (await root.children()).values():
+        await node.measure()  # type: ignore[attr-defined]  # the only node is a file
+    return root
+
+
+def _attach(operations: object, mountpoint: Path, fuse_options: set[str]) -> None:
+    """Mount; what libfuse and fusermount3 print about a failure becomes the reason."""
+    import pyfuse3
+
+    with tempfile.TemporaryFile() as heard, _stderr_to(heard.fileno()):
+        try:
+            pyfuse3.init(operations, str(mountpoint), fuse_options)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            heard.seek(0)
+            why = " ".join(heard.read(4096).decode(errors="replace").split()) or str(error)
+            hint = "user_allow_other has to stand in /etc/fuse.conf" if "allow_other" in why else ""
+            raise MountError("mount on", str(mountpoint), why, hint) from error
+
+
+@contextlib.contextmanager
+def _stderr_to(descriptor: int) -> Iterator[None]:
+    kept = os.dup(2)
+    os.dup2(descriptor, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+async def _announce(mountpoint: Path, ready: Callable[[], None]) -> None:
+    """Say that the mount is usable once a request was answered."""
+    # In a thread, because the kernel sends the question to this process. An unmount leaves the thread behind.
+    await trio.to_thread.run_sync(is_served, str(mountpoint), abandon_on_cancel=True)
+    raise_read_ahead(str(mountpoint))
+    ready()
+
+
+async def _end_on_signal(
+    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """End the session at the first signal, give requests under way a little time, then cut them off."""
+    import pyfuse3
+
+    # nohup and background shells ignore a signal on purpose.
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    watched = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+    with trio.open_signal_receiver(*watched) as signals:
+        task_status.started()
+        async for number in signals:
+            _LOG.info("%s received, unmounting", signal.Signals(number).name)
+            break
+        pyfuse3.terminate()
+        with trio.move_on_after(GRACE_S):
+            async for _ in signals:
+                break  # a second one means now
+        scope.cancel()
+
+
+def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> None:
+    """Run `serve_it(ready)` in a new process; return when it calls `ready`, or raise the error it ended with before."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _background(serve_it, writing, log)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    if answer == _READY:
+        return
+    os.waitpid(child, 0)
+    try:
+        words = json.loads(answer)
+    except ValueError:
+        words = {"what": "mount on", "where": str(mountpoint), "why": "the serving process ended at once", "hint": ""}
+    raise MountError(words["what"], words["where"], words["why"], words["hint"])
+
+
+def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: Path | None) -> NoReturn:
+    """The life of the serving process, in a session of its own, without terminal and standard streams."""
+    code = 1
+    told = False
+
+    def tell(answer: bytes) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            # The parent may have been killed meanwhile.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(pipe, answer)
+            os.close(pipe)
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+        tell(_READY)
+
+    try:
+        os.setsid()
+        os.chdir("/")
+        _log_to(log)
+        serve_it(ready)
+        code = 0
+        tell(_error_words(MountError("mount", "it", "it was unmounted before it was usable")))
+    except FleeceError as error:
+        if told:
+            _LOG.error("%s", error)
+        tell(_error_words(error))
+    except BaseException as error:
+        if told:
+            _LOG.exception("the mount ended")
+        tell(_error_words(MountError("mount", "it", f"{type(error).__name__}: {error}")))
+    finally:
+        logging.shutdown()
+        # Nothing of the parent's stack (its finally blocks, its exit handlers) may run a second time.
+        os._exit(code)
+
+
+def _error_words(error: FleeceError) -> bytes:
+    return json.dumps({"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}).encode()
+
+
+def _log_to(log: Path | None) -> None:
+    """Send log lines to a file, else to the system log, else nowhere."""
+    handler: logging.Handler
+    if log is not None:
+        try:
+            handler = logging.FileHandler(log)
+        except OSError as error:
+            raise MountError("write the log", str(log), os_reason(error)) from error
+        handler.setFormatter(logging.Formatter("%(asctime)s fleece mount[%(process)d]: %(message)s"))
+    else:
+        try:
+            handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+        except OSError:
+            handler = logging.NullHandler()
+        handler.setFormatter(logging.Formatter("fleece mount[%(process)d]: %(message)s"))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)

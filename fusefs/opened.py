@@ -1,0 +1,151 @@
+"""One snapshot open for reading, and the contents of its files."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final, Protocol
+
+import trio
+
+from core.buffers import Buffer
+from core.limits import in_cpu_thread
+from datastore.codec import ChunkCodec, CryptKey
+from datastore.index import ArchiveIndex
+from datastore.manifest import Manifest
+from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
+from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
+from repository.interface import Reader, Repository
+from repository.restore import restore_blob
+
+#: Bytes up to which a decoded small file is kept while its snapshot is open; a larger one is decoded for each handle.
+KEPT_BLOB: Final = 1 << 20
+#: Bytes in one block of `st_blocks`.
+BLOCK: Final = 512
+
+
+class Content(Protocol):
+    """The bytes of one file; for any number of tasks at once."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """512-byte blocks that hold data, for `st_blocks`."""
+        ...
+
+    def read_cached(self, offset: int, length: int) -> Buffer | None:
+        """As `read` if it needs no waiting, else None."""
+        ...
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Bytes from `offset` on, `length` of them or up to the end.
+
+        Raises:
+            FleeceError: this range cannot be read.
+        """
+        ...
+
+
+class BlobContent:
+    """A small file, decoded in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size: Final = len(data)
+        self.blocks: Final = -(-len(data) // BLOCK)
+        self._data = memoryview(data)
+
+    def read_cached(self, offset: int, length: int) -> Buffer:
+        """See `Content.read_cached`."""
+        return self._data[offset : offset + length]
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """See `Content.read`."""
+        return self._data[offset : offset + length]
+
+
+class ImageContent:
+    """A disk image, read through the chunk cache."""
+
+    def __init__(self, reader: ArchiveReader, blocks: int) -> None:
+        self.size: Final = reader.size
+        self.blocks: Final = blocks
+        self.read_cached: Final = reader.read_cached
+        self.read: Final = reader.read
+
+
+class OpenSnapshot:
+    """A snapshot whose manifest was read and checked; made by `open_snapshot`."""
+
+    def __init__(self, reader: Reader, manifest: Manifest, codec: ChunkCodec, cache: ChunkCache) -> None:
+        self.manifest: Final = manifest
+        self._reader, self._codec, self._cache = reader, codec, cache
+        self._contents: dict[str, Content] = {}
+        self._locks: dict[str, trio.Lock] = {}
+
+    async def content(self, name: str) -> Content:
+        """The file `name` (full file name), checked against the manifest; several callers cause one opening.
+
+        Raises:
+            NotFoundError: there is no such file.
+            FormatError, KeyNeededError: as `repository.locate.open_archive` and `repository.restore.restore_blob`.
+        """
+        async with self._locks.setdefault(name, trio.Lock()):
+            content = self._contents.get(name)
+            if content is None:
+                if archive_kind(name) is ArchiveKind.BLOB:
+                    content = BlobContent(await self._blob(name))
+                else:
+                    content = await self._image(name)
+                if isinstance(content, ImageContent) or content.size <= KEPT_BLOB:
+                    self._contents[name] = content
+            return content
+
+    async def _image(self, name: str) -> ImageContent:
+        reader = await open_archive_reader(self._reader, self._codec, self.manifest, name, self._cache)
+        return ImageContent(reader, await in_cpu_thread(data_blocks, reader.archive.index, reader.archive.zero))
+
+    async def _blob(self, name: str) -> bytes:
+        if name != CLIENT_LOG_NAME:
+            return await restore_blob(self._reader, self._codec, self.manifest, name)
+        # Uploaded after the backup: the manifest does not list it.
+        raw = await self._reader.read_blob(name)
+        where = f"{self._reader.snapshot}/{name}"
+        return await in_cpu_thread(lambda: self._codec.decode_blob(raw, crypt_mode=None, where=where))
+
+
+def data_blocks(index: ArchiveIndex, zero: bytes | None) -> int:
+    """512-byte blocks in the chunks of `index` that are not zeros; `zero` is the digest of a full chunk of zeros."""
+    import numpy as np
+
+    size = index.size
+    if zero is not None:
+        words = np.frombuffer(index.digests, dtype="<u8").reshape(-1, 4)
+        empty = (words == np.frombuffer(zero, dtype="<u8")).all(axis=1)
+        # A shorter last chunk of zeros has another digest, so it counts as data: it was stored.
+        size -= int(empty.sum()) * index.span(0)[1]
+    return max(0, -(-size // BLOCK))
+
+
+@asynccontextmanager
+async def open_snapshot(
+    repo: Repository, key: CryptKey | None, snapshot: Snapshot, cache: ChunkCache
+) -> AsyncIterator[OpenSnapshot]:
+    """Open `snapshot`, holding its shared lock while the block runs.
+
+    With the `key` that the snapshot was made with, the manifest's signature is checked. A snapshot of another key is
+    read as far as that goes without.
+
+    Raises:
+        SnapshotNotFoundError, LockedError: as `Repository.reader`.
+        FormatError: the manifest is broken or its signature wrong.
+    """
+    async with repo.reader(snapshot) as reader:
+        where = f"{snapshot}/{MANIFEST_NAME}"
+        raw = await reader.manifest()
+        manifest = Manifest.parse(raw, where=where)
+        usable = key if key is not None and manifest.fingerprint in (None, key.fingerprint) else None
+        if usable is not None:
+            manifest = Manifest.parse(raw, where=where, key=usable)
+        yield OpenSnapshot(reader, manifest, manifest.codec(usable), cache)
