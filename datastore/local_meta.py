@@ -95,7 +95,8 @@ class LocalMetaStore:
 
 def _sync_folders(folders: Iterable[Path]) -> None:
     for folder in folders:
-        for entry in os.scandir(folder):
-            if entry.is_file(follow_symlinks=False):
-                sync_path(Path(entry.path))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    sync_path(Path(entry.path))
         sync_path(folder)

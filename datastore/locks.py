@@ -27,7 +27,7 @@ import trio
 
 from core.errors import os_reason
 from datastore.errors import LockedError, StoreError
-from datastore.files import FOLDER_MODE, Owner, make_folders, unlink_quietly
+from datastore.files import FOLDER_MODE, Owner, make_folders, store_errors, unlink_quietly
 from datastore.names import Group, Namespace, Snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -292,7 +292,8 @@ class ProcessLocker:
         """
         fd = await self._lock(fcntl.F_RDLCK, _WRITER_BYTE, 1, wait_s, "write to")
         try:
-            entry, path, writer = self._register()
+            with store_errors("register as a writer of", self.base):
+                entry, path, writer = self._register()
             try:
                 yield writer
             finally:

@@ -9,7 +9,6 @@ from core.limits import in_io_thread
 from datastore.blob import Blob
 from datastore.dynamic_index import DynamicIndex
 from datastore.errors import SnapshotNotFoundError
-from datastore.files import store_errors
 from datastore.fixed_index import FixedIndex
 from datastore.index import ArchiveIndex
 from datastore.names import MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
@@ -70,21 +69,17 @@ def open_snapshot_index(store: Datastore, snapshot: Snapshot, name: str) -> Arch
     """Open the index `name` of `snapshot`; nothing is compared with the manifest.
 
     Raises:
-        SnapshotNotFoundError: not there.
+        NotFoundError: not there.
         FormatError: no index.
         StoreError: unreadable.
     """
     kind = archive_kind(name)
     where = f"{snapshot}/{name}"
     path = store.base / snapshot.path / name
-    try:
-        with store_errors("read index", where):
-            if kind is ArchiveKind.FIXED:
-                return FixedIndex.open(path, where=where)
-            if kind is ArchiveKind.DYNAMIC:
-                return DynamicIndex.open(path, where=where)
-    except FileNotFoundError:
-        raise SnapshotNotFoundError("read index", where, "there is no such file") from None
+    if kind is ArchiveKind.FIXED:
+        return FixedIndex.open(path, where=where)
+    if kind is ArchiveKind.DYNAMIC:
+        return DynamicIndex.open(path, where=where)
     raise UsageError("read index", where, "a blob is no index")
 
 

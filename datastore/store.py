@@ -323,9 +323,8 @@ class Datastore:
             SnapshotNotFoundError: not there.
         """
         try:
-            names = {
-                entry.name for entry in os.scandir(self.base / snapshot.path) if entry.is_file(follow_symlinks=False)
-            }
+            with os.scandir(self.base / snapshot.path) as entries:
+                names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         except OSError as error:
             raise SnapshotNotFoundError("list", str(snapshot), os_reason(error)) from error
         manifest = None

@@ -12,6 +12,7 @@ import pytest
 from tests.support.cache import ROOT, Unavailable
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
+from tests.support.stores import StorePool
 
 T = TypeVar("T")
 _QEMUS: dict[str, Callable[[], QemuBinary]] = {"distribution": distribution_qemu, "backports": backports_qemu}
@@ -28,6 +29,28 @@ def _or_skip(get: Callable[[], T]) -> T:
 def qemu(request: pytest.FixtureRequest) -> QemuBinary:
     """Each QEMU there is to test with, one after the other: the distribution's and the one of its backports."""
     return _or_skip(_QEMUS[request.param])
+
+
+@pytest.fixture
+def rounds(qemu: QemuBinary) -> Callable[[int], int]:
+    """`rounds(20)` is how often a test that counts on numbers shall repeat on this QEMU.
+
+    All of them on the newest QEMU there is, a quarter on the other; in `make test-long` all on both.
+    """
+
+    def count(full: int) -> int:
+        if os.environ.get("FLEECE_TEST_LONG") or qemu == _newest_qemu():
+            return full
+        return -(-full // 4)
+
+    return count
+
+
+def _newest_qemu() -> QemuBinary:
+    try:
+        return backports_qemu()
+    except Unavailable:
+        return distribution_qemu()
 
 
 @pytest.fixture
@@ -58,6 +81,28 @@ def tmpfs() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def store_pool() -> Iterator[StorePool]:
+    """Empty datastores in memory, their chunk folders used again from test to test."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="fleece-stores-", dir=parent))
+    try:
+        yield StorePool(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def store_folder(store_pool: StorePool) -> Iterator[Path]:
+    """The folder of an empty datastore, for `Datastore.open` or the command's `--repo`."""
+    base = store_pool.lend()
+    try:
+        yield base
+    finally:
+        store_pool.take_back(base)
 
 
 @pytest.fixture(scope="session")
