@@ -98,6 +98,14 @@ def test_nothing_in_the_tree_marks_unfinished_work() -> None:
     assert [str(path) for path in suspects if path.exists() and marks.search(path.read_text())] == []
 
 
+def test_links_in_the_documentation_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())]
+    assert links
+    dead = [f"{page.name}: {link}" for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert dead == []
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout with nothing in it but the set-up, and a machine on which APT is a script."""

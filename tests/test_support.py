@@ -1,12 +1,13 @@
 """The doubles that other tests lean on do what they promise."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.apt import sources_for
-from tests.support.cache import Unavailable, cached
+from tests.support.cache import Unavailable, cached, once
 from tests.support.guest import SmallGuest, newc_archive
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.ring import BLOCK, Ring, file_reader
@@ -63,6 +64,30 @@ def test_cache_entry_whose_build_fails_is_not_kept(tmp_path: Path, monkeypatch: 
     assert (cached("thing", build) / "half").read_text() == "x"
     cached("thing", build)
     assert len(builds) == 2
+
+
+def test_what_is_unavailable_is_asked_for_once() -> None:
+    asked: list[int] = []
+
+    @once
+    def get() -> str:
+        asked.append(1)
+        raise Unavailable("no source offers it")
+
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no source offers it"):
+            get()
+    assert len(asked) == 1
+
+
+def test_a_quarter_of_the_rounds_is_enough_on_the_older_qemu(
+    qemu: QemuBinary, rounds: Callable[[int], int], backports: QemuBinary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLEECE_TEST_LONG", raising=False)
+    assert rounds(20) == (20 if qemu == backports else 5)
+    assert rounds(10) == (10 if qemu == backports else 3)
+    monkeypatch.setenv("FLEECE_TEST_LONG", "1")
+    assert rounds(20) == 20
 
 
 def test_newc_archive_is_laid_out_as_the_kernel_reads_it() -> None:

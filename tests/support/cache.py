@@ -5,18 +5,40 @@ several processes that want the same entry build it once.
 """
 
 import fcntl
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
+T = TypeVar("T")
 ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 class Unavailable(Exception):  # noqa: N818 - a fact about the machine, not a fault
     """Something a test needs cannot be had on this machine; the text is the reason to skip, in one line."""
+
+
+def once(get: Callable[[], T]) -> Callable[[], T]:
+    """`get` asked once a process; that something is unavailable is remembered too, since finding out takes time."""
+    answer: list[T] = []
+    refusal: list[Unavailable] = []
+
+    @functools.wraps(get)
+    def remembered() -> T:
+        if refusal:
+            raise Unavailable(str(refusal[0]))
+        if not answer:
+            try:
+                answer.append(get())
+            except Unavailable as reason:
+                refusal.append(reason)
+                raise
+        return answer[0]
+
+    return remembered
 
 
 def cache_folder() -> Path:

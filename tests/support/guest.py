@@ -18,7 +18,6 @@ import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM, socket
 from typing import Final, Self
@@ -26,7 +25,7 @@ from typing import Final, Self
 import trio
 
 from tests.support.apt import AptRoot, codename
-from tests.support.cache import Unavailable, cached
+from tests.support.cache import Unavailable, cached, once
 
 #: Drivers by name; what they depend on comes along, what the kernel has built in or lacks is left out.
 MODULES: Final = (
@@ -95,7 +94,7 @@ class SmallGuest:
         (folder / "sbin/init").chmod(0o755)
 
 
-@cache
+@once
 def small_guest() -> SmallGuest:
     """The guest, built at the first use.
 

@@ -8,12 +8,11 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 from tests.support.apt import AptRoot, codename
-from tests.support.cache import Unavailable, cached
+from tests.support.cache import Unavailable, cached, once
 
 TOOLS: Final = ("qemu-system-x86_64", "qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon")
 #: `-L` folders of the unpacked tree; the ROMs of network cards may be the distribution's.
@@ -54,7 +53,7 @@ class QemuBinary:
         return str(self.folder / name)
 
 
-@cache
+@once
 def distribution_qemu() -> QemuBinary:
     """The QEMU that is installed.
 
@@ -67,7 +66,7 @@ def distribution_qemu() -> QemuBinary:
     return _identified(Path(system).parent)
 
 
-@cache
+@once
 def backports_qemu() -> QemuBinary:
     """The newer QEMU of the distribution's backports, downloaded and unpacked at the first use.
 
