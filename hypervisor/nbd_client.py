@@ -427,7 +427,7 @@ class NbdConnection:
             block = handle.get_block_size(self._nbd.SIZE_MINIMUM)
             largest = handle.get_block_size(self._nbd.SIZE_MAXIMUM)
         if not 0 < size <= MAX_SIZE:
-            raise self._error("use", "it is empty" if size == 0 else f"it claims to have {size} bytes")
+            raise self._error("use", "it is empty" if size == 0 else f"it claims to have {size % 2**64} bytes")
         self.size = size
         self.block = block or 1
         if self.block & (self.block - 1) or self.block > COMPAT_PIECE or size < self.block:
@@ -454,7 +454,7 @@ class NbdConnection:
         except self._nbd.Error as error:
             number = error.errnum or 0
             lost = self._handle is None or self._handle.aio_is_dead() or self._handle.aio_is_closed()
-            words = os.strerror(number) if number else str(error.string)
+            words = os.strerror(number) if number else str(error.string or "the server's answer makes no sense")
             raise self._error(what, words, errno=number, lost=bool(lost)) from error
 
 

@@ -39,8 +39,8 @@ from hypervisor.qemu_tools import create_qcow2, find_tool, serve_image
 #: Bytes at both ends of a device that must be zero, or `force` is needed: partition tables and file systems are there.
 GUARD_SIZE: Final = MIB
 _ZEROS: Final = bytes(MIB)
-#: fallocate(2): FALLOC_FL_KEEP_SIZE with FALLOC_FL_PUNCH_HOLE, which gives space back (on a device: only if it can do so
-#: and then reads zeros), and with FALLOC_FL_ZERO_RANGE, by which the kernel writes zeros where it must.
+#: fallocate(2): FALLOC_FL_KEEP_SIZE with FALLOC_FL_PUNCH_HOLE, which gives space back (on a device only if it can and
+#: then reads zeros), and with FALLOC_FL_ZERO_RANGE, by which the kernel writes zeros where it must.
 _ZERO_MODES: Final = (0x01 | 0x02, 0x01 | 0x10)
 #: `fallocate` says so where the file system or device has no such command, or not for this alignment.
 _NO_SUCH_ZEROS: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
