@@ -67,7 +67,7 @@ class DigestSet:
         import numpy as np
 
         wide = np.full(count, sizes, np.int64) if isinstance(sizes, int) else np.asarray(sizes, np.int64)
-        if count and not (0 <= wide.min() and wide.max() <= _MAX_SIZE):
+        if count and not (wide.min() >= 0 and wide.max() <= _MAX_SIZE):
             raise FleeceError("remember chunks", f"of {len(view)} bytes of digests", "a size among them is no size")
         added = wide.astype(np.uint32)
         # What was there first stays: pending ones go in before.
