@@ -66,7 +66,7 @@ def test_a_second_backup_in_the_same_second_waits_and_stores_nothing_again(store
 
 
 def test_two_backups_of_one_group_at_once_do_not_mix(stored: Fleece, image: Path) -> None:
-    slow = stored.start("backup", f"disk.img:{image}", "--backup-id", "web", "--bwlimit", "2M")
+    slow = stored.start("backup", f"disk.img:{image}", "--backup-id", "web", "--bwlimit", "1M")
     try:
         while not stored.json("list", "--unfinished"):
             time.sleep(0.05)
