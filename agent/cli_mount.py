@@ -1,1 +1,82 @@
-def add_to(a): pass
+"""`fleece mount`: a repository, or one archive of it, as a read-only file system."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.invocation import Invocation, command
+from core.errors import UsageError
+
+if TYPE_CHECKING:
+    from fusefs.mount import OneArchive
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verb."""
+    command(
+        application,
+        "mount",
+        examples="""
+fleece mount /mnt/backup                                        every snapshot, as TYPE/ID/TIME/...
+fleece mount vm/100/latest drive-scsi0.img /mnt/disk            one archive
+fleece mount /mnt/backup --foreground -o allow_other,cache=512M
+umount /mnt/backup                                              or: fusermount3 -u /mnt/backup
+""",
+    )(mount)
+
+
+def mount(
+    invocation: Invocation,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="[SNAPSHOT ARCHIVE] MOUNTPOINT", help="What to show, and the empty folder to show it on."),
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Option("-o", metavar="OPTIONS", help="Mount options: cache=SIZE, uid=N, gid=N, log=FILE, allow_other, ..."),
+    ] = None,
+    foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")] = False,
+) -> None:
+    """Show the repository as a tree of folders, or one archive of it. Nothing can be changed through it.
+
+    Disk images are files, small files lie decoded beside them, 'latest' beside the snapshots is a link to the newest. A
+    snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM end it.
+    """
+    from agent.repositories import local_store
+    from fusefs.mount import mount as mount_on
+    from fusefs.options import MountOptions
+
+    if len(arguments) not in (1, 3):
+        raise UsageError("mount", " ".join(arguments), "either MOUNTPOINT or SNAPSHOT ARCHIVE MOUNTPOINT is needed")
+    mountpoint = Path(arguments[-1])
+    ns = invocation.namespace()
+    store = local_store(invocation.repository_spec(), invocation.config, invocation.registry)
+
+    def on_ready() -> None:
+        invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}")
+        sys.stdout.flush()
+
+    mount_on(
+        invocation.repository,
+        mountpoint,
+        ns=ns,
+        archive=_one_archive(arguments[:-1], invocation),
+        options=MountOptions.parse(*(options or [])),
+        store=store.path,
+        foreground=foreground,
+        on_ready=on_ready,
+    )
+
+
+def _one_archive(arguments: list[str], invocation: Invocation) -> "OneArchive | None":
+    if not arguments:
+        return None
+    from datastore.names import Group, Snapshot
+    from fusefs.mount import OneArchive
+
+    text, name = arguments
+    ns = invocation.namespace()
+    group, _, time = text.rpartition("/")
+    return OneArchive(Group.parse(group, ns) if time == "latest" else Snapshot.parse(text, ns), name)
