@@ -1,0 +1,351 @@
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import trio
+
+from core.errors import UsageError
+from datastore import pbs
+from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
+from datastore.names import Group, Namespace, Snapshot
+from datastore.session import open_session
+from datastore.store import Datastore
+from repository.local import open_local
+from tests.support.snapshots import read_image, write_snapshot
+
+FILES = {"disk.img.fidx": b"x" * 1000}
+
+
+def mode(path: Path) -> str:
+    return oct(stat.S_IMODE(path.stat().st_mode))
+
+
+async def test_a_new_store_has_the_layout_owner_and_modes_of_pbs(tmpfs: Path) -> None:
+    base = tmpfs / "new" / "store"
+    umask = os.umask(0o077)
+    try:
+        store = await Datastore.create(base)
+        store.close()
+    finally:
+        os.umask(umask)
+    assert (mode(base), mode(base / ".chunks"), mode(base / ".lock")) == ("0o755", "0o750", "0o644")
+    names = sorted(entry.name for entry in (base / ".chunks").iterdir())
+    assert names == [f"{number:04x}" for number in range(1 << 16)]
+    assert {mode(entry) for entry in (base / ".chunks").iterdir()} == {"0o750"}
+    zero = "bb9f8df61474d25e71fa00722318cd387396ca1736605e1248821cc0de3d3af8"
+    assert (base / ".chunks" / "bb9f" / zero).is_file()
+    if os.geteuid() == 0:
+        owned = (base, base / ".lock", base / ".chunks", base / ".chunks/0000", base / ".chunks/bb9f" / zero)
+        assert {(path.stat().st_uid, path.stat().st_gid) for path in owned} == {(34, 34)}
+
+
+async def test_a_store_is_not_made_where_something_is(tmpfs: Path, store_folder: Path) -> None:
+    (tmpfs / "full").mkdir()
+    (tmpfs / "full" / "file").touch()
+    (tmpfs / "file").touch()
+    for path, why in [
+        (tmpfs / "full", "the folder is not empty: file"),
+        (tmpfs / "file", "it is no folder"),
+        (store_folder, "it is a datastore already"),
+        (store_folder / "inner", "it lies inside the datastore"),
+    ]:
+        with pytest.raises(UsageError, match=why):
+            await Datastore.create(path)
+    assert sorted(entry.name for entry in tmpfs.iterdir()) == ["file", "full"]
+
+
+async def test_an_interrupted_creation_is_named(tmpfs: Path) -> None:
+    (tmpfs / ".chunks" / "0000").mkdir(parents=True)
+    with pytest.raises(UsageError, match="an earlier creation was interrupted there"):
+        await Datastore.create(tmpfs)
+
+
+async def test_a_failed_creation_leaves_nothing(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datastore.local_chunks.touch", lambda path: None)
+    monkeypatch.setattr("datastore.local_chunks._ACCESS_TIME_WAIT_S", 0)
+    with pytest.raises(StoreError, match="does not change its access time"):
+        await Datastore.create(tmpfs / "a" / "store")
+    assert list(tmpfs.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty folder", "no lock", "foreign layout"])
+async def test_what_is_no_store_is_not_opened(tmpfs: Path, what: str) -> None:
+    path = tmpfs / "store"
+    if what == "file":
+        path.touch()
+    elif what != "missing":
+        path.mkdir()
+    if what in ("no lock", "foreign layout"):
+        (path / ".chunks").mkdir()
+    if what == "foreign layout":
+        (path / ".lock").touch()
+        (path / ".chunks" / "00").mkdir()
+    reasons = {
+        "missing": "there is no such folder",
+        "file": "it is no folder",
+        "foreign layout": "its layout is foreign: .*0000 is missing",
+    }
+    with pytest.raises(StoreError, match=reasons.get(what, "the folder is no datastore")):
+        await Datastore.open(path)
+
+
+async def test_foreign_names_are_passed_over_in_listings(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    snapshot = await write_snapshot(repo, "vm/100", 1000, FILES)
+    for name in (
+        "vm/-bad",
+        "vm/100/2026-13-01T00:00:00Z",
+        "vm/100/2026-01-01T24:00:00Z",
+        "vm/100/notatime",
+        "xx/1",
+        "ns/-x",
+    ):
+        (store_folder / name).mkdir(parents=True)
+    (store_folder / "vm" / "101").symlink_to(store_folder / "vm" / "100")
+    (store_folder / "vm" / "102").touch()
+    assert [str(info.group) for info in await repo.groups()] == ["vm/100"]
+    assert [info.snapshot for info in await repo.snapshots(unfinished=True)] == [snapshot]
+    assert len(await repo.namespaces()) == 1
+    repo.close()
+
+
+async def test_an_unreadable_manifest_does_not_hide_its_snapshot(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    snapshot = await write_snapshot(repo, "vm/100", 1000, FILES)
+    (store_folder / snapshot.path / "index.json.blob").write_bytes(b"nonsense")
+    (info,) = await repo.snapshots()
+    assert info.finished
+    assert [(file.filename, file.size) for file in info.files] == [("index.json.blob", None), ("disk.img.fidx", None)]
+    # It is no base either, so the next backup is a full one.
+    async with repo.backup(Group.parse("vm/100").at(2000)) as session:
+        assert session.base is None
+    repo.close()
+
+
+async def test_protected_snapshots_stay(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    first = await write_snapshot(repo, "vm/100", 1000, FILES)
+    await write_snapshot(repo, "vm/100", 2000, FILES)
+    (store_folder / first.path / ".protected").touch()
+    with pytest.raises(ProtectedError, match="it is protected"):
+        await repo.forget(first)
+    assert await repo.forget_group(first.group) == [first]
+    assert [info.snapshot for info in await repo.snapshots()] == [first]
+    assert (await repo.snapshot(first)).protected
+    repo.close()
+
+
+async def test_what_a_killed_backup_left_is_removed_by_the_next_one(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    left = store_folder / "vm/100/2020-01-01T00:00:00Z"
+    left.mkdir(parents=True)
+    (left / "disk.img.tmp_fidx").write_bytes(b"half")
+    busy = Snapshot.parse("vm/100/2020-01-02T00:00:00Z")
+    (store_folder / busy.path).mkdir()
+    async with repo.store.locks.snapshot(busy, shared=False):
+        await write_snapshot(repo, "vm/100", 1 << 31, FILES)
+    assert not left.exists()
+    assert (store_folder / busy.path).exists()  # somebody else writes that one
+    repo.close()
+
+
+async def test_a_snapshot_with_a_failed_verification_is_no_base(store_folder: Path) -> None:
+    from datastore.codec import ChunkCodec
+    from datastore.manifest import Manifest
+
+    repo = await open_local(store_folder)
+    snapshot = await write_snapshot(repo, "vm/100", 1000, FILES)
+    path = store_folder / snapshot.path / "index.json.blob"
+    manifest = Manifest.parse(path.read_bytes(), where="x")
+    for state, base in [("ok", snapshot), ("failed", None)]:
+        upid = "UPID:pbs:00000001:00000002:00000003:00000004:verify:x:root@pam:"
+        changed = manifest.with_unprotected({"verify_state": {"state": state, "upid": upid}})
+        path.write_bytes(bytes(changed.encode(ChunkCodec())))
+        async with repo.backup(snapshot.group.at(2000)) as session:
+            assert session.base == base
+        assert ((await repo.snapshot(snapshot)).verification or {})["state"] == state
+    repo.close()
+
+
+async def test_groups_keep_their_owner(store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = await Datastore.open(store_folder)
+    group = Group.parse("vm/100")
+    async with open_session(store, group.at(1000), owner="joe@pbs"):
+        assert store.group_owner(group) == "joe@pbs"
+        assert (store_folder / "vm/100/owner").read_bytes() == b"joe@pbs\n"
+        assert mode(store_folder / "vm/100/owner") == "0o644"
+    assert store.group_owner(group) is None  # nothing was written, so the new group went again
+    repo = await open_local(store_folder)
+    async with repo.backup(group.at(1000), owner="joe@pbs!tok") as session:
+        from tests.support.snapshots import put_all
+
+        await put_all(session, FILES)
+        await session.finish()
+    for owner, warned in [
+        ("joe@pbs!tok", False),
+        ("joe@pbs", False),
+        (None, False),
+        ("ann@pbs", True),
+        ("joe@pbs!t", True),
+    ]:
+        async with open_session(store, group.at(2000), owner=owner) as session:
+            assert bool(session.warnings) == (owner not in quiet)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(OwnerError, match=r"it belongs to joe@pbs!tok, not to ann@pbs"):
+        async with open_session(store, group.at(2000), owner="ann@pbs"):
+            pass
+    store.close()
+    repo.close()
+
+
+async def test_everything_belongs_to_the_owner_of_the_store(store_folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    os.chown(store_folder, 1234, 2345)
+    repo = await open_local(store_folder)
+    await write_snapshot(repo, Group.parse("vm/100", Namespace.parse("a")), 1000, FILES)
+    owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / "ns").rglob("*")}
+    owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / ".fleece").rglob("*")}
+    owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / ".chunks").glob("*/*")}
+    assert owners == {(1234, 2345)}
+    repo.close()
+
+
+async def test_a_store_is_destroyed_with_all_backups_but_not_under_a_writer(tmpfs: Path, store_folder: Path) -> None:
+    base = tmpfs / "store"
+    shutil.copytree(store_folder, base)
+    (base / "foreign").touch()
+    repo = await open_local(base)
+    await write_snapshot(repo, "vm/100", 1000, FILES)
+    async with repo.backup(Group.parse("vm/101").at(1)):
+        with pytest.raises(LockedError, match="a backup is running"):
+            await Datastore.destroy(base)
+    repo.close()
+    await Datastore.destroy(base)
+    assert [entry.name for entry in base.iterdir()] == ["foreign"]
+
+
+async def test_reading_works_on_a_store_that_cannot_be_written(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stands for a read-only mount, which not everybody may make: every new file is refused with EROFS."""
+    repo = await open_local(store_folder)
+    snapshot = await write_snapshot(repo, "vm/100", 1000, FILES)
+    shutil.rmtree(store_folder / ".fleece")
+    real_open, real_mkdir = os.open, os.mkdir
+
+    def read_only_open(path: "str | os.PathLike[str]", flags: int, mode: int = 0o777, **rest: int) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(store_folder)):
+            raise OSError(30, os.strerror(30))
+        return real_open(path, flags, mode, **rest)
+
+    def read_only_mkdir(path: "str | os.PathLike[str]", *rest: int, **more: int) -> None:
+        if str(path).startswith(str(store_folder)):
+            raise OSError(30, os.strerror(30))
+        real_mkdir(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only_open)
+    monkeypatch.setattr(os, "mkdir", read_only_mkdir)
+    caplog.set_level("INFO")
+    assert await read_image(repo, snapshot, "disk.img.fidx") == FILES["disk.img.fidx"]
+    assert "the file system is read-only" in caplog.text
+    with pytest.raises(StoreError, match="Read-only file system"):
+        await write_snapshot(repo, "vm/100", 2000, FILES)
+    repo.close()
+
+
+async def test_listing_what_is_not_there(store_folder: Path) -> None:
+    store = await Datastore.open(store_folder)
+    with pytest.raises(SnapshotNotFoundError):
+        store.groups(Namespace.parse("x"))
+    with pytest.raises(SnapshotNotFoundError):
+        store.entry(Snapshot.parse("vm/1/2020-01-01T00:00:00Z"))
+    assert store.snapshots(Group.parse("vm/1")) == []
+    store.close()
+
+
+# A store that this host's PBS knows as well.
+
+
+@pytest.fixture
+def known_to_pbs(store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store stands in a datastore.cfg; returns that file. Locks and configuration lie in a temporary folder."""
+    config = tmp_path / "datastore.cfg"
+    config.write_text(f"datastore: other\n\tpath /nowhere\n\ndatastore: tank\n\tcomment mine\n\tpath {store_folder}\n")
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr("datastore.store.LOCKS", tmp_path / "locks")
+    monkeypatch.setattr("datastore.store.OLD_LOCKING", tmp_path / "old-locking")
+    monkeypatch.setattr("datastore.store.find_store", lambda base: pbs.find_store(base, config))
+    return config
+
+
+async def test_locks_are_taken_where_pbs_looks_for_them_too(known_to_pbs: Path, store_folder: Path) -> None:
+    import fcntl
+
+    repo = await open_local(store_folder)
+    snapshot = Snapshot.parse("vm/100/2026-01-01T00:00:00Z")
+    locks = known_to_pbs.parent / "locks" / "tank"
+    async with repo.backup(snapshot):
+        for name in ("vm-100", r"vm-100-2026\x2d01\x2d01T00\x3a00\x3a00Z"):
+            with (locks / name).open("r+") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (locks / "vm-100").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(LockedError):
+            async with repo.backup(snapshot):
+                pass
+    repo.close()
+
+
+@pytest.mark.parametrize(
+    ("mode_line", "reads", "writes"),
+    [
+        ("", True, True),
+        ("\tmaintenance-mode read-only,message=later\n", True, False),
+        ("\tmaintenance-mode type=read-only\n", True, False),
+        ("\tmaintenance-mode offline\n", False, False),
+        ("\tmaintenance-mode type=delete\n", False, False),
+        ("\tmaintenance-mode s3-refresh\n", False, False),
+    ],
+)
+async def test_a_maintenance_mode_of_pbs_is_respected(
+    known_to_pbs: Path, store_folder: Path, mode_line: str, reads: bool, writes: bool
+) -> None:
+    known_to_pbs.write_text(known_to_pbs.read_text() + mode_line)
+    if not reads:
+        with pytest.raises(StoreError, match="PBS has it in maintenance mode"):
+            await open_local(store_folder)
+        return
+    repo = await open_local(store_folder)
+    if writes:
+        await write_snapshot(repo, "vm/1", 1000, FILES)
+    else:
+        with pytest.raises(StoreError, match="PBS has it in maintenance mode 'read-only'"):
+            await write_snapshot(repo, "vm/1", 1000, FILES)
+    repo.close()
+
+
+async def test_the_old_way_of_locking_is_refused(known_to_pbs: Path, store_folder: Path) -> None:
+    (known_to_pbs.parent / "old-locking").touch()
+    repo = await open_local(store_folder)
+    with pytest.raises(StoreError, match="still uses its old way of locking; reboot"):
+        await write_snapshot(repo, "vm/1", 1000, FILES)
+    repo.close()
+
+
+def test_a_host_without_pbs_has_no_stores_of_it(tmp_path: Path) -> None:
+    assert pbs.read_config(tmp_path / "none.cfg") == []
+    (tmp_path / "x.cfg").write_bytes(b"\xff\xfe\nnonsense\n path /x\ndatastore: a\n  comment no path\n")
+    assert pbs.read_config(tmp_path / "x.cfg") == []
+
+
+async def test_two_writers_of_different_groups_run_side_by_side(store_folder: Path) -> None:
+    repos = [await open_local(store_folder) for _ in range(2)]
+    async with trio.open_nursery() as nursery:
+        for number, repo in enumerate(repos):
+            nursery.start_soon(write_snapshot, repo, f"vm/{number}", 1000, {"disk.img.fidx": os.urandom(300_000)})
+    assert len(await repos[0].snapshots()) == 2
+    for repo in repos:
+        repo.close()
