@@ -1,0 +1,206 @@
+"""Undoing what Fleece has added to a QEMU, from any state, by looking at QEMU alone.
+
+The end of a backup, the undoing of a half-done set-up and the removal of what a killed run has left are one and the
+same work, so there is one function for it. Its order is that of docs/hypervisor.md, "Clean-up": exports, NBD server,
+frozen views, then the guest is freed, then devices are set back and nodes deleted.
+"""
+
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from core.errors import os_reason
+from core.limits import in_io_thread
+from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
+from hypervisor.errors import QmpCommandError, QmpTimeoutError
+from hypervisor.qmp import Qmp
+from hypervisor.scratch import image_prefix, remove_image
+from hypervisor.state import Run, RunState
+
+#: Seconds for QEMU to let go of its exports.
+EXPORTS_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class Undone:
+    """What `undo` has done and could not do; sentences for people."""
+
+    actions: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  #: left-overs that a later run has to remove
+    kept: list[str] = field(default_factory=list)  #: harmless nodes that must stay because others stand on them
+    images: bool = True  #: no fleecing image is open in QEMU any more
+
+    async def attempt(self, what: str, command: Awaitable[object]) -> bool:
+        """Await `command`; a refusal becomes a problem."""
+        try:
+            await command
+        except QmpCommandError as error:
+            self.problems.append(f"could not {what}: {error.desc}")
+            return False
+        return True
+
+
+async def undo(qmp: Qmp, *, server: bool, exports_timeout_s: float = EXPORTS_TIMEOUT_S) -> Undone:
+    """Remove every export and block node of ours and set the devices back; the caller holds the lock of this QEMU.
+
+    `server` says that a run of ours started the NBD server. Own NBD connections must be closed before. Bitmaps are left
+    alone. Cancelled, it can be run again.
+
+    Raises:
+        QmpError, QmpAnswerError: QEMU is gone, does not answer, or answers nonsense; refusals are in the result.
+    """
+    undone = Undone(images=False)
+    if not await _remove_exports(qmp, undone, server, exports_timeout_s):
+        return undone
+    # A view must go before the guest can be freed: QEMU refuses the other order.
+    for node in await _ours(qmp, "s"):
+        await undone.attempt(f"remove the frozen view {node}", _delete(qmp, node))
+    below = await _free_guest(qmp, undone)
+    await _set_devices_back(qmp, undone, below)
+    await _remove_nodes(qmp, undone, below)
+    return undone
+
+
+async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: float) -> bool:
+    """False if QEMU holds on to one: then nothing below may be touched, and the NBD server must not be stopped."""
+    ours, others = await our_exports(qmp)
+    for name in ours:
+        # It may go by itself in between; what counts is that it is gone in the end.
+        await Undone().attempt("", qmp.execute("block-export-del", {"id": name, "mode": "hard"}))
+        undone.actions.append(f"removed the export {name}")
+    if ours:
+        try:
+            await qmp.poll("query-block-exports", _none_ours, timeout_s=timeout_s)
+        except QmpTimeoutError:
+            undone.problems.append(f"QEMU still holds the exports {', '.join(ours)}")
+            return False
+        _, others = await our_exports(qmp)
+    if (server or ours) and not others:
+        try:
+            await qmp.execute("nbd-server-stop")
+            undone.actions.append("stopped the NBD server")
+        except QmpCommandError as error:
+            if "not running" not in error.desc:
+                undone.problems.append(f"could not stop the NBD server: {error.desc}")
+    return True
+
+
+def _none_ours(answer: object) -> bool:
+    return isinstance(answer, list) and not any(
+        isinstance(export, dict) and str(export.get("id")).startswith("fleece-") for export in answer
+    )
+
+
+async def _free_guest(qmp: Qmp, undone: Undone) -> Mapping[str, str]:
+    """Lead the guest's writes past the copy-before-write filters; returns what each pass-through node stands on."""
+    graph = await children(qmp)
+    below: dict[str, str] = {}
+    filtered: dict[str, str] = {}
+    for node in await _ours(qmp, "p"):
+        child = graph.get(str(node), {}).get("file")
+        ours = OurNode.parse(child) if child is not None else None
+        if ours is not None and ours.kind == "c":
+            # Not the root of the set-up: somebody may have put another node between by now.
+            child = graph.get(str(ours), {}).get("file")
+            if child is not None:
+                filtered[str(node)] = child
+        if child is not None:
+            below[str(node)] = child
+    if not filtered:
+        return below
+    attempt = Undone()
+    if not await attempt.attempt("free the disks", _reopen(qmp, filtered)):
+        for name, child in filtered.items():
+            if not await undone.attempt(f"take the filter out of the way of {child}", _reopen(qmp, {name: child})):
+                del below[name]
+    undone.actions.append(f"freed {', '.join(sorted(below[name] for name in filtered if name in below))}")
+    return below
+
+
+async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
+    """Only where the device's root is still ours: an overlay that was put on top must not be thrown away."""
+    for device, root in await device_roots(qmp):
+        if root in below:
+            await undone.attempt(f"set {device} back", qmp.qom_set(device, "drive", below[root]))
+            undone.actions.append(f"set {device} back to {below[root]}")
+
+
+async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
+    there = await _ours(qmp, "pcf")
+    used = {root for _, root in await device_roots(qmp)}
+    for node in (node for node in there if node.kind == "p"):
+        if str(node) in used:
+            undone.problems.append(f"a device still uses {node}")
+            continue
+        if node_error := await _refused(_delete(qmp, node)):
+            if str(node) in below:
+                undone.kept.append(
+                    f"the node {node} stays above {below[str(node)]}, where it does no harm: {node_error}"
+                )
+            else:
+                undone.problems.append(f"could not remove {node}: {node_error}")
+    for kind, what in (("c", "filter"), ("f", "fleecing image")):
+        for node in (node for node in there if node.kind == kind):
+            await undone.attempt(f"remove the {what} {node}", _delete(qmp, node))
+    left = await _ours(qmp, "pcfs")
+    undone.images = not any(node.kind == "f" for node in left)
+    if there and not left:
+        undone.actions.append("removed the block nodes")
+
+
+async def _refused(command: Awaitable[object]) -> str:
+    try:
+        await command
+    except QmpCommandError as error:
+        return error.desc
+    return ""
+
+
+async def _ours(qmp: Qmp, kinds: str) -> list[OurNode]:
+    nodes = (node.ours for node in (await block_nodes(qmp)).values())
+    return sorted(node for node in nodes if node is not None and node.kind in kinds)
+
+
+async def _delete(qmp: Qmp, node: OurNode) -> None:
+    await qmp.execute("blockdev-del", {"node-name": str(node)})
+
+
+async def _reopen(qmp: Qmp, files: Mapping[str, str]) -> None:
+    options = [{"driver": "raw", "node-name": name, "file": child} for name, child in files.items()]
+    await qmp.execute("blockdev-reopen", {"options": options})
+
+
+async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
+    """Remove what killed runs have left in this QEMU and of its files; bitmaps are left alone.
+
+    Raises:
+        QmpError, QmpAnswerError: as `undo`.
+    """
+    state = await run.load()
+    undone = await undo(qmp, server=state is not None and state.nbd_server)
+    if undone.images:
+        await remove_files(run, state, scratch, undone)
+    return undone
+
+
+async def remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:
+    """Remove the fleecing images of `run`'s QEMU, and its state unless a problem is left."""
+    await in_io_thread(_remove_files, run, state, scratch, undone)
+
+
+def _remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:
+    paths = {Path(disk.image) for disk in state.disks} if state is not None else set()
+    prefix = image_prefix(run.peer)
+    if scratch is not None and scratch.is_dir():
+        paths |= set(scratch.glob(f"{prefix}*.raw"))
+    for path in sorted(paths):
+        if not path.name.startswith(prefix) or not path.exists():
+            continue
+        try:
+            remove_image(path)
+            undone.actions.append(f"removed the fleecing image {path}")
+        except OSError as error:
+            undone.problems.append(f"could not remove the fleecing image {path}: {os_reason(error)}")
+    if not undone.problems:
+        run.forget()

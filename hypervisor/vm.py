@@ -1,0 +1,359 @@
+"""A running VM as something to be backed up: `frozen_view` for the backup, `preview` and `cleanup` for people.
+
+docs/hypervisor.md describes what happens in QEMU.
+"""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from core.disks import ReadPlan
+from core.errors import FleeceError
+from core.nursery import open_nursery
+from hypervisor import bitmaps
+from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Choice, Finished, Situation, choose, our_bitmaps, target_id
+from hypervisor.block_graph import block_nodes
+from hypervisor.discovery import OUR_PREFIX, Capabilities, Disk, LeftOut, Survey, capabilities, check_vm, survey
+from hypervisor.errors import FleecingError, VmStateError
+from hypervisor.fleecing import Fleecing, fleeced
+from hypervisor.guest_agent import thaw_leftover
+from hypervisor.leftovers import Undone, clean_killed
+from hypervisor.live_source import LiveSource
+from hypervisor.nbd_client import open_nbd
+from hypervisor.qmp import Qmp, connect
+from hypervisor.scratch import Scratch, remove_stale
+from hypervisor.state import Run, RunState, clean_dead, exclusive, started
+
+__all__ = [
+    "BaseInfo",
+    "BaseOf",
+    "BitmapMode",
+    "DiskPreview",
+    "DiskSelection",
+    "Finished",
+    "FrozenView",
+    "Scratch",
+    "cleanup",
+    "frozen_view",
+    "preview",
+    "target_id",
+]
+
+_CLEANUP_HINT: Final = "'fleece vm cleanup' removes it, and so does the next backup"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSelection:
+    """Which disks, and what their archives are called; as the arguments of `discovery.survey`."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    include: Sequence[str] | None = None  #: None: all
+    exclude: Sequence[str] = ()
+
+    async def survey(self, qmp: Qmp) -> Survey:
+        """Find the disks. Raises as `discovery.survey`."""
+        return await survey(qmp, names=self.names, include=self.include, exclude=self.exclude)
+
+
+class FrozenView:
+    """All chosen disks of a VM as of one instant."""
+
+    def __init__(self, fleecing: Fleecing, left_out: Sequence[LeftOut], able: Capabilities) -> None:
+        self._fleecing = fleecing
+        self.sources: list[LiveSource] = []  #: in QEMU's order
+        self.left_out = left_out  #: block devices that are not part of the view, with the reason
+        self.capabilities = able
+        self.instant = fleecing.instant  #: Unix seconds of the instant
+        self.frozen_s = fleecing.frozen_s  #: seconds from freeze sent to thaw answered, 0 without a freeze
+        self._committed = False
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for the report; complete when the block has been left."""
+        return self._fleecing.warnings
+
+    @property
+    def committed(self) -> bool:
+        """Whether `commit` was called."""
+        return self._committed
+
+    def commit(self) -> None:
+        """The snapshot is finished in the datastore: the new bitmaps take over when the block is left.
+
+        Without this the old ones go on, whatever else happened.
+        """
+        self._committed = True
+
+
+@asynccontextmanager
+async def frozen_view(
+    qmp_path: str | os.PathLike[str],
+    *,
+    target: str,
+    new_id: int,
+    base_of: BaseOf,
+    finished: Finished,
+    scratch: Scratch,
+    run_dir: Path,
+    disks: DiskSelection | None = None,
+    bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
+    guest_agent: Path | None = None,
+    cbw_timeout_s: int = 45,
+    at_instant: Callable[[Qmp], Awaitable[None]] | None = None,
+    on_step: Callable[[str], None] = lambda _step: None,
+) -> AsyncIterator[FrozenView]:
+    """The disks of a running VM at one instant, to be read while the block runs; the guest goes on meanwhile.
+
+    However the block ends, the VM is as before, but for the bitmaps: with `commit` the next backup counts from
+    `new_id`, without it from where this one did. What a killed run has left is removed first. If something could not be
+    undone, an error says so, or (when the block has failed already) a note at the block's error.
+
+    Args:
+        qmp_path: QMP socket; connected to at the beginning and at the end only.
+        target: `bitmaps.target_id` of repository, namespace and group.
+        new_id: backup time of the snapshot, Unix seconds.
+        base_of: what the previous snapshot has of an archive, or why there is nothing to count on.
+        finished: whether a backup time is a finished snapshot of the target; asked after an interrupted backup. If it
+            raises, no bitmap is touched and the backup stops.
+        scratch: where fleecing images go; running short of space there ends the block with an error.
+        run_dir: folder for socket, lock and state, the same for all runs on a host.
+        disks: which disks; None: all.
+        bitmap_mode: whether dirty bitmaps are kept, and where.
+        guest_agent: socket of the guest agent, for freezing the file systems at the instant.
+        cbw_timeout_s: seconds a guest write may wait for the fleecing image before the view is given up.
+        at_instant: called right after the instant, while the guest is frozen.
+        on_step: called with a few words before each change.
+
+    Raises:
+        VmStateError: another run works on this QEMU, or the VM's state allows no backup.
+        VmUnsupportedError, DiskNameError: as `discovery.survey` and `capabilities`.
+        FleecingError: QEMU refused a step, or something could not be undone.
+        SourceError: the sources' own.
+        QmpError, QmpAnswerError: QEMU cannot be talked to.
+        FleeceError: what `finished` raises.
+    """
+    path = os.fspath(qmp_path)
+    async with AsyncExitStack() as stack:
+        await clean_dead(run_dir)
+        async with connect(path) as qmp:
+            run = stack.enter_context(exclusive(run_dir, qmp.peer))
+            able = await capabilities(qmp)
+            undone = await clean_killed(qmp, run, scratch.folder)
+            _check_clean(undone, path)
+            lost = await bitmaps.settle_interrupted(qmp, target, finished)
+            found = await (disks or DiskSelection()).survey(qmp)
+            if not found.disks:
+                raise FleecingError("back up the VM at", path, "it has no disk to be backed up")
+            await check_vm(qmp, found.disks)
+            nodes = await block_nodes(qmp)
+            await scratch.prepare(qmp.peer, nodes.values())
+            situation = Situation(
+                target=target,
+                mode=bitmap_mode,
+                disks=found.disks,
+                bitmaps=our_bitmaps(nodes.values(), target),
+                lost=lost,
+                started=started(qmp.peer),
+                base_of=base_of,
+                finished=finished,
+            )
+            chosen = [(disk, await choose(disk, situation)) for disk in found.disks]
+            prepared = fleeced(
+                chosen,
+                taken={ours.number for node in nodes.values() if (ours := node.ours) is not None},
+                run=run,
+                scratch=scratch,
+                target=target,
+                new_id=new_id,
+                mode=bitmap_mode,
+            )
+            fleecing = Fleecing(
+                qmp_path=path,
+                run=run,
+                able=able,
+                scratch=scratch,
+                state=RunState(path, "begin", target, new_id, os.getpid(), disks=[disk.state for disk in prepared]),
+                disks=prepared,
+                guest_agent=guest_agent,
+                cbw_timeout_s=cbw_timeout_s,
+                at_instant=at_instant,
+                on_step=on_step,
+                warnings=[f"another run was killed; done for it: {', '.join(undone.actions)}"]
+                if undone.actions
+                else [],
+            )
+            teardown = _Teardown(fleecing)
+            # Armed before the first change, so that a set-up whose answer got lost is undone too.
+            stack.push_async_exit(teardown)
+            await fleecing.set_up(qmp)
+        view = teardown.view = FrozenView(fleecing, found.left_out, able)
+        for disk in prepared:
+            pool = await stack.enter_async_context(open_nbd(fleecing.address(disk)))
+            plan = ReadPlan(disk.choice.base, disk.choice.reason)
+            source = LiveSource(disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able)
+            view.sources.append(source)
+        async with open_nursery() as nursery:
+            nursery.start_soon(scratch.watch)
+            yield view
+            nursery.cancel_scope.cancel()
+
+
+class _Teardown:
+    """The end of a frozen view, as an exit callback."""
+
+    def __init__(self, fleecing: Fleecing) -> None:
+        self._fleecing = fleecing
+        self.view: FrozenView | None = None
+
+    async def __call__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        success = self.view is not None and self.view.committed
+        problems = await self._fleecing.tear_down(success=success)
+        if not problems:
+            return False
+        text = "; ".join(problems)
+        if error is None:
+            raise FleecingError("take the frozen view down of", self._fleecing.qmp_path, text, _CLEANUP_HINT)
+        error.add_note(f"afterwards the frozen view could not be taken down: {text}; {_CLEANUP_HINT}")
+        return False
+
+
+def _check_clean(undone: Undone, path: str) -> None:
+    if undone.problems:
+        raise VmStateError(
+            "remove what a killed run has left in the VM at", path, "; ".join(undone.problems), "restart the VM"
+        )
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPreview:
+    """What the next backup would do with one disk."""
+
+    name: str  #: of the archive, `drive-scsi0.img`
+    device: str
+    node: str
+    size: int  #: bytes
+    bitmap: str | None  #: name of the bitmap it would use
+    mode: str  #: `incremental` or `full`
+    reason: str  #: why it would be full, empty if not
+    bytes: int  #: it would read, at most
+
+
+async def preview(
+    qmp: Qmp,
+    disks: Sequence[Disk],
+    target: str,
+    base_of: BaseOf,
+    finished: Finished,
+    *,
+    bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
+) -> list[DiskPreview]:
+    """What the next backup to `target` would read of `disks`, and why; changes nothing.
+
+    Raises:
+        FleeceError: what `finished` raises.
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    nodes = await block_nodes(qmp)
+    settled, lost = await _as_settled(our_bitmaps(nodes.values(), target), finished)
+    situation = Situation(
+        target=target,
+        mode=bitmap_mode,
+        disks=disks,
+        bitmaps=settled,
+        lost=lost,
+        started=started(qmp.peer),
+        base_of=base_of,
+        finished=finished,
+    )
+    result = []
+    for disk in disks:
+        if disk.node.startswith(OUR_PREFIX):
+            choice = Choice(None, None, "another backup runs, or one was killed")
+        else:
+            choice = await choose(disk, situation)
+        dirty = [bitmap.count for bitmap in settled if bitmap.node == disk.node and bitmap.name == choice.bitmap]
+        result.append(
+            DiskPreview(
+                name=disk.name,
+                device=disk.device,
+                node=disk.node,
+                size=disk.size,
+                bitmap=None if choice.bitmap is None else str(choice.bitmap),
+                mode="full" if choice.bitmap is None else "incremental",
+                reason=choice.reason,
+                # The last granule may reach beyond the end of the disk.
+                bytes=min([*dirty, disk.size]),
+            )
+        )
+    return result
+
+
+async def _as_settled(
+    found: Iterable[bitmaps.Bitmap], finished: Finished
+) -> tuple[list[bitmaps.Bitmap], dict[tuple[str, str], str]]:
+    """The bitmaps as `settle_interrupted` would leave them, and why others would be gone."""
+    settled: list[bitmaps.Bitmap] = []
+    lost = {}
+    for place, group in bitmaps.by_disk(found).items():
+        number = bitmaps.undecided(group)
+        settlement = bitmaps.settle(group, None if number is None else await finished(number))
+        if settlement.lost:
+            lost[place] = settlement.lost
+        for bitmap in group:
+            if bitmap.busy or bitmap.name == settlement.kept:
+                count = settlement.count if bitmap.name == settlement.kept else bitmap.count
+                settled.append(bitmaps.replaced(bitmap, count=count))
+    return settled, lost
+
+
+async def cleanup(
+    qmp_path: str | os.PathLike[str],
+    *,
+    run_dir: Path,
+    scratch: Path | None = None,
+    guest_agent: Path | None = None,
+    remove_bitmaps: bool = False,
+    target: str | None = None,
+) -> list[str]:
+    """Remove what killed runs have left in a VM and on this host; returns what was done, in words.
+
+    With `remove_bitmaps` the dirty bitmaps go too, of `target` or (None) of all targets: the next backup reads
+    everything.
+
+    Raises:
+        VmStateError: a backup of this VM runs, or something cannot be removed.
+        QmpError, QmpAnswerError: QEMU cannot be talked to; files of QEMUs that are gone were removed all the same.
+    """
+    done = await clean_dead(run_dir)
+    try:
+        async with connect(qmp_path) as qmp:
+            with exclusive(run_dir, qmp.peer) as run:
+                done += await _clean(qmp, run, scratch)
+                if guest_agent is not None:
+                    done += await thaw_leftover(guest_agent)
+                if remove_bitmaps:
+                    found = our_bitmaps((await block_nodes(qmp)).values(), target)
+                    problems = await bitmaps.remove(qmp, found)
+                    done += [f"removed {len(found) - len(problems)} dirty bitmaps"] if found else []
+                    done += problems
+    except FleeceError as error:
+        for line in done:
+            error.add_note(line)
+        raise
+    return done
+
+
+async def _clean(qmp: Qmp, run: Run, scratch: Path | None) -> list[str]:
+    undone = await clean_killed(qmp, run, scratch)
+    _check_clean(undone, qmp.where)
+    stale = [] if scratch is None else remove_stale(scratch)
+    return [*undone.actions, *undone.kept, *(f"removed the fleecing image {path}" for path in stale)]
