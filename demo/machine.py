@@ -57,7 +57,8 @@ async def start_writing(guest: GuestControl) -> None:
     """Start the writer in the guest; it goes on until the guest ends."""
     # Written once before: a number then changes a block in place, and no journal comes between it and the disk.
     await guest.check(f"dd if=/dev/zero of=/data/ledger bs={BLOCK} count={LEDGER.slots} conv=fsync 2>/dev/null; sync")
-    await guest.check(LEDGER.command("/data/ledger", "/dev/vdb", told="/tmp/newest") + " >/dev/null 2>&1 &")
+    await guest.check(LEDGER.command("/data/ledger", "/dev/vdb", told="/tmp/newest") + " >/tmp/ring.log 2>&1 &")
+    await guest.check("until [ -s /tmp/newest ] || ! pidof ring; do sleep 0.1; done >/dev/null; [ -s /tmp/newest ]")
 
 
 async def newest_written(guest: GuestControl) -> int:
