@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from hypervisor import checked
-from hypervisor.errors import DiskNameError, VmStateError, VmUnsupportedError
+from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import Qmp
 
 #: Names of everything Fleece adds to a QEMU begin so.
@@ -360,6 +360,8 @@ class _BlockDevice:
         driver = checked.field(inserted, "drv", str, self.where)
         image = checked.field(inserted, "image", dict, self.where)
         size = checked.field(image, "virtual-size", int, self.where)
+        if size <= 0:
+            raise QmpAnswerError("back up", self.where, f"a disk of {size} bytes", "exclude it")
         return Disk(
             name=name,
             device=self.label,
@@ -391,7 +393,7 @@ def _qcow2_compat(image: dict[str, Any]) -> object:
 
 def _bitmaps(inserted: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     where = f"{where}, dirty bitmap"
-    for bitmap in checked.objects(inserted.get("dirty-bitmaps") or [], where):
+    for bitmap in checked.objects(inserted.get("dirty-bitmaps", []), where):
         name = checked.optional(bitmap, "name", str, where)
         if not name:
             continue  # belongs to a filter or a job

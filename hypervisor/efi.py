@@ -86,16 +86,19 @@ def _read(peer: Peer, name: str, size: int) -> bytes:
         wanted = path.stat()
         if not (stat.S_ISREG(wanted.st_mode) or stat.S_ISBLK(wanted.st_mode)):
             raise SourceError("read the EFI variables in", name, "it is neither a file nor a block device")
-        for entry in os.scandir(f"/proc/{peer.pid}/fd"):
-            try:
-                same = os.path.samestat(entry.stat(), wanted)
-            except OSError:
-                continue  # closed meanwhile
-            if same:
-                with Path(entry.path).open("rb") as image:
-                    data = image.read(size)
-                # QEMU reads zeros where an image of odd length ends.
-                return data.ljust(size, b"\0")
+        with os.scandir(f"/proc/{peer.pid}/fd") as descriptors:
+            for entry in descriptors:
+                if _same(entry, wanted):
+                    with Path(entry.path).open("rb") as image:
+                        # Zeros: what QEMU reads where an image of odd length ends.
+                        return image.read(size).ljust(size, b"\0")
     except OSError as error:
         raise SourceError("read the EFI variables in", name, os_reason(error)) from error
     raise SourceError("read the EFI variables in", name, "QEMU does not have that file open")
+
+
+def _same(entry: os.DirEntry[str], wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(entry.stat(), wanted)
+    except OSError:
+        return False  # closed meanwhile

@@ -131,8 +131,8 @@ def _user_of(path: str) -> str:
         if process.name == str(os.getpid()):
             continue
         try:
-            for entry in os.scandir(process / "fd"):
-                if os.path.samestat(entry.stat(), wanted):
+            with os.scandir(process / "fd") as descriptors:
+                if any(os.path.samestat(entry.stat(), wanted) for entry in descriptors):
                     return f" by {(process / 'comm').read_text().strip()} (pid {process.name})"
         except OSError:
             continue  # gone, or somebody else's

@@ -103,9 +103,13 @@ class OwnQmp:
     async def connect(cls, path: Path) -> Self:
         """Connect and negotiate."""
         qmp = cls(await trio.open_unix_socket(path))
-        with trio.fail_after(PATIENCE_S):
-            await qmp._message()
-            await qmp.execute("qmp_capabilities")
+        try:
+            with trio.fail_after(PATIENCE_S):
+                await qmp._message()
+                await qmp.execute("qmp_capabilities")
+        except BaseException:
+            await qmp.aclose()
+            raise
         return qmp
 
     @property
@@ -338,7 +342,7 @@ async def _started(
         while process.poll() is None:
             try:
                 own = await OwnQmp.connect(folder / "own")
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionRefusedError, EOFError):  # EOFError: it ends, and has told the log why
                 await trio.sleep(0.01)
                 continue
             stack.push_async_callback(own.aclose)

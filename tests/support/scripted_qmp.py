@@ -8,7 +8,7 @@ import json
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,19 +64,25 @@ Answer = Any  #: a JSON value, `Refusal`, `Raw`, or a function from the argument
 @asynccontextmanager
 async def _listening(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="fleece-", dir="/tmp"))
+    failure = None
     try:
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             await listener.bind(str(folder / "socket"))
             listener.listen(1)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.serve_listeners, handler, [trio.SocketListener(listener)])
-                yield folder / "socket"
+                try:
+                    yield folder / "socket"
+                except Exception as error:
+                    failure = error  # not in the group that a nursery makes
                 nursery.cancel_scope.cancel()
     finally:
         shutil.rmtree(folder)
+    if failure is not None:
+        raise failure
 
 
-async def _requests(stream: trio.SocketStream) -> AsyncIterator[dict[str, Any]]:
+async def _requests(stream: trio.SocketStream) -> AsyncGenerator[dict[str, Any], None]:
     """JSON objects one after the other, with or without line ends between them; what lies between them is skipped."""
     received = ""
     while True:
