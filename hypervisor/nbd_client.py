@@ -418,8 +418,11 @@ class NbdConnection:
 
     def _learn(self, handle: Any) -> None:
         """Take over what the server announced, as far as it makes sense."""
-        with self._translated("connect to"):
+        try:
             size = handle.get_size()
+        except self._nbd.Error:
+            size = -1  # beyond what a signed number holds; libnbd then raises with the words of an older error
+        with self._translated("connect to"):
             self.read_only = handle.is_read_only()
             self.can_trim, self.can_zero = handle.can_trim(), handle.can_zero()
             self.can_flush, self.multi_conn = handle.can_flush(), handle.can_multi_conn()
@@ -454,7 +457,9 @@ class NbdConnection:
         except self._nbd.Error as error:
             number = error.errnum or 0
             lost = self._handle is None or self._handle.aio_is_dead() or self._handle.aio_is_closed()
-            words = os.strerror(number) if number else str(error.string or "the server's answer makes no sense")
+            words = os.strerror(number) if number else str(error.string)
+            if lost and what != "connect to":
+                words = f"the connection to the server was lost ({words})"
             raise self._error(what, words, errno=number, lost=bool(lost)) from error
 
 

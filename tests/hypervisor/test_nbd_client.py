@@ -161,7 +161,7 @@ async def test_a_context_that_the_server_lacks_is_an_error() -> None:
 @pytest.mark.parametrize("size", [0, 2**63 - 1, 2**63, 2**64 - 1, 1024**5 + 512])
 async def test_a_nonsense_size_is_refused(size: int) -> None:
     async with ScriptedServer(size=size).serving() as address:
-        with pytest.raises(NbdSourceError, match=r"it is empty|it claims to have \d+ bytes|makes no sense"):
+        with pytest.raises(NbdSourceError, match=r"it is empty|it claims to have \d+ bytes"):
             async with open_nbd(address):
                 pass
 
