@@ -342,7 +342,8 @@ async def _started(
         while process.poll() is None:
             try:
                 own = await OwnQmp.connect(folder / "own")
-            except (FileNotFoundError, ConnectionRefusedError, EOFError):  # EOFError: it ends, and has told the log why
+            except (FileNotFoundError, ConnectionRefusedError, EOFError, trio.BrokenResourceError):
+                # Not yet there, or it ends already: then it has told the log why.
                 await trio.sleep(0.01)
                 continue
             stack.push_async_callback(own.aclose)

@@ -1,0 +1,277 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from hypervisor import freeze_child
+from hypervisor.guest_agent import Freeze, frozen, thaw_leftover
+from tests.support.cache import ROOT
+from tests.support.scripted_qmp import HANG_UP, SILENCE, Raw, Refusal, ScriptedAgent
+
+THAW = "guest-fsfreeze-thaw"
+FREEZE = "guest-fsfreeze-freeze"
+
+
+async def test_the_guest_is_frozen_inside_the_block_and_only_there() -> None:
+    agent = ScriptedAgent(file_systems=3)
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert agent.frozen
+            assert freeze.file_systems == 3
+            await trio.sleep(0.2)
+        assert not agent.frozen
+        assert freeze.done
+        assert 0.2 <= freeze.frozen_s < 2
+        assert freeze.warnings == []
+        await agent.until("closed")
+
+
+async def test_without_a_socket_nothing_happens() -> None:
+    async with frozen(None) as freeze:
+        pass
+    assert freeze == Freeze()
+    assert not freeze.done
+
+
+async def test_an_error_in_the_block_thaws_and_comes_out() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        with pytest.raises(KeyError, match="mine"):
+            async with frozen(path):
+                raise KeyError("mine")
+        assert not agent.frozen
+
+
+async def test_cancellation_of_the_block_thaws_before_it_goes_on() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        with trio.move_on_after(0.3) as scope:
+            async with frozen(path):
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert agent.seen.count(THAW) == 1
+        assert not agent.frozen
+
+
+async def test_cancellation_while_the_agent_is_freezing_thaws_too() -> None:
+    agent = ScriptedAgent(freeze_s=0.6)
+    async with agent.serving() as path:
+        with trio.move_on_after(0.3) as scope:
+            async with frozen(path):
+                pytest.fail("the block must not run")
+        assert scope.cancelled_caught
+        assert agent.seen.count(FREEZE) == 1
+        assert not agent.frozen
+
+
+_PARENT = """
+import sys, trio
+from hypervisor.guest_agent import frozen
+
+async def main():
+    async with frozen(sys.argv[1], hold_s=60):
+        print("frozen", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_killed_between_freeze_and_thaw_the_child_thaws(number: signal.Signals) -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        command = [sys.executable, "-c", _PARENT, str(path)]
+        parent = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert parent.stdout is not None
+        async with parent.stdout:
+            with trio.fail_after(20):
+                assert await parent.stdout.receive_some() == b"frozen\n"
+            assert agent.frozen
+            parent.send_signal(number)
+            await parent.wait()
+        await agent.until(THAW, timeout_s=5)
+        await agent.until("closed")
+        assert not agent.frozen
+
+
+async def test_signals_to_the_whole_group_do_not_end_the_child() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path, frozen(path) as freeze:
+        await trio.sleep(0.1)  # it has set its handlers long before it freezes
+        children = [pid for pid in _processes() if str(freeze_child.__file__).encode() in _cmdline(pid)]
+        mine = [pid for pid in children if os.getsid(pid) != os.getsid(0)]
+        assert mine
+        for pid in mine:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(pid, number)
+        await trio.sleep(0.1)
+        assert agent.frozen
+    assert freeze.done
+    assert not agent.frozen
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+async def test_a_block_that_takes_too_long_is_thawed_under_it() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        async with frozen(path, hold_s=0.3) as freeze:
+            await agent.until(THAW, timeout_s=5)
+            await agent.until("closed")
+            assert not agent.frozen
+        assert freeze.done
+        assert freeze.frozen_s == pytest.approx(0.3, abs=0.2)
+        assert len(freeze.warnings) == 1
+        assert "thawed after 0.3 s, before all disks were switched" in freeze.warnings[0]
+
+
+async def test_a_freeze_that_takes_too_long_is_given_up_and_thawed() -> None:
+    agent = ScriptedAgent(freeze_s=1.0)
+    async with agent.serving() as path:
+        async with frozen(path, hold_s=0.3) as freeze:
+            assert "no answer from the agent in time" in freeze.warnings[0]
+            assert not agent.frozen
+        assert not freeze.done
+        assert (freeze.file_systems, freeze.frozen_s, len(freeze.warnings)) == (0, 0.0, 1)
+
+
+async def test_a_freeze_left_by_an_earlier_run_is_ended_first() -> None:
+    agent = ScriptedAgent(frozen=True)
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert agent.frozen
+        assert agent.seen.index(THAW) < agent.seen.index(FREEZE)
+        assert freeze.done
+        assert freeze.warnings == ["the guest was still frozen by an earlier run; it has been thawed"]
+        await agent.until("closed")
+
+        agent.frozen = True
+        assert await thaw_leftover(path) == ["the guest was still frozen by an earlier run; it has been thawed"]
+        assert not agent.frozen
+        await agent.until("closed", times=2)
+        assert await thaw_leftover(path) == []
+        assert agent.seen.count(FREEZE) == 1
+
+
+async def test_noise_of_an_earlier_client_is_skipped() -> None:
+    agent = ScriptedAgent(noise=b'{"return": "half an ans\xff{"return": 17}\n{"return": 12\xff\n\xff\xff[]\n' * 50)
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert agent.frozen
+        assert freeze.done
+        assert not agent.frozen
+
+
+async def test_no_listener_is_a_warning(tmp_path: Path) -> None:
+    async with frozen(tmp_path / "none") as freeze:
+        pass
+    assert freeze.warnings == [
+        f"no connection to the guest agent at {tmp_path / 'none'}: No such file or directory: "
+        "backed up without freezing the guest's file systems"
+    ]
+    assert await thaw_leftover(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "warning"),
+    [
+        ({FREEZE: Refusal("The command guest-fsfreeze-freeze has been disabled")}, "has been disabled"),
+        ({FREEZE: Refusal("no"), THAW: Refusal("nor this")}, "the agent says 'no'"),
+        ({FREEZE: "two"}, "no number of file systems"),
+        ({FREEZE: True}, "no number of file systems"),
+        ({FREEZE: -1}, "no number of file systems"),
+        ({FREEZE: 10**30}, "no number of file systems"),
+        ({FREEZE: Raw(b"[]\n")}, "no JSON object"),
+        ({FREEZE: Raw(b"\x00\x01\n")}, "is no JSON"),
+        ({FREEZE: Raw(b"[" * 50_000 + b"\n")}, "is no JSON"),
+        ({FREEZE: Raw(b'{"error": {"desc": 5}}\n')}, "has no result"),
+        ({FREEZE: Raw(b"x" * 1_000_000)}, "is longer than 65536 bytes"),
+        ({FREEZE: HANG_UP}, "the agent's socket is"),
+        ({"guest-sync-delimited": HANG_UP}, "the agent's socket is"),
+        ({"guest-fsfreeze-status": Raw(b"?\n")}, "is no JSON"),
+    ],
+)
+async def test_an_agent_that_does_not_do_as_told_is_a_warning(answers: dict[str, Any], warning: str) -> None:
+    agent = ScriptedAgent(answers)
+    async with agent.serving() as path:
+        async with frozen(path, hold_s=2) as freeze:
+            assert not agent.frozen
+        assert not freeze.done
+        assert freeze.file_systems == 0
+        assert len(freeze.warnings) == 1
+        assert warning in freeze.warnings[0]
+        assert freeze.warnings[0].endswith("backed up without freezing the guest's file systems")
+        await agent.until("closed")
+
+
+async def test_an_agent_without_status_command_still_freezes() -> None:
+    agent = ScriptedAgent({"guest-fsfreeze-status": Refusal("not found", "CommandNotFound")})
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert agent.frozen
+        assert freeze.done
+        assert freeze.warnings == []
+
+
+async def test_a_guest_without_agent_costs_five_seconds() -> None:
+    agent = ScriptedAgent({"guest-sync-delimited": SILENCE})
+    async with agent.serving() as path:
+        with trio.fail_after(8):
+            async with frozen(path) as freeze:
+                pass
+        assert "no answer from the agent in time" in freeze.warnings[0]
+        assert agent.seen[0] == "guest-sync-delimited"
+        assert FREEZE not in agent.seen
+
+
+async def test_a_vm_that_ends_while_frozen_is_a_warning() -> None:
+    agent = ScriptedAgent({THAW: HANG_UP})
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert agent.frozen
+        assert len(freeze.warnings) == 1
+        assert "lost while the guest was frozen" in freeze.warnings[0]
+
+
+async def test_a_first_thaw_that_is_not_answered_is_repeated() -> None:
+    agent = ScriptedAgent()
+    tries = iter([SILENCE])
+
+    def thaw(_: object) -> object:
+        silent = next(tries, None)
+        if silent is None:
+            agent.frozen = False
+        return silent if silent is not None else 2
+
+    agent.answers[THAW] = thaw
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            pass
+        assert not agent.frozen
+        assert freeze.done
+        assert freeze.frozen_s > freeze_child.THAW_TIMEOUT_S
+        assert agent.seen.count(THAW) == 2
+
+
+async def test_the_child_starts_quickly_and_ends_by_itself() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        began = trio.current_time()
+        async with frozen(path):
+            assert trio.current_time() - began < 2  # 0.03 s on an idle machine
+        await agent.until("closed", timeout_s=2)
