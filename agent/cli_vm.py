@@ -1,1 +1,273 @@
-def add_to(a): pass
+"""`fleece vm`: live backup of virtual machines, what the next one would read, and cleaning up."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from agent.cli_backup import (
+    BackupTimeOption,
+    BandwidthOption,
+    DryRunOption,
+    LockWaitOption,
+    NotesOption,
+    OwnerOption,
+    parse_rate,
+    show_plan,
+    show_report,
+)
+from agent.invocation import Invocation, command
+from core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agent.vm_settings import VmSettings
+    from core.progress import Progress
+    from hypervisor.discovery import LeftOut
+    from hypervisor.vm import DiskPreview
+    from repository.planning import DiskPlan
+    from repository.report import BackupReport
+
+VmArgument = Annotated[str | None, typer.Argument(metavar="VM", help="A virtual machine of the configuration.")]
+QmpOption = Annotated[Path | None, typer.Option("--qmp", metavar="SOCKET", help="QMP socket of its QEMU.")]
+IdOption = Annotated[str | None, typer.Option("--id", "--backup-id", metavar="ID", help="Backup id; the group is vm/ID.")]
+AgentOption = Annotated[
+    Path | None, typer.Option("--guest-agent", metavar="SOCKET", help="Socket of the guest agent, for a freeze.")
+]
+ScratchOption = Annotated[
+    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Where QEMU keeps what the guest overwrites meanwhile.")
+]
+BitmapOption = Annotated[
+    Literal["persistent", "transient", "none"] | None,
+    typer.Option("--bitmap", help="Keep dirty bitmaps in the images, in memory only, or not at all."),
+]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option("--include", metavar="DISK", help="Only these disks; may be repeated, also patterns.")
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="DISK", help="Not these disks; may be repeated, also patterns.")
+]
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verbs."""
+    group = typer.Typer(no_args_is_help=True, help="Back up virtual machines while they run.", rich_markup_mode=None)
+    application.add_typer(group, name="vm")
+    command(
+        group,
+        "backup",
+        examples="""
+fleece vm backup web                                     a VM of the configuration
+fleece vm backup --qmp /run/web.qmp --id web
+fleece vm backup web --dry-run                           what would be read, and why
+fleece vm backup web --exclude 'swap*' --bwlimit 200M
+fleece vm backup --qmp /run/web.qmp --id web --guest-agent /run/web.qga --scratch /scratch
+""",
+    )(backup)
+    command(
+        group,
+        "show",
+        examples="""
+fleece vm show web
+fleece vm show --qmp /run/web.qmp --id web --output json | jq '.disks[].next'
+""",
+    )(show)
+    command(
+        group,
+        "cleanup",
+        repository=False,
+        examples="""
+fleece vm cleanup web                                    what a killed backup left in QEMU and on this host
+fleece vm cleanup --qmp /run/web.qmp --id web --bitmaps  also Fleece's dirty bitmaps: the next backup reads everything
+""",
+    )(cleanup)
+
+
+def backup(
+    invocation: Invocation,
+    vm: VmArgument = None,
+    qmp: QmpOption = None,
+    id: IdOption = None,  # noqa: A002 - the name of the option
+    guest_agent: AgentOption = None,
+    no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze the guest's file systems.")] = False,
+    scratch: ScratchOption = None,
+    bitmap: BitmapOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    backup_time: BackupTimeOption = None,
+    owner: OwnerOption = None,
+    notes: NotesOption = None,
+    bwlimit: BandwidthOption = None,
+    lock_wait: LockWaitOption = 0.0,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Back up all disks of a virtual machine as of one instant, without stopping it.
+
+    What changed since the last backup is known from dirty bitmaps in QEMU, so that only that is read; the report says
+    why if everything was. EFI variables, QEMU's command line (secrets masked) and configured files go along. A VM of
+    the configuration that does not run is backed up by the paths of its disks.
+    """
+    from agent.sessions import parse_backup_time
+    from agent.vm_settings import VmOptions, resolve_vm
+
+    settings = resolve_vm(
+        invocation.config,
+        VmOptions(vm, qmp, id, guest_agent, scratch, bitmap, include or (), exclude or (), no_freeze),
+    )
+    section = settings.section
+    group = settings.group(invocation.namespace(section.ns, repository=section.repository))
+    group_owner = invocation.owner(owner, section.owner, repository=section.repository)
+    rate = parse_rate(bwlimit, section.bwlimit, invocation.config.bwlimit)
+    ctime = parse_backup_time(backup_time) if backup_time is not None else None
+
+    if dry_run:
+
+        async def plan(progress: "Progress") -> "list[DiskPlan]":
+            from agent.vm_backup import plan_vm
+
+            async with invocation.repository(section.repository) as repository:
+                return await plan_vm(settings, repository, group, invocation.codec(), progress)
+
+        show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
+        return
+
+    async def work(progress: "Progress") -> "BackupReport":
+        from agent.sessions import new_session
+        from agent.vm_backup import back_up_vm
+
+        async with (
+            invocation.repository(section.repository) as repository,
+            new_session(
+                repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+            ) as session,
+        ):
+            return await back_up_vm(
+                settings, repository, session, invocation.codec(), progress, bwlimit=rate, notes=notes
+            )
+
+    show_report(invocation, invocation.run(work, what="back up", where=str(group)))
+
+
+def show(
+    invocation: Invocation,
+    vm: VmArgument = None,
+    qmp: QmpOption = None,
+    id: IdOption = None,  # noqa: A002 - the name of the option
+    bitmap: BitmapOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+) -> None:
+    """Show the disks of a running VM, and what the next backup would read of each, and why. Changes nothing."""
+    from agent.vm_settings import VmOptions, resolve_vm
+
+    settings = resolve_vm(
+        invocation.config, VmOptions(vm, qmp, id, bitmap=bitmap, include=include or (), exclude=exclude or ())
+    )
+    section = settings.section
+    try:
+        invocation.repository_spec(section.repository)
+        known = True
+    except UsageError:
+        known = False
+
+    async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str]":
+        from contextlib import AsyncExitStack
+
+        from agent.vm_backup import is_running, preview_running
+        from core.errors import FleeceError
+        from datastore.names import ROOT
+        from hypervisor.qmp import connect
+
+        if not await is_running(settings):
+            raise FleeceError(
+                "show", settings.label, "its QEMU does not run", "'fleece vm backup --dry-run' shows its disks by path"
+            )
+        ns = invocation.namespace(section.ns, repository=section.repository) if known else ROOT
+        async with AsyncExitStack() as stack:
+            repository = None
+            if known:
+                repository = await stack.enter_async_context(invocation.repository(section.repository))
+            qmp_session = await stack.enter_async_context(connect(str(settings.qmp)))
+            left_out = (await settings.selection.survey(qmp_session)).left_out
+            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), invocation.codec())
+            return disks, left_out, ".".join(map(str, qmp_session.version))
+
+    disks, left_out, version = invocation.run(work, what="show", where=settings.label)
+    document: dict[str, Any] = {
+        "disks": [
+            {
+                "name": disk.name,
+                "device": disk.device,
+                "node": disk.node,
+                "size": disk.size,
+                "bitmap": disk.bitmap,
+                "next": {"mode": disk.mode, "reason": disk.reason or None, "bytes": disk.bytes},
+            }
+            for disk in disks
+        ],
+        "left-out": [{"device": left.device, "reason": left.reason} for left in left_out],
+        "qemu": version,
+    }
+    invocation.emit(document, lambda: _show_lines(settings, disks, left_out, version))
+
+
+def _show_lines(
+    settings: "VmSettings", disks: "Sequence[DiskPreview]", left_out: "Sequence[LeftOut]", version: str
+) -> list[str]:
+    from agent.documents import table
+    from core.units import format_size
+
+    rows = [
+        (
+            disk.name,
+            disk.device,
+            disk.node,
+            format_size(disk.size),
+            f"{disk.mode}, {format_size(disk.bytes)}" + (f" ({disk.reason})" if disk.reason else ""),
+        )
+        for disk in disks
+    ]
+    return [
+        f"{settings.label}: QEMU {version}",
+        *table(("disk", "device", "node", "size", "next backup reads"), rows, right=(3,)),
+        *(f"left out: {left.device} ({left.reason})" for left in left_out),
+    ]
+
+
+def cleanup(
+    invocation: Invocation,
+    vm: VmArgument = None,
+    qmp: QmpOption = None,
+    id: IdOption = None,  # noqa: A002 - the name of the option
+    guest_agent: AgentOption = None,
+    scratch: ScratchOption = None,
+    bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Also remove Fleece's dirty bitmaps.")] = False,
+) -> None:
+    """Remove what a killed backup left in a VM and on this host. The next backup does the same by itself."""
+    from agent.vm_settings import VmOptions, resolve_vm
+
+    # What the VM is called does not matter here: --qmp alone says which one.
+    settings = resolve_vm(
+        invocation.config,
+        VmOptions(vm, qmp, id or (None if vm is not None or qmp is None else "unnamed"), guest_agent, scratch),
+    )
+
+    async def work(progress: "Progress") -> list[str]:
+        from agent.places import private_run_dir
+        from agent.vm_backup import is_running
+        from hypervisor.state import clean_dead
+        from hypervisor.vm import cleanup as clean_up
+
+        if not await is_running(settings):
+            return await clean_dead(private_run_dir())
+        return await clean_up(
+            str(settings.qmp),
+            run_dir=private_run_dir(),
+            scratch=settings.scratch_folder,
+            guest_agent=settings.guest_agent,
+            remove_bitmaps=bitmaps,
+        )
+
+    done = invocation.run(work, what="clean up", where=settings.label)
+    invocation.emit({"done": done}, lambda: done or ["nothing was left"])

@@ -105,8 +105,12 @@ class Invocation:
             "give --repo, set FLEECE_REPOSITORY, or write default-repository into the configuration",
         )  # fmt: skip
 
-    def namespace(self, configured: str | None = None) -> "Namespace":
+    def namespace(self, configured: str | None = None, *, repository: str | None = None) -> "Namespace":
         """The namespace that is meant: `--ns`, else PBS_NAMESPACE, else `configured`, else the repository's own.
+
+        Args:
+            configured: what a VM's section says.
+            repository: the repository that the VM's section names.
 
         Raises:
             UsageError: not a namespace.
@@ -116,7 +120,7 @@ class Invocation:
         for text in (self.ns, os.environ.get("PBS_NAMESPACE"), configured):
             if text is not None:
                 return Namespace.parse(text)
-        section = self.config.repository.get(self.repository_spec())
+        section = self.config.repository.get(self.repository_spec(repository))
         return Namespace.parse(section.ns if section else "")
 
     @asynccontextmanager
@@ -132,7 +136,7 @@ class Invocation:
         async with repository_at(self.repository_spec(configured), self.config, self.registry) as repository:
             yield repository
 
-    def owner(self, named: str | None, configured: str | None = None) -> str:
+    def owner(self, named: str | None, configured: str | None = None, *, repository: str | None = None) -> str:
         """Who shall own a new group: `named` (`--owner`), else `configured`, the repository's, the file's, root@pam.
 
         Raises:
@@ -140,7 +144,7 @@ class Invocation:
         """
         from agent.config import check_owner
 
-        section = self.config.repository.get(self.repository_spec())
+        section = self.config.repository.get(self.repository_spec(repository))
         for text in (named, configured, section.owner if section else None, self.config.owner):
             if text:
                 return check_owner(text)

@@ -80,15 +80,19 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _complain(error: FleeceError, *, as_json: bool) -> None:
-    """Write `error` to standard error, as JSON or as text."""
+    """Write `error` to standard error, as JSON or as text; notes tell what went wrong after it."""
+    notes = getattr(error, "__notes__", [])
     if as_json:
-        fields = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+        hint = "; ".join([*([error.hint] if error.hint else []), *notes])
+        fields = {"what": error.what, "where": error.where, "why": error.why, "hint": hint}
         to_stderr(json.dumps({"error": fields}, ensure_ascii=False))
         return
     where = f" {error.where}" if error.where else ""
     to_stderr(f"Error: cannot {error.what}{where}: {error.why}")
     if error.hint:
         to_stderr(f"Hint: {error.hint}")
+    for note in notes:
+        to_stderr(f"Note: {note}")
 
 
 def _usage_error(error: Exception) -> FleeceError:

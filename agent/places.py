@@ -5,7 +5,10 @@ two, for tests and containers.
 """
 
 import os
+import stat
 from pathlib import Path
+
+from core.errors import FleeceError, os_reason
 
 
 def _is_root() -> bool:
@@ -38,6 +41,26 @@ def run_dir() -> Path:
     if _is_root():
         return Path("/run/fleece")
     return Path(runtime) / "fleece" if runtime.startswith("/") else Path(f"/tmp/fleece-{os.geteuid()}")
+
+
+def private_run_dir() -> Path:
+    """`run_dir`, made if it is missing, and nobody else's.
+
+    Raises:
+        FleeceError: it cannot be made, or belongs to somebody else, who could read disks through a socket in it.
+    """
+    folder = run_dir()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise FleeceError("use the run folder", str(folder), os_reason(error)) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise FleeceError(
+            "use the run folder", str(folder), "it is no folder of this user that only they can write",
+            "remove it, or name another one with FLEECE_RUN_DIR",
+        )  # fmt: skip
+    return folder
 
 
 def datastores_file() -> Path:

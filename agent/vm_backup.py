@@ -1,0 +1,337 @@
+"""The backup of one virtual machine: session, frozen view, disks, small files; and only then the bitmaps.
+
+The order is the whole point. The session comes first, because it tells which snapshot a dirty bitmap must count from;
+the frozen view sets the instant; the bitmaps are handed over when, and only when, the snapshot is finished in the
+repository. Whatever fails or is killed before that costs a longer read next time, never a wrong backup.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from agent.places import private_run_dir
+from agent.specifications import read_small_file
+from agent.vm_settings import VmSettings
+from core.errors import FleeceError, NotFoundError, UsageError
+from core.limits import in_io_thread
+from core.progress import Progress
+from datastore.codec import ChunkCodec
+from datastore.errors import SnapshotNotFoundError
+from datastore.names import Group, Snapshot, complete_archive_name
+from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Finished, target_id
+from hypervisor.cmdline import COMMAND_LINE_NAME, command_line
+from hypervisor.discovery import capabilities, check_vm
+from hypervisor.efi import EFI_VARS_NAME, efi_vars
+from hypervisor.files import open_source
+from hypervisor.qmp import Qmp, connect
+from hypervisor.stopped import StoppedDisk, held, stopped_disks
+from hypervisor.unix_socket import connect_unix
+from hypervisor.vm import DiskPreview, frozen_view, preview
+from repository.backup import SnapshotWriter
+from repository.interface import BackupSession, Repository
+from repository.report import BackupReport
+
+if TYPE_CHECKING:
+    from repository.planning import DiskPlan
+
+#: Seconds for what is read while the guest stands still, beside the disks.
+_INSTANT_TIMEOUT_S: Final = 5.0
+
+
+async def vm_target(repository: Repository, group: Group) -> str:
+    """What tells the dirty bitmaps of this repository and group from all others."""
+    return target_id(await repository.identity(), str(group.ns), str(group))
+
+
+async def base_lookup(repository: Repository, group: Group, codec: ChunkCodec, base: Snapshot | None) -> BaseOf:
+    """What the snapshot `base` has of each disk, or why an incremental backup may not count on it.
+
+    Args:
+        repository: where it lies.
+        group: of the backup.
+        codec: of the new backup: mode and key must be those of the old one.
+        base: the session's; None if it has none.
+    """
+    if base is None:
+        newest = await repository.latest(group)
+        why = "first backup of this group" if newest is None else "previous snapshot failed verification"
+        return lambda archive: why
+    info = await repository.snapshot(base)
+    files = {file.filename: file for file in info.files}
+    fingerprint = codec.key.fingerprint_text if codec.key is not None else None
+
+    def base_of(archive: str) -> BaseInfo | str:
+        file = files.get(complete_archive_name(archive))
+        if file is None or file.size is None:
+            return "disk is not in the previous snapshot"
+        if (info.fingerprint or None) != fingerprint:
+            return "key changed"
+        if file.crypt_mode is not codec.mode:
+            return "crypt mode changed"
+        return BaseInfo(base.ctime, file.size)
+
+    return base_of
+
+
+def finished_lookup(repository: Repository, group: Group) -> Finished:
+    """Whether there is a finished snapshot of a backup time."""
+
+    async def finished(ctime: int) -> bool:
+        try:
+            return (await repository.snapshot(group.at(ctime))).finished
+        except SnapshotNotFoundError:
+            return False
+
+    return finished
+
+
+async def usable_base(repository: Repository, group: Group) -> Snapshot | None:
+    """The snapshot that a session would take as its base."""
+    newest = await repository.latest(group)
+    if newest is None:
+        return None
+    verification = (await repository.snapshot(newest)).verification
+    return None if verification is not None and verification.get("state") == "failed" else newest
+
+
+async def is_running(settings: VmSettings) -> bool:
+    """Whether somebody listens on the VM's QMP socket.
+
+    Raises:
+        UsageError: neither a socket nor disks for a stopped VM are known.
+        NotFoundError: nobody listens, and nothing says where the disks are.
+    """
+    if settings.qmp is None:
+        if not settings.section.disks:
+            raise UsageError(
+                "back up the virtual machine", settings.label, "its QMP socket is not known",
+                "give --qmp SOCKET, or write qmp into its section of the configuration",
+            )  # fmt: skip
+        return False
+    try:
+        sock = await connect_unix(str(settings.qmp))
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        if settings.section.disks:
+            return False
+        raise NotFoundError(
+            "reach QEMU at", str(settings.qmp), "there is no such socket" if isinstance(error, FileNotFoundError)
+            else "nobody listens there",
+            f"start it with -qmp unix:{settings.qmp},server=on,wait=off; a VM that does not run needs [vm.NAME.disks]",
+        ) from error  # fmt: skip
+    except OSError:
+        return True  # its own message comes with the first real connection
+    sock.close()
+    return True
+
+
+async def back_up_vm(
+    settings: VmSettings,
+    repository: Repository,
+    session: BackupSession,
+    codec: ChunkCodec,
+    progress: Progress,
+    *,
+    bwlimit: int | None = None,
+    notes: str | None = None,
+) -> BackupReport:
+    """Back up the VM into `session`, running or not, and hand its bitmaps over when the snapshot is finished.
+
+    Raises:
+        FleeceError: it could not be backed up; the VM is as before, and no snapshot is listed.
+
+    Cancelled, it leaves no snapshot, and in the VM nothing but the bitmaps of the last backup.
+    """
+    started = time.monotonic()
+    files = [(one.name, await in_io_thread(read_small_file, Path(one.source))) for one in settings.files]
+    writer = SnapshotWriter(session, codec, progress)
+    if await is_running(settings):
+        frozen_s = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes)
+    else:
+        frozen_s = 0.0
+        await _back_up_stopped(settings, writer, progress, files, bwlimit, notes)
+    return BackupReport(session.snapshot, writer.reports, time.monotonic() - started, frozen_s)
+
+
+async def _back_up_running(
+    settings: VmSettings,
+    repository: Repository,
+    writer: SnapshotWriter,
+    progress: Progress,
+    files: Sequence[tuple[str, bytes]],
+    bwlimit: int | None,
+    notes: str | None,
+) -> float:
+    session = writer.session
+    group = session.snapshot.group
+    beside = _Beside(progress)
+    view = None
+    finished = False
+    try:
+        async with frozen_view(
+            str(settings.qmp),
+            target=await vm_target(repository, group),
+            new_id=session.snapshot.ctime,
+            base_of=await base_lookup(repository, group, writer.codec, session.base),
+            finished=finished_lookup(repository, group),
+            scratch=settings.scratch,
+            run_dir=private_run_dir(),
+            disks=settings.selection,
+            bitmap_mode=BitmapMode(settings.bitmap),
+            guest_agent=settings.guest_agent,
+            at_instant=beside.read,
+            on_step=progress.log,
+        ) as view:
+            for left in view.left_out:
+                progress.log(f"{left.device} is left out: {left.reason}")
+            await writer.add_disks(view.sources, bwlimit=bwlimit)
+            for name, data in [*beside.blobs, *files]:
+                await writer.add_blob(name, data)
+            await writer.finish(notes=notes)
+            finished = True
+            view.commit()
+    except FleeceError as error:
+        if not finished:
+            raise
+        # The snapshot is there and whole; what could not be undone is for a person to know.
+        progress.warn(str(error))
+    for warning in view.warnings if view is not None else ():
+        progress.warn(warning)
+    return view.frozen_s if view is not None else 0.0
+
+
+class _Beside:
+    """What goes along with the disks: EFI variables of the same instant, and QEMU's command line."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.blobs: list[tuple[str, bytes]] = []
+
+    async def read(self, qmp: Qmp) -> None:
+        """Read them while the guest stands still; what cannot be read is a warning, since the disks matter more."""
+        with trio.move_on_after(_INSTANT_TIMEOUT_S) as scope:
+            try:
+                if (variables := await efi_vars(qmp)) is not None:
+                    self.blobs.append((f"{EFI_VARS_NAME}.blob", variables))
+            except FleeceError as error:
+                self._progress.warn(f"without the EFI variables: {error}")
+            if (line := await command_line(qmp.peer)) is not None:
+                self.blobs.append((COMMAND_LINE_NAME, line))
+        if scope.cancelled_caught:
+            self._progress.warn("EFI variables or command line could not be read in time and are left out")
+
+
+async def _back_up_stopped(
+    settings: VmSettings,
+    writer: SnapshotWriter,
+    progress: Progress,
+    files: Sequence[tuple[str, bytes]],
+    bwlimit: int | None,
+    notes: str | None,
+) -> None:
+    disks = chosen_stopped_disks(settings)
+    progress.log(f"{settings.label} does not run: its disks are read by their paths")
+    sources = []
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(held(disks))
+        for disk in disks:
+            source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
+            sources.append(source)
+        await writer.add_disks(sources, bwlimit=bwlimit)
+    for source in sources:
+        for warning in source.warnings:
+            progress.warn(warning)
+    for name, data in files:
+        await writer.add_blob(name, data)
+    await writer.finish(notes=notes)
+
+
+def chosen_stopped_disks(settings: VmSettings) -> list[StoppedDisk]:
+    """The disks of a VM that does not run, without those that include and exclude leave out.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    from fnmatch import fnmatchcase
+
+    def matches(name: str, path: Path, patterns: Sequence[str]) -> bool:
+        return any(
+            fnmatchcase(alias, pattern) for pattern in patterns for alias in (name, f"drive-{name}.img", str(path))
+        )
+
+    kept = {
+        name: str(path)
+        for name, path in settings.section.disks.items()
+        if (not settings.include or matches(name, path, settings.include))
+        and not matches(name, path, settings.exclude)
+    }
+    if not kept:
+        raise UsageError("back up", settings.label, "no disk is left after include and exclude")
+    return stopped_disks(kept)
+
+
+async def preview_running(
+    qmp: Qmp, settings: VmSettings, repository: Repository | None, group: Group, codec: ChunkCodec
+) -> list[DiskPreview]:
+    """What the next backup would read of the disks of the VM behind `qmp`; changes nothing.
+
+    Raises:
+        FleeceError: QEMU or the repository cannot be asked.
+    """
+    disks = (await settings.selection.survey(qmp)).disks
+    mode = BitmapMode(settings.bitmap)
+    if repository is None:
+
+        async def never(ctime: int) -> bool:
+            return False
+
+        return await preview(qmp, disks, "", lambda archive: "no repository is named", never, bitmap_mode=mode)
+    return await preview(
+        qmp,
+        disks,
+        await vm_target(repository, group),
+        await base_lookup(repository, group, codec, await usable_base(repository, group)),
+        finished_lookup(repository, group),
+        bitmap_mode=mode,
+    )
+
+
+async def plan_vm(
+    settings: VmSettings, repository: Repository, group: Group, codec: ChunkCodec, progress: Progress
+) -> "list[DiskPlan]":
+    """`--dry-run`: what a backup would read, and why; refuses what a backup would refuse, changes nothing.
+
+    Raises:
+        FleeceError: as the backup.
+    """
+    from repository.planning import DiskPlan, plan_disks
+    from repository.report import Mode
+
+    for one in settings.files:
+        await in_io_thread(read_small_file, Path(one.source))
+    if await is_running(settings):
+        async with connect(str(settings.qmp)) as qmp:
+            await capabilities(qmp)
+            await check_vm(qmp, (await settings.selection.survey(qmp)).disks)
+            found = await preview_running(qmp, settings, repository, group, codec)
+        return [
+            DiskPlan(
+                disk.name,
+                disk.size,
+                Mode(disk.mode),
+                disk.reason or None,
+                disk.bytes,
+                disk.bytes if disk.bitmap is not None else None,
+            )
+            for disk in found
+        ]
+    async with AsyncExitStack() as stack:
+        disks = chosen_stopped_disks(settings)
+        await stack.enter_async_context(held(disks))
+        sources = [
+            await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format)) for disk in disks
+        ]
+        return await plan_disks(repository, group, sources, codec)
