@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
@@ -446,7 +447,8 @@ class NbdConnection:
         return self._handle
 
     def _error(self, what: str, why: str, *, errno: int = 0, lost: bool = False) -> NbdSourceError | NbdTargetError:
-        error = self._fault(what, str(self.address), why)
+        hint = "free some space, or choose another place" if errno in (ENOSPC, EDQUOT) else ""
+        error = self._fault(what, str(self.address), why, hint)
         error.errno, error.lost = errno, lost
         return error
 

@@ -21,11 +21,10 @@ from hypervisor.errors import DiskInUseError
 from hypervisor.extents import ExtentBuilder
 from hypervisor.files import FileSource, NbdSource, open_source
 from hypervisor.image_files import mounted_on
-from hypervisor.nbd_client import NbdAddress, open_nbd
 from tests.hypervisor.disk_source_suite import CHUNK, CONTENT, DiskSourceSuite, MakeSource
 from tests.support.cache import ROOT
 from tests.support.loop_devices import loop_device
-from tests.support.nbd_servers import ScriptedServer, nbdkit
+from tests.support.nbd_servers import ScriptedServer, held_by_qemu, nbdkit
 
 ZERO, DATA, CLEAN = ExtentState.ZERO, ExtentState.DATA, ExtentState.CLEAN
 
@@ -367,26 +366,6 @@ async def test_a_file_that_changes_while_it_is_read_gives_a_warning(tmp_path: Pa
 
 
 # -- images in use ---------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def held_by_qemu(path: Path, image_format: str, *, read_only: bool = False) -> AsyncIterator[None]:
-    """A qemu-storage-daemon has the image open as a VM would."""
-    mode = "on" if read_only else "off"
-    node = f"driver={image_format},node-name=t,file.driver=file,file.filename={path},read-only={mode}"
-    socket_path = path.parent / "daemon.sock"
-    command = ["qemu-storage-daemon", "--blockdev", node, "--nbd-server", f"addr.type=unix,addr.path={socket_path}"]
-    command += ["--export", f"type=nbd,id=e,node-name=t,name=x,writable={'off' if read_only else 'on'}"]
-    process = await trio.lowlevel.open_process(command)
-    try:
-        await until(lambda: socket_path.exists() or process.poll() is not None)
-        async with open_nbd(NbdAddress.unix(socket_path, "x")):
-            pass  # the export is there, and with it the lock
-        yield
-    finally:
-        with trio.CancelScope(shield=True):
-            process.kill()
-            await process.wait()
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

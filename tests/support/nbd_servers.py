@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 import trio
 
-from hypervisor.nbd_client import NbdAddress
+from hypervisor.nbd_client import NbdAddress, open_nbd
 
 PATIENCE_S: Final = 20.0
 
@@ -67,6 +67,28 @@ async def nbdkit(
                 await process.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def held_by_qemu(path: Path, image_format: str, *, read_only: bool = False) -> AsyncIterator[None]:
+    """A qemu-storage-daemon has the image open as a VM would."""
+    mode = "on" if read_only else "off"
+    node = f"driver={image_format},node-name=t,file.driver=file,file.filename={path},read-only={mode}"
+    socket_path = path.parent / "daemon.sock"
+    command = ["qemu-storage-daemon", "--blockdev", node, "--nbd-server", f"addr.type=unix,addr.path={socket_path}"]
+    command += ["--export", f"type=nbd,id=e,node-name=t,name=x,writable={'off' if read_only else 'on'}"]
+    process = await trio.lowlevel.open_process(command)
+    try:
+        with trio.fail_after(PATIENCE_S):
+            while not socket_path.exists() and process.poll() is None:
+                await trio.sleep(0.01)
+        async with open_nbd(NbdAddress.unix(socket_path, "x")):
+            pass  # the export is there, and with it the lock
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            process.kill()
+            await process.wait()
 
 
 @dataclass(frozen=True)
