@@ -59,18 +59,25 @@ StartNext: TypeAlias = Callable[[Completed], bool]
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 
 
-class NbdSourceError(SourceError):
+class _NbdError(FleeceError):
+    """What the errors of both directions have; never raised itself."""
+
+    errno: int = 0  #: the server's answer, 0 if there was none
+    lost: bool = False  #: the connection is gone
+
+    def again(self) -> Self:
+        """The same error once more, for another task: one exception object must not be raised in two."""
+        error = type(self)(self.what, self.where, self.why, self.hint)
+        error.errno, error.lost = self.errno, self.lost
+        return error
+
+
+class NbdSourceError(_NbdError, SourceError):
     """An NBD server did not give what was asked; `errno` is its answer (0: none), `lost` if it is gone."""
 
-    errno: int = 0
-    lost: bool = False
 
-
-class NbdTargetError(TargetError):
+class NbdTargetError(_NbdError, TargetError):
     """An NBD server did not take what was sent; `errno` is its answer (0: none), `lost` if it is gone."""
-
-    errno: int = 0
-    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +489,7 @@ class NbdPool:
         self._contexts = first.offered
         self._free = list(connections)
         self._slots = trio.Semaphore(len(connections))
-        self._broken: FleeceError | None = None
+        self._broken: NbdSourceError | NbdTargetError | None = None
         self._closed = False
 
     async def read_into(
@@ -553,7 +560,7 @@ class NbdPool:
     async def _use(self, work: Callable[[NbdConnection], None]) -> None:
         async with self._slots:
             if self._broken is not None:
-                raise self._broken
+                raise self._broken.again() from self._broken
             connection = self._free.pop()
             try:
                 await in_io_thread(self._work, connection, work)

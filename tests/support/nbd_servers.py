@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 import trio
 
+from core.errors import SourceError
 from hypervisor.nbd_client import NbdAddress, open_nbd
 
 PATIENCE_S: Final = 20.0
@@ -80,10 +81,13 @@ async def held_by_qemu(path: Path, image_format: str, *, read_only: bool = False
     process = await trio.lowlevel.open_process(command)
     try:
         with trio.fail_after(PATIENCE_S):
-            while not socket_path.exists() and process.poll() is None:
-                await trio.sleep(0.01)
-        async with open_nbd(NbdAddress.unix(socket_path, "x")):
-            pass  # the export is there, and with it the lock
+            while True:
+                try:
+                    async with open_nbd(NbdAddress.unix(socket_path, "x")):
+                        break  # the export is there, and with it the lock
+                except SourceError:
+                    assert process.poll() is None, "qemu-storage-daemon ended at its start"
+                    await trio.sleep(0.01)
         yield
     finally:
         with trio.CancelScope(shield=True):
