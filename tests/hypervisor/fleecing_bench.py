@@ -1,18 +1,19 @@
 """What the tests of fleecing share: a VM on small disks, a datastore of the simplest kind, and guest writes."""
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from core.disks import DiskSource, ExtentState
-from hypervisor.bitmaps import BaseInfo, BitmapMode
+from hypervisor.bitmaps import BaseInfo
 from hypervisor.extents import CHUNK_SIZE
-from hypervisor.vm import DiskSelection, FrozenView, Scratch, frozen_view
+from hypervisor.vm import Scratch, frozen_view
 from tests.support.qemu_binaries import QemuBinary
-from tests.support.running import RunningProcess, RunningQemu, VmDisk
+from tests.support.running import RunningProcess
 
 TARGET = "0badcafe"
 MIB = 1024**2
@@ -145,3 +146,8 @@ async def facts(vm: RunningProcess, bench: Bench) -> dict[str, Any]:
         "files": sorted(str(path) for path in bench.folder.rglob("*")),
         "fds": await vm.execute("query-fdsets"),
     }
+
+
+async def make_qcow2(qemu: QemuBinary, path: Path, size: int, *options: str) -> None:
+    """An empty image of `size` bytes."""
+    await trio.run_process([qemu.img, "create", "-q", "-f", "qcow2", *options, str(path), str(size)])

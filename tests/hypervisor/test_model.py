@@ -1,0 +1,159 @@
+"""The model test: a backup holds the state of its instant T, byte for byte, full or incremental.
+
+Whatever a guest writes, zeroes or discards before, between and after its steps, over successes and failures in any order.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor.fleecing import Fleecing
+from tests.hypervisor.fleecing_bench import MIB, Bench, facts, make_qcow2, read_disk
+from tests.support.qemu_binaries import QemuBinary
+from tests.support.running import RunningQemu, VmDisk
+
+SECTOR = 512
+CLUSTER = 65536
+
+
+class GuestModel:
+    """Does random things to the disks and knows what they must contain."""
+
+    def __init__(self, vm: RunningQemu, sizes: dict[str, int], rng: random.Random) -> None:
+        self.vm, self.rng = vm, rng
+        self.now = {name: bytearray(size) for name, size in sizes.items()}
+        self.filtered = False  #: discards of the guest are dropped while a backup runs
+
+    async def some(self, count: int) -> None:
+        for _ in range(self.rng.randint(0, count)):
+            await self.one()
+
+    async def one(self) -> None:
+        name = self.rng.choice(sorted(self.now))
+        image = self.now[name]
+        kind = self.rng.choice(["write", "write", "write", "write -z", "write -z -u", "discard"])
+        unit = CLUSTER if kind == "discard" else SECTOR
+        blocks = len(image) // unit
+        longest = max(1, min(blocks, self.rng.choice([SECTOR, 4096, CLUSTER, MIB, 5 * MIB]) // unit))
+        length = self.rng.randint(1, longest) * unit
+        offset = self.rng.randint(0, blocks - length // unit) * unit
+        if unit == SECTOR and self.rng.random() < 0.2:
+            offset = len(image) - length  # ends of disks are special
+        if kind == "write":
+            pattern = self.rng.randint(1, 255)
+            await self.vm.qemu_io(name, f"write -P {pattern} {offset} {length}")
+            image[offset : offset + length] = bytes([pattern]) * length
+        else:
+            await self.vm.qemu_io(name, f"{kind} {offset} {length}")
+            if kind != "discard" or not self.filtered:
+                image[offset : offset + length] = bytes(length)
+
+    def copy(self) -> dict[str, bytes]:
+        return {f"drive-{name}.img": bytes(image) for name, image in self.now.items()}
+
+
+async def run_model(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int
+) -> dict[str, int]:
+    """`rounds` backups; returns how often what was seen."""
+    rng = random.Random(seed)
+    sizes = {"d0": 21 * MIB + 512 * rng.randint(0, 300), "d1": 13 * MIB + 512 * rng.randint(0, 300), "d2": 8 * MIB}
+    await make_qcow2(qemu, tmpfs / "d0", sizes["d0"])
+    for name in ("d1", "d2"):
+        with (tmpfs / name).open("wb") as file:
+            file.truncate(sizes[name])
+    disks = [
+        VmDisk(tmpfs / "d0", "d0", format="qcow2"),
+        VmDisk(tmpfs / "d1", "d1", bus="virtio-scsi"),
+        VmDisk(tmpfs / "d2", "d2", form="drive"),
+    ]
+    bench = Bench(tmpfs / "w")
+    bench.folder.mkdir()
+    seen = {"full": 0, "incremental": 0, "committed": 0, "failed": 0, "clean": 0, "zeros": 0}
+    step = Fleecing._step
+    async with RunningQemu.start(qemu, disks, lifetime_s=1500) as vm:
+        model = GuestModel(vm, sizes, rng)
+        before = await facts(vm, bench)
+        at_t: dict[str, bytes] = {}
+
+        async def busy_step(self: Fleecing, phase: str, **more: Any) -> None:
+            await step(self, phase, **more)
+            # From the pass-through nodes on, discards are dropped.
+            model.filtered |= phase == "add the copy-before-write filters"
+            if phase not in ("add the pass-through nodes", "switch the devices to them", "undo"):
+                await model.some(2)
+
+        async def at_instant(_qmp: object) -> None:
+            at_t.update(model.copy())
+            await model.some(3)
+
+        monkeypatch.setattr(Fleecing, "_step", busy_step)
+        for number in range(rounds):
+            await model.some(8)
+            new_id = bench.store.next_id()
+            commit = rng.random() < 0.6
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "filtered", False)
+                try:
+                    async with bench.view(vm, new_id, at_instant=at_instant) as view:
+                        whole = rng.random() < 0.8
+                        for source in view.sources:
+                            old = bench.store.images.get(source.name)
+                            read = await read_disk(source, old, lambda: model.some(2), rng)
+                            assert read.image == at_t[source.name], (
+                                f"seed {seed} round {number} {source.name} {read.mode}: chunks "
+                                f"{different(read.image, at_t[source.name])} are not those of T"
+                            )
+                            seen[read.mode] += 1
+                            seen["zeros"] += read.zeros > 0
+                            seen["clean"] += read.read + read.zeros < source.size
+                            if not whole:
+                                raise Interrupted
+                        if not commit:
+                            raise Interrupted
+                        bench.store.images = dict(at_t)
+                        bench.store.base = new_id
+                        bench.store.finished.add(new_id)
+                        view.commit()
+                        seen["committed"] += 1
+                except Interrupted:
+                    seen["failed"] += 1
+                assert view.warnings == []
+        monkeypatch.setattr(Fleecing, "_step", step)
+        after = await facts(vm, bench)
+        assert {**after, "files": []} == {**before, "files": []}
+        assert list(bench.run_dir.iterdir()) == []
+        assert list((bench.folder / "scratch").iterdir()) == []
+    return seen
+
+
+class Interrupted(Exception):  # noqa: N818 - a backup that is given up
+    pass
+
+
+def different(one: bytes, other: bytes) -> list[int]:
+    step = 4 * MIB
+    return [at // step for at in range(0, len(other), step) if one[at : at + step] != other[at : at + step]]
+
+
+async def test_every_backup_holds_the_state_of_its_instant(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, rounds: Callable[[int], int]
+) -> None:
+    seen = await run_model(qemu, tmpfs, monkeypatch, rounds(24), seed=7)
+    assert seen["committed"]
+    assert seen["failed"]
+    assert seen["incremental"]
+    assert seen["clean"]
+    assert (seen["zeros"] > 0) == (qemu.version >= (8, 2, 0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+async def test_hundreds_of_backups_hold_the_state_of_their_instants(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    seen = await run_model(qemu, tmpfs, monkeypatch, 40, seed)
+    assert seen["incremental"]
