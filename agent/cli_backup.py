@@ -160,8 +160,8 @@ async def open_images(
         async with AsyncExitStack() as stack:
             for one in specifications:
                 if one.kind is SpecificationKind.IMAGE:
-                    source = open_source(one.source, one.name, format=image_format, force=force)
-                    opened.append(await stack.enter_async_context(source))
+                    opening = open_source(one.source, one.name, format=image_format, force=force)
+                    opened.append(await stack.enter_async_context(opening))
             yield list(opened)
     finally:
         for source in opened:

@@ -41,10 +41,13 @@ fleece datastore remove offsite --destroy-data          delete every backup in i
 def create(
     invocation: Invocation,
     place: Annotated[
-        str, typer.Argument(metavar="PATH|NAME", help="A folder (with a / in it), or a repository of the configuration.")
+        str,
+        typer.Argument(metavar="PATH|NAME", help="A folder (with a / in it), or a repository of the configuration."),
     ],
     name: Annotated[str | None, typer.Option("--name", help="Name to register; else the folder's.")] = None,
-    reuse: Annotated[bool, typer.Option("--reuse", help="The datastore is there already: check and register it.")] = False,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="The datastore is there already: check and register it.")
+    ] = False,
     sync_level: Annotated[
         Literal["filesystem", "file", "none"] | None,
         typer.Option("--sync-level", help="How backups reach the disk (a new datastore's default: filesystem)."),
@@ -94,7 +97,9 @@ def _place(invocation: Invocation, place: str, name: str | None) -> tuple[Path, 
             f"a folder has a / in it: ./{place}",
         )  # fmt: skip
     if name is not None:
-        raise UsageError("create the datastore", repr(place), "its name is in the configuration already", "leave out --name")
+        raise UsageError(
+            "create the datastore", repr(place), "its name is in the configuration already", "leave out --name"
+        )
     return section.path, None
 
 

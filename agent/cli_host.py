@@ -91,7 +91,7 @@ def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="bash|zsh|fish", help="Your shell.")],
 ) -> None:
     """Print the script that completes verbs and options in a shell."""
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # re-exported, but not said so
 
     script = get_completion_script(prog_name="fleece", complete_var="_FLEECE_COMPLETE", shell=shell)
     invocation.emit({"shell": shell, "script": script}, lambda: script)

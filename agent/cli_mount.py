@@ -31,18 +31,25 @@ def mount(
     invocation: Invocation,
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="[SNAPSHOT ARCHIVE] MOUNTPOINT", help="What to show, and the empty folder to show it on."),
+        typer.Argument(
+            metavar="[SNAPSHOT ARCHIVE] MOUNTPOINT", help="What to show, and the empty folder to show it on."
+        ),
     ],
     options: Annotated[
         list[str] | None,
-        typer.Option("-o", metavar="OPTIONS", help="Mount options: cache=SIZE, uid=N, gid=N, log=FILE, allow_other, ..."),
+        typer.Option(
+            "-o", metavar="OPTIONS", help="Mount options: cache=SIZE, uid=N, gid=N, log=FILE, allow_other, ..."
+        ),
     ] = None,
-    foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")
+    ] = False,
 ) -> None:
     """Show the repository as a tree of folders, or one archive of it. Nothing can be changed through it.
 
     Disk images are files, small files lie decoded beside them, 'latest' beside the snapshots is a link to the newest. A
-    snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM end it.
+    snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM ends
+    the mount.
     """
     from agent.repositories import local_store
     from fusefs.mount import mount as mount_on

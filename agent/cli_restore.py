@@ -127,6 +127,7 @@ class _Job:
 
     async def one(self, archive: str, target: str) -> Restored:
         """Restore the archive to the target a person named."""
+        from core.limits import in_io_thread
         from datastore.names import ArchiveKind, archive_kind, strip_archive_type
 
         entry = self._entry(archive)
@@ -137,8 +138,7 @@ class _Job:
                 "restore", f"{self._reader.snapshot} {name}", "this version restores disk images and small files only",
                 "proxmox-backup-client reads file archives of this datastore",
             )  # fmt: skip
-        if "://" not in target and target != "-" and Path(target).is_dir():
-            target = str(Path(target) / name)
+        target = await in_io_thread(_inside_folder, target, name)
         if kind is ArchiveKind.FIXED:
             await self._image(entry, target)
             return Restored(name, target, entry.size)
@@ -177,9 +177,7 @@ class _Job:
         from repository.restore import restore_disk, restore_stream
 
         if target == "-":
-            await restore_stream(
-                self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress
-            )
+            await restore_stream(self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress)
             return
         from hypervisor.targets import open_target
 
@@ -196,6 +194,12 @@ class _Job:
         else:
             await in_io_thread(write_small_file, Path(target), data, self._force)
         return len(data)
+
+
+def _inside_folder(target: str, name: str) -> str:
+    """`target`, or the file `name` in it if it is a folder."""
+    is_folder = "://" not in target and target != "-" and Path(target).is_dir()
+    return str(Path(target) / name) if is_folder else target
 
 
 async def to_stdout(data: "Buffer") -> None:

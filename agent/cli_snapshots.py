@@ -60,7 +60,9 @@ def list_snapshots(
     invocation: Invocation,
     group: GroupText = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also the namespaces below.")] = False,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also what is being written or was cut off.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also what is being written or was cut off.")
+    ] = False,
 ) -> None:
     """List the snapshots of a repository, by group, oldest first."""
     from agent.documents import snapshot_document, snapshot_lines
@@ -97,9 +99,7 @@ def show(invocation: Invocation, snapshot: SnapshotText) -> None:
 
 def forget(
     invocation: Invocation,
-    snapshot: Annotated[
-        str | None, typer.Argument(metavar="SNAPSHOT", help="type/id/time or type/id/latest.")
-    ] = None,
+    snapshot: Annotated[str | None, typer.Argument(metavar="SNAPSHOT", help="type/id/time or type/id/latest.")] = None,
     group: Annotated[
         str | None, typer.Option("--group", metavar="GROUP", help="All snapshots of the group, but protected ones.")
     ] = None,

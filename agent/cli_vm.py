@@ -31,19 +31,23 @@ if TYPE_CHECKING:
 
 VmArgument = Annotated[str | None, typer.Argument(metavar="VM", help="A virtual machine of the configuration.")]
 QmpOption = Annotated[Path | None, typer.Option("--qmp", metavar="SOCKET", help="QMP socket of its QEMU.")]
-IdOption = Annotated[str | None, typer.Option("--id", "--backup-id", metavar="ID", help="Backup id; the group is vm/ID.")]
+IdOption = Annotated[
+    str | None, typer.Option("--id", "--backup-id", metavar="ID", help="Backup id; the group is vm/ID.")
+]
 AgentOption = Annotated[
     Path | None, typer.Option("--guest-agent", metavar="SOCKET", help="Socket of the guest agent, for a freeze.")
 ]
 ScratchOption = Annotated[
-    Path | None, typer.Option("--scratch", metavar="FOLDER", help="Where QEMU keeps what the guest overwrites meanwhile.")
+    Path | None,
+    typer.Option("--scratch", metavar="FOLDER", help="Where QEMU keeps what the guest overwrites meanwhile."),
 ]
 BitmapOption = Annotated[
     Literal["persistent", "transient", "none"] | None,
     typer.Option("--bitmap", help="Keep dirty bitmaps in the images, in memory only, or not at all."),
 ]
 IncludeOption = Annotated[
-    list[str] | None, typer.Option("--include", metavar="DISK", help="Only these disks; may be repeated, also patterns.")
+    list[str] | None,
+    typer.Option("--include", metavar="DISK", help="Only these disks; may be repeated, also patterns."),
 ]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option("--exclude", metavar="DISK", help="Not these disks; may be repeated, also patterns.")
@@ -88,7 +92,7 @@ def backup(
     invocation: Invocation,
     vm: VmArgument = None,
     qmp: QmpOption = None,
-    id: IdOption = None,  # noqa: A002 - the name of the option
+    id: IdOption = None,
     guest_agent: AgentOption = None,
     no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze the guest's file systems.")] = False,
     scratch: ScratchOption = None,
@@ -153,7 +157,7 @@ def show(
     invocation: Invocation,
     vm: VmArgument = None,
     qmp: QmpOption = None,
-    id: IdOption = None,  # noqa: A002 - the name of the option
+    id: IdOption = None,
     bitmap: BitmapOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -239,7 +243,7 @@ def cleanup(
     invocation: Invocation,
     vm: VmArgument = None,
     qmp: QmpOption = None,
-    id: IdOption = None,  # noqa: A002 - the name of the option
+    id: IdOption = None,
     guest_agent: AgentOption = None,
     scratch: ScratchOption = None,
     bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Also remove Fleece's dirty bitmaps.")] = False,

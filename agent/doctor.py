@@ -240,7 +240,9 @@ def check_datastore(name: str, path: Path) -> Iterator[Check]:
     free, kind = shutil.disk_usage(path).free, file_system_of(path)
     on = f" on {kind}" if kind else ""
     if not os.access(path, os.W_OK):
-        yield Check(title, State.WARNING, f"{path}{on} is read-only for this user: restore and mount work", "run as root")
+        yield Check(
+            title, State.WARNING, f"{path}{on} is read-only for this user: restore and mount work", "run as root"
+        )
         return
     yield Check(title, State.OK, f"{path}, {format_size(free)} free{on}")
     if not _has_nameless_files(path):
@@ -254,7 +256,7 @@ def check_datastore(name: str, path: Path) -> Iterator[Check]:
         yield Check(title, state, f"also the datastore {store.name!r} of the PBS on this host{mode}; locks are shared")
     elif kind in _NETWORK_FILE_SYSTEMS:
         yield Check(
-            title, State.WARNING, f"{path} is on a network file system: a PBS on another host does not see Fleece's locks",
+            title, State.WARNING, f"{path} is on {kind}: a PBS on another host does not see Fleece's locks",
             "let only one of them write, or run Fleece on the PBS host",
         )  # fmt: skip
     elif (path / ".gc-status").exists() and not read_config():
@@ -281,7 +283,9 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
         sections = f"{len(config.repository)} repositories, {len(config.vm)} virtual machines"
         yield Check("configuration", State.OK, f"{path}: {sections}")
     if config.job:
-        yield Check("jobs", State.WARNING, "this version does not run [job.NAME] sections", "use systemd timers or cron")
+        yield Check(
+            "jobs", State.WARNING, "this version does not run [job.NAME] sections", "use systemd timers or cron"
+        )
     for name, vm in config.vm.items():
         if vm.qmp is None:
             continue

@@ -125,7 +125,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
     used = [column for column in range(len(header)) if any(row[column] for row in rows)]
     widths = {column: max(len(row[column]) for row in (header, *rows)) for column in used}
     for row in (header, *rows):
-        cells = [row[column].rjust(widths[column]) if column in right else row[column].ljust(widths[column]) for column in used]
+        cells = [
+            row[column].rjust(widths[column]) if column in right else row[column].ljust(widths[column])
+            for column in used
+        ]
         yield "  ".join(cells).rstrip()
 
 

@@ -1,8 +1,8 @@
 """Errors of the top floor, and what becomes of all errors at its edge.
 
 FleeceError
-├── UsageError            the command line or the configuration is wrong (core)
-└── InterruptedByUser     SIGINT, SIGTERM or SIGHUP ended the work; everything was cleaned up
+├── UsageError                 the command line or the configuration is wrong (core)
+└── InterruptedBySignalError   SIGINT, SIGTERM or SIGHUP ended the work; everything was cleaned up
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import trio
 from core.errors import FleeceError
 
 
-class InterruptedByUser(FleeceError):
+class InterruptedBySignalError(FleeceError):
     """A signal ended the work; everything was cleaned up."""
 
 

@@ -165,7 +165,7 @@ class Invocation:
         """Run the work of a verb under trio, with progress on standard error; keeps its warnings.
 
         Raises:
-            InterruptedByUser, FleeceError: as `agent.running.run`.
+            InterruptedBySignalError, FleeceError: as `agent.running.run`.
         """
         from agent.running import run
         from core.render import rendered
@@ -286,7 +286,9 @@ def _invocation(context: typer.Context, values: dict[str, Any]) -> Invocation:
     return invocation
 
 
-def _take_over(function: Callable[..., None], wrapper: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+def _take_over(
+    function: Callable[..., None], wrapper: Callable[..., None], parameters: list[inspect.Parameter]
+) -> None:
     """Make typer see `parameters` as those of `wrapper`."""
     wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -326,7 +328,9 @@ def command(
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         _take_over(function, wrapper, own + _parameters(general))
-        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()) if examples else None
+        epilog = (
+            "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()) if examples else None
+        )
         group.command(name, epilog=epilog, hidden=hidden)(wrapper)
         return function
 

@@ -123,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command with `arguments` (without the program's name) and return the exit code."""
     as_json, debug = _wants_json(arguments), "--debug" in arguments
     if os.environ.get(_COMPLETE_VARIABLE):
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # type: ignore[attr-defined]  # re-exported, but not said so
 
         completion_init()
     try:

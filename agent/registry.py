@@ -64,7 +64,9 @@ class Registry:
                 raise FleeceError("read the list of datastores", str(self.path), f"datastore.{name} has no path")
             level = section.get("sync-level")
             if level not in (None, *SYNC_LEVELS):
-                raise FleeceError("read the list of datastores", str(self.path), f"datastore.{name}: sync-level {level!r}")
+                raise FleeceError(
+                    "read the list of datastores", str(self.path), f"datastore.{name}: sync-level {level!r}"
+                )
             found[name] = Datastore(name, Path(path), level)
         return found
 

@@ -39,10 +39,9 @@ def local_store(spec: str, config: Config, registry: Registry) -> LocalStore:
     registered = registry.datastores()
     if "/" in spec:
         path = Path(spec).expanduser().absolute()
-        for known in (*config.repository.values(), *registered.values()):
-            if known.path == path:
-                return LocalStore(path, known.sync_level)
-        return LocalStore(path)
+        known = [LocalStore(section.path, section.sync_level) for section in config.repository.values()]
+        known += [LocalStore(datastore.path, datastore.sync_level) for datastore in registered.values()]
+        return next((store for store in known if store.path == path), LocalStore(path))
     if (section := config.repository.get(spec)) is not None:
         return LocalStore(section.path, section.sync_level)
     if (datastore := registered.get(spec)) is not None:

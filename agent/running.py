@@ -6,16 +6,14 @@ from typing import Final, TypeVar
 
 import trio
 
-from agent.errors import InterruptedByUser, first_cause
+from agent.errors import InterruptedBySignalError, first_cause
 
 T = TypeVar("T")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def _supervised(
-    work: Callable[[], Awaitable[T]], what: str, where: str, say: Callable[[str], None]
-) -> T:
+async def _supervised(work: Callable[[], Awaitable[T]], what: str, where: str, say: Callable[[str], None]) -> T:
     """Run `work`; a signal cancels it, and further signals change nothing while it cleans up."""
     received: list[signal.Signals] = []
     finished: list[T] = []
@@ -41,7 +39,7 @@ async def _supervised(
     # Work that was done before the cancellation reached it is done.
     if finished:
         return finished[0]
-    raise InterruptedByUser(what, where, f"{received[0].name} received; everything was cleaned up")
+    raise InterruptedBySignalError(what, where, f"{received[0].name} received; everything was cleaned up")
 
 
 def run(
@@ -56,7 +54,7 @@ def run(
         say: called with a line for people when a signal arrives.
 
     Raises:
-        InterruptedByUser: a signal came; the work's clean-up has run.
+        InterruptedBySignalError: a signal came; the work's clean-up has run.
         Exception: the first cause of a failure; groups of exceptions are resolved.
     """
     try:

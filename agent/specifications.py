@@ -39,7 +39,9 @@ def parse_specification(text: str) -> Specification:
     name, colon, source = text.partition(":")
     match = _NAME.fullmatch(name)
     if not colon or not source or match is None:
-        raise UsageError("understand the specification", repr(text), "it is not of the form NAME.EXTENSION:SOURCE", _NAMES_HINT)
+        raise UsageError(
+            "understand the specification", repr(text), "it is not of the form NAME.EXTENSION:SOURCE", _NAMES_HINT
+        )
     extension = match[1]
     if extension == "img":
         return Specification(name, SpecificationKind.IMAGE, source)
@@ -49,10 +51,12 @@ def parse_specification(text: str) -> Specification:
         return Specification(name, SpecificationKind.BLOB, source)
     if extension == "pxar":
         raise UsageError(
-            "back up the folder", repr(source), "this version stores disk images and single files, no file archives yet",
+            "back up the folder", repr(source), "this version stores disk images and small files, no file archives yet",
             "back up the disk that the folder is on as NAME.img",
         )  # fmt: skip
-    raise UsageError("understand the specification", repr(text), f"the extension .{extension} says nothing", _NAMES_HINT)
+    raise UsageError(
+        "understand the specification", repr(text), f"the extension .{extension} says nothing", _NAMES_HINT
+    )
 
 
 def parse_specifications(texts: Iterable[str]) -> list[Specification]:

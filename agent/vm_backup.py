@@ -265,8 +265,7 @@ def chosen_stopped_disks(settings: VmSettings) -> list[StoppedDisk]:
     kept = {
         name: str(path)
         for name, path in settings.section.disks.items()
-        if (not settings.include or matches(name, path, settings.include))
-        and not matches(name, path, settings.exclude)
+        if (not settings.include or matches(name, path, settings.include)) and not matches(name, path, settings.exclude)
     }
     if not kept:
         raise UsageError("back up", settings.label, "no disk is left after include and exclude")

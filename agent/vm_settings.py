@@ -116,5 +116,3 @@ def _section(config: Config, options: VmOptions) -> tuple[str | None, VmSection]
         if options.id == (section.id or name):
             return name, section
     return None, VmSection()
-
-

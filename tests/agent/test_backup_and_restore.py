@@ -36,7 +36,9 @@ def conf(tmpfs: Path) -> Path:
 
 
 def test_report_list_and_show_have_the_keys_of_the_contract(stored: Fleece, image: Path, conf: Path) -> None:
-    report = stored.json("backup", f"disk.img:{image}", f"vm.conf:{conf}", "--backup-id", "web", "--notes", "first\nmore")
+    report = stored.json(
+        "backup", f"disk.img:{image}", f"vm.conf:{conf}", "--backup-id", "web", "--notes", "first\nmore"
+    )
     assert set(report) == {"snapshot", "archives", "frozen-s", "duration-s", "warnings"}
     disk, small = report["archives"]
     assert set(disk) == {
@@ -76,7 +78,7 @@ def test_two_backups_of_one_group_at_once_do_not_mix(stored: Fleece, image: Path
         waited = stored("backup", f"disk.img:{image}", "--backup-id", "web", "--lock-wait", "60")
         assert waited.code == 0, waited.err
     finally:
-        out, err = slow.communicate(timeout=60)
+        _, err = slow.communicate(timeout=60)
     assert slow.returncode == 0, err
     assert len(stored.json("list")) == 2
 

@@ -76,7 +76,7 @@ def test_an_error_names_file_line_and_option(text: str, line: int, why: str) -> 
 
 def test_all_errors_are_listed_at_once_by_line() -> None:
     with pytest.raises(UsageError) as caught:
-        parse_config('[vm.web]\nx = 1\n\n[vm.db]\ny = 2\n', "f")
+        parse_config("[vm.web]\nx = 1\n\n[vm.db]\ny = 2\n", "f")
     assert caught.value.where == "f:2"
     assert "vm.web.x is no known option; line 5: vm.db.y is no known option" in caught.value.why
 

@@ -37,7 +37,9 @@ def test_the_configuration_comes_before_what_commands_made(registry: Registry) -
     assert local_store("named", CONFIG, registry).path == Path("/backup/named")
 
 
-@pytest.mark.parametrize("spec", ["host:store", "root@pam@host:store", "root@pam!tok@host:8007:store", "[fe80::1]:store"])
+@pytest.mark.parametrize(
+    "spec", ["host:store", "root@pam@host:store", "root@pam!tok@host:8007:store", "[fe80::1]:store"]
+)
 def test_a_datastore_on_a_server_is_refused_clearly(spec: str, registry: Registry) -> None:
     assert is_remote(spec)
     with pytest.raises(UsageError, match="this version knows local ones only"):
