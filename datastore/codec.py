@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
-from core.buffers import Buffer
+from core.buffers import Buffer, WritableBuffer
 from core.errors import FleeceError, FormatError, UsageError
 from datastore import sha256
 from datastore.blob import MAX_BLOB_SIZE, MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob, BlobKind
@@ -228,19 +228,33 @@ class ChunkCodec:
         return data
 
     def decode_many(
-        self, blobs: Sequence[tuple[Blob, bytes, int]], *, crypt_mode: CryptMode | None, where: str
+        self,
+        blobs: Sequence[tuple[Blob, bytes, int]],
+        *,
+        crypt_mode: CryptMode | None,
+        where: str,
+        buffers: Sequence[WritableBuffer] = (),
     ) -> list[Buffer | FleeceError]:
         """Decode a batch of (blob, digest, plain size), digests side by side.
 
+        Args:
+            blobs: the chunks.
+            crypt_mode: as in `decode`.
+            where: the archive, for messages.
+            buffers: one per blob or none at all; a chunk that fits is decompressed into its buffer, which saves the
+                page faults of fresh memory.
+
         Returns:
-            one item per blob, in order: the plain chunk, or the error that `decode` would have raised.
+            one item per blob, in order: the plain chunk (perhaps a view of its buffer), or the error that `decode`
+            would have raised.
         """
         results: list[Buffer | FleeceError] = []
         plain: list[int] = []
         keyed: list[int] = []
         for number, (blob, digest, size) in enumerate(blobs):
             try:
-                results.append(self._opened(blob, MAX_CHUNK_SIZE, size, crypt_mode, _at(where, digest)))
+                into = buffers[number] if buffers else None
+                results.append(self._opened(blob, MAX_CHUNK_SIZE, size, crypt_mode, _at(where, digest), into))
                 (keyed if blob.kind.encrypted else plain).append(number)
             except FleeceError as error:
                 results.append(error)
@@ -266,7 +280,15 @@ class ChunkCodec:
     def _suffix_of(self, blob: Blob) -> bytes:
         return self.key.id_key if self.key is not None and blob.kind.encrypted else b""
 
-    def _opened(self, blob: Blob, cap: int, size: int | None, crypt_mode: CryptMode | None, where: str) -> Buffer:
+    def _opened(
+        self,
+        blob: Blob,
+        cap: int,
+        size: int | None,
+        crypt_mode: CryptMode | None,
+        where: str,
+        into: WritableBuffer | None = None,
+    ) -> Buffer:
         try:
             blob.check(where=where)
         except FormatError as error:
@@ -276,7 +298,7 @@ class ChunkCodec:
             raise FormatError("read blob", where, f"it is {state}, the manifest says crypt mode {crypt_mode.value}")
         payload = self._decrypted(blob, where) if blob.kind.encrypted else blob.payload
         if blob.kind.compressed:
-            return _decompressed(payload, cap, size, where)
+            return _decompressed(payload, cap, size, where, into)
         if len(payload) > cap or (size is not None and len(payload) != size):
             raise _length_error(where, len(payload), cap, size)
         return payload
@@ -336,7 +358,9 @@ def _compressed(data: Buffer, compress: bool) -> tuple[Buffer, bool]:
     return data, False
 
 
-def _decompressed(payload: Buffer, cap: int, size: int | None, where: str) -> Buffer:
+def _decompressed(
+    payload: Buffer, cap: int, size: int | None, where: str, into: WritableBuffer | None = None
+) -> Buffer:
     """The content of a zstd stream: one frame as a rule, several or frames without a size also pass."""
     try:
         parameters = zstandard.get_frame_parameters(payload)
@@ -347,6 +371,10 @@ def _decompressed(payload: Buffer, cap: int, size: int | None, where: str) -> Bu
             # The frame's own word sizes the buffer, so it is looked at first.
             if known > cap or (size is not None and known > size):
                 raise _length_error(where, known, cap, size)
+            if into is not None and known == size and known <= len(into):
+                room = memoryview(into)[:known]
+                if _filled(payload, room):
+                    return room
             try:
                 data = _contexts.decompressor.decompress(payload, allow_extra_data=False)
             except zstandard.ZstdError:
@@ -357,6 +385,16 @@ def _decompressed(payload: Buffer, cap: int, size: int | None, where: str) -> Bu
     if size is not None and len(data) != size:
         raise _length_error(where, len(data), cap, size)
     return data
+
+
+def _filled(payload: Buffer, room: memoryview) -> bool:
+    """Decompress the only frame in `payload` into all of `room`; False if it is anything else, which others explain."""
+    try:
+        with _contexts.decompressor.stream_reader(payload, read_size=len(payload)) as stream:
+            # One call for a frame that fits is one pass of zstd, without a window of its own.
+            return stream.readinto(room) == len(room) and not stream.read(1)
+    except zstandard.ZstdError:
+        return False
 
 
 def _streamed(payload: Buffer, cap: int, size: int | None, where: str) -> bytes:

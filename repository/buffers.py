@@ -27,7 +27,7 @@ _BATCH_DEFAULT: Final = 1
 #: Buffers at most: 192 MiB, half of what a command may take.
 MAX_BUFFERS: Final = 48
 #: Buffers that are being read, written or waited for while every core has its batch.
-_SPARE: Final = 6
+_SPARE: Final = 16
 
 
 def batch_size() -> int:
@@ -44,6 +44,7 @@ class BufferPool:
         self._free: list[memoryview] = []
         self._leases = 0
         self._available = trio.Semaphore(count)
+        self._collecting = trio.Lock()
         self._memory: memoryview | None = None
 
     @contextmanager
@@ -105,6 +106,15 @@ class Lease:
         buffer = await self.pool._take()
         self.held[id(buffer)] = buffer
         return buffer
+
+    async def take_many(self, count: int) -> list[memoryview]:
+        """`count` buffers at once (at most what the pool has); waits until there are so many.
+
+        Whoever takes buffers one by one must not wait for further ones with some in hand: two such takers could wait
+        for each other. Here only one collects at a time. Cancelled, what was collected stays with the lease.
+        """
+        async with self.pool._collecting:
+            return [await self.take() for _ in range(count)]
 
     def give(self, buffer: memoryview) -> None:
         """Give a buffer of `take` back."""

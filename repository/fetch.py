@@ -18,7 +18,7 @@ from core.limits import cpu_count, in_cpu_thread, in_io_thread
 from core.nursery import open_nursery
 from datastore.blob import Blob
 from datastore.codec import ChunkCodec
-from repository.buffers import batch_size
+from repository.buffers import Lease, batch_size, shared_pool
 from repository.interface import Reader
 from repository.locate import Archive
 
@@ -34,18 +34,34 @@ CONSUMERS: Final = 4
 Chunk = tuple[int, Buffer | FleeceError]  # number in the index; plain data, or why there is none
 
 
-async def read_batch(reader: Reader, codec: ChunkCodec, archive: Archive, numbers: Sequence[int]) -> list[Chunk]:
+async def read_batch(
+    reader: Reader,
+    codec: ChunkCodec,
+    archive: Archive,
+    numbers: Sequence[int],
+    buffers: Sequence[memoryview] = (),
+) -> list[Chunk]:
     """Read and check chunks in one go; each gives its plain data or the error that only it has.
 
-    An error of the reader as a whole (no connection any more) comes with every chunk that it hit.
+    An error of the reader as a whole (no connection any more) comes with every chunk that it hit. With `buffers`, one
+    per chunk, chunks are decoded into them where they fit.
     """
     index = archive.index
     digests = [index.digest(number) for number in numbers]
     blobs = await _read_blobs(reader, digests)
     good = [position for position, blob in enumerate(blobs) if isinstance(blob, Blob)]
-    jobs = [(blobs[position], digests[position], index.span(numbers[position])[1]) for position in good]
+    jobs = [
+        (blob, digest, index.span(number)[1])
+        for blob, digest, number in zip(blobs, digests, numbers, strict=True)
+        if isinstance(blob, Blob)
+    ]
     mode = archive.entry.crypt_mode
-    decoded = await in_cpu_thread(lambda: codec.decode_many(jobs, crypt_mode=mode, where=archive.where))  # type: ignore[arg-type]
+    rooms = [buffers[position] for position in good] if buffers else ()
+
+    def decode() -> list[Buffer | FleeceError]:
+        return codec.decode_many(jobs, crypt_mode=mode, where=archive.where, buffers=rooms)
+
+    decoded = await in_cpu_thread(decode)
     results: list[Buffer | FleeceError] = list(blobs)  # type: ignore[arg-type]
     for position, result in zip(good, decoded, strict=True):
         results[position] = result
@@ -80,29 +96,29 @@ async def fetch(
     Cancelled, no call of `consume` is left running.
     """
     batch = max(batch_size(), MIN_BATCH)
-    batches = _Batches(reader, archive, numbers, batch, ordered=ordered)
-    in_flight = min(cpu_count() + 1, MAX_CHUNKS // batch)
     turn = _Turnstile() if ordered else None
+    with shared_pool().lease() as lease:
+        batches = _Batches(reader, archive, numbers, batch, lease, ordered=ordered)
 
-    async def work() -> None:
-        while True:
-            place, wanted = await batches.next()
-            if not wanted:
-                return
-            chunks = await read_batch(reader, codec, archive, wanted)
-            if turn is not None:
-                await turn.wait(place)
-                while chunks:
-                    await consume(*chunks.pop(0))
-                turn.done()
-            elif len(chunks) == 1:
-                await consume(*chunks[0])
-            else:
-                await _consume_all(chunks, consume)
+        async def work() -> None:
+            while True:
+                place, wanted, buffers = await batches.next()
+                if not wanted:
+                    return
+                chunks = await read_batch(reader, codec, archive, wanted, buffers)
+                if turn is not None:
+                    await turn.wait(place)
+                    while chunks:
+                        await consume(*chunks.pop(0))
+                    turn.done()
+                else:
+                    await _consume_all(chunks, consume)
+                for buffer in buffers:
+                    lease.give(buffer)
 
-    async with open_nursery() as nursery:
-        for _ in range(max(2, in_flight)):
-            nursery.start_soon(work)
+        async with open_nursery() as nursery:
+            for _ in range(max(2, min(cpu_count() + 1, MAX_CHUNKS // batch))):
+                nursery.start_soon(work)
 
 
 class _Turnstile:
@@ -138,15 +154,17 @@ async def _consume_all(chunks: list[Chunk], consume: Callable[[int, Buffer | Fle
 class _Batches:
     """Deals `numbers` out in batches that are read together; several tasks draw from it."""
 
-    def __init__(self, reader: Reader, archive: Archive, numbers: Iterable[int], size: int, *, ordered: bool) -> None:
+    def __init__(
+        self, reader: Reader, archive: Archive, numbers: Iterable[int], size: int, lease: Lease, *, ordered: bool
+    ) -> None:
         self._reader, self._archive, self._numbers = reader, archive, iter(numbers)
-        self._size, self._ordered = size, ordered
+        self._size, self._lease, self._ordered = size, lease, ordered
         self._window: list[int] = []
         self._place = 0
         self._lock = trio.Lock()
 
-    async def next(self) -> tuple[int, list[int]]:
-        """Place and chunk numbers of the next batch; the numbers are empty at the end."""
+    async def next(self) -> tuple[int, list[int], list[memoryview]]:
+        """Place, chunk numbers and buffers of the next batch; the numbers are empty at the end."""
         async with self._lock:
             if not self._window:
                 self._window = list(islice(self._numbers, self._size if self._ordered else ORDER_WINDOW))
@@ -157,7 +175,8 @@ class _Batches:
             place, batch = self._place, self._window[: self._size]
             del self._window[: self._size]
             self._place += 1
-            return place, batch
+            # Under the lock, so that the batch whose turn comes first has its buffers first.
+            return place, batch, await self._lease.take_many(len(batch))
 
 
 async def _read_blobs(reader: Reader, digests: Sequence[bytes]) -> list[Blob | FleeceError]:

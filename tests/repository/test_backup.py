@@ -306,13 +306,20 @@ async def test_several_disks_share_one_bounded_pool(monkeypatch: pytest.MonkeyPa
     ]
 
 
-async def test_two_reads_per_disk_and_many_puts_are_in_flight(autojump_clock: MockClock) -> None:
+async def test_two_reads_per_disk_and_sixteen_puts_are_in_flight() -> None:
     repository = MemoryRepository()
-    repository.put_delay_s = 10.0
-    disk = MemoryDisk(IMG, chunks_of("abcdefghijklmnopqrstuvwxyz0123"), delay_s=0.1)
-    _, session = await back_up(repository, disk)
+    repository.put_gate = trio.Event()
+    disk = MemoryDisk(IMG, chunks_of("abcdefghijklmnopqrstuvwxyz0123"), delay_s=0.001)
+    async with repository.backup(GROUP.at(1000)) as session, trio.open_nursery() as nursery:
+        nursery.start_soon(SnapshotWriter(session, ChunkCodec()).add_disk, disk)
+        with trio.fail_after(20):
+            while session.in_flight < pipeline.PUTS_IN_FLIGHT:
+                await trio.sleep(0.005)
+        await trio.sleep(0.05)
+        assert session.in_flight == pipeline.PUTS_IN_FLIGHT
+        repository.put_gate.set()
+    assert len(session.puts) == 30
     assert disk.most_in_flight == pipeline.READS_IN_FLIGHT
-    assert session.most_in_flight == pipeline.PUTS_IN_FLIGHT
 
 
 async def test_slow_source_is_not_kept_waiting_for_full_batches(autojump_clock: MockClock) -> None:

@@ -199,6 +199,8 @@ class MemorySession:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await trio.sleep(self.repository.put_delay_s)
+            if self.repository.put_gate is not None:
+                await self.repository.put_gate.wait()
         finally:
             self.in_flight -= 1
         self.repository.hook("put_chunk")
@@ -292,6 +294,7 @@ class MemoryRepository:
         self.stored: dict[Snapshot, Stored] = {}
         self.chunk_reads: list[bytes] = []
         self.put_delay_s = self.read_delay_s = 0.0
+        self.put_gate: trio.Event | None = None  #: puts wait for it
         self.failed_verification: set[Snapshot] = set()
 
     async def identity(self) -> str:
