@@ -36,7 +36,8 @@ def check_mountpoint(mountpoint: Path, store: Path | None) -> Path:
     if store is not None:
         _check_apart(real, store, where)
     try:
-        empty = next(os.scandir(real), None) is None
+        with os.scandir(real) as entries:
+            empty = next(entries, None) is None
     except OSError as error:
         raise MountError("mount on", where, os_reason(error)) from error
     if not empty:

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from core.errors import UsageError
+from fusefs.options import DEFAULT_CACHE_SIZE, MountOptions, split_options
+
+
+def test_without_options_the_cache_has_its_default_and_the_user_owns_all() -> None:
+    assert MountOptions.parse() == MountOptions(DEFAULT_CACHE_SIZE, None, None, None, ())
+
+
+def test_sizes_owners_log_and_what_libfuse_knows_are_read() -> None:
+    options = MountOptions.parse("cache=64M,uid=1000", "gid=100,allow_other,max_read=65536,log=/var/log/m.log")
+    assert options == MountOptions(64 << 20, 1000, 100, Path("/var/log/m.log"), ("allow_other", "max_read=65536"))
+
+
+def test_the_later_of_two_values_wins() -> None:
+    assert MountOptions.parse("uid=1,fsname=a", "uid=2,fsname=b").uid == 2
+    assert MountOptions.parse("fsname=a", "fsname=b").fuse == ("fsname=b",)
+
+
+def test_what_fstab_and_mount_add_is_accepted_and_not_passed_on() -> None:
+    options = MountOptions.parse(
+        "rw,defaults,_netdev,nofail,noauto,x-systemd.automount,x-gvfs-name=a,comment=b,user,noatime,"
+    )
+    assert options == MountOptions()
+
+
+@pytest.mark.parametrize(
+    "text", ["nonsense", "uid=root", "uid=-1", "uid", "allow_other=1", "cache=1M", "cache=x", "log=", "uid=4294967296"]
+)
+def test_unknown_options_and_impossible_values_are_refused_by_name(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        MountOptions.parse(f"ro,{text}")
+    assert text.partition("=")[0] in str(caught.value) or text.partition("=")[2] in str(caught.value)
+
+
+def test_a_quoted_value_may_hold_commas() -> None:
+    assert list(split_options('context="a,b",ro')) == [("context", "a,b"), ("ro", None)]
+    with pytest.raises(UsageError, match="not closed"):
+        list(split_options('context="a'))

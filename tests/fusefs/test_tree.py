@@ -1,0 +1,222 @@
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from core.errors import FormatError
+from datastore.codec import ChunkCodec, CryptKey
+from datastore.errors import SnapshotNotFoundError
+from datastore.names import ROOT, Namespace, Snapshot
+from fusefs import tree
+from fusefs.opened import data_blocks, open_snapshot
+from fusefs.pool import SnapshotPool
+from fusefs.tree import File, Folder, Link, NamespaceFolder, Node, Shared
+from repository.archive import open_cache
+from repository.local import LocalRepository, open_local
+from tests.fusefs.mounts import CHUNK, CONF, FIRST, IMAGE, IMAGE_BLOCKS, KEY, SECOND, put, write
+
+TIMES = ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]
+
+
+@asynccontextmanager
+async def tree_of(store: Path, *, ns: Namespace = ROOT, key: CryptKey | None = None) -> AsyncIterator[NamespaceFolder]:
+    repo = await open_local(store)
+    async with open_cache(32 << 20) as cache, trio.open_nursery() as nursery:
+        pool = SnapshotPool(lambda snapshot: open_snapshot(repo, key, snapshot, cache), repo.snapshot, nursery)
+        yield NamespaceFolder(Shared(repo, key, pool, 0), b"", ns)
+        nursery.cancel_scope.cancel()
+    repo.close()
+
+
+async def at(root: Folder, path: str) -> Node:
+    node: Node = root
+    for name in path.split("/"):
+        assert isinstance(node, Folder)
+        node = (await node.children())[name.encode()]
+    return node
+
+
+async def names(root: Folder, path: str = "") -> list[str]:
+    folder = await at(root, path) if path else root
+    assert isinstance(folder, Folder)
+    return [name.decode() for name in await folder.children()]
+
+
+async def test_the_tree_has_namespaces_types_groups_times_and_latest(shared_store: Path) -> None:
+    async with tree_of(shared_store) as root:
+        assert await names(root) == ["host", "vm", "ns"]
+        assert await names(root, "vm") == ["100"]
+        assert await names(root, "vm/100") == [*TIMES, "latest"]
+        assert await names(root, "ns") == ["a"]
+        assert await names(root, "ns/a") == ["ns"]
+        assert await names(root, "ns/a/ns/b/vm/100") == [TIMES[0], "latest"]
+
+
+async def test_a_namespace_can_be_the_root(shared_store: Path) -> None:
+    async with tree_of(shared_store, ns=Namespace(("a",))) as root:
+        assert await names(root) == ["ns"]
+        assert await names(root, "ns/b/vm") == ["100"]
+
+
+async def test_a_snapshot_shows_images_and_small_files_but_neither_manifest_nor_streams(shared_store: Path) -> None:
+    async with tree_of(shared_store) as root:
+        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf"]
+
+
+async def test_latest_leads_to_the_newest_finished_snapshot(store: Path) -> None:
+    (store / "vm/100/2026-01-09T00:00:00Z").mkdir()
+    async with tree_of(store) as root:
+        assert await names(root, "vm/100") == [*TIMES, "latest"]
+        link = await at(root, "vm/100/latest")
+        assert isinstance(link, Link)
+        assert link.target.decode() == TIMES[1]
+        assert link.mtime_ns == SECOND * 10**9
+
+
+async def test_a_group_without_finished_snapshots_is_not_shown(store: Path) -> None:
+    (store / "ct/7/2026-01-09T00:00:00Z").mkdir(parents=True)
+    async with tree_of(store) as root:
+        assert await names(root) == ["host", "vm", "ns"]
+
+
+async def test_new_snapshots_show_up_when_the_listing_is_old(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.05)
+    async with tree_of(store) as root:
+        before = await at(root, f"vm/100/{TIMES[0]}")
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+        await write(repo, "vm/100", SECOND + 86400, {"a.conf.blob": b"x"})
+        await trio.sleep(0.06)
+        assert await names(root, "vm/100") == [*TIMES, "2026-01-03T00:00:00Z", "latest"]
+        link = await at(root, "vm/100/latest")
+        assert isinstance(link, Link)
+        assert link.target == b"2026-01-03T00:00:00Z"
+        assert await at(root, f"vm/100/{TIMES[0]}") is before
+
+
+async def test_a_removed_snapshot_goes_from_the_listing_and_its_folder_is_stale(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.05)
+    async with tree_of(store) as root:
+        gone = await at(root, f"vm/100/{TIMES[1]}")
+        assert isinstance(gone, Folder)
+        await gone.children()
+        await root.shared.repo.forget(Snapshot.parse(f"vm/100/{TIMES[1]}"))
+        await trio.sleep(0.06)
+        assert await names(root, "vm/100") == [TIMES[0], "latest"]
+        with pytest.raises(SnapshotNotFoundError):
+            await gone.children()
+
+
+async def test_without_the_key_encrypted_archives_are_not_shown_and_one_line_says_so(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with tree_of(store) as root:
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+        await write(repo, "host/web", SECOND, {"data.img.fidx": IMAGE}, key=KEY)
+        with caplog.at_level(logging.WARNING):
+            assert await names(root, f"host/web/{TIMES[0]}") == []
+            assert await names(root, f"host/web/{TIMES[1]}") == []
+        assert [record.getMessage() for record in caplog.records] == [
+            f"encrypted archives are not shown, first of host/web/{TIMES[0]}: "
+            f"missing is the key {KEY.fingerprint_text}; give it with --keyfile"
+        ]
+
+
+async def test_with_another_key_they_are_not_shown_either_and_plain_ones_are(
+    shared_store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with tree_of(shared_store, key=CryptKey.from_raw(bytes(32))) as root:
+        with caplog.at_level(logging.WARNING):
+            assert await names(root, f"host/web/{TIMES[0]}") == []
+        assert "the given one is not the key" in caplog.text
+        assert await names(root, f"vm/100/{TIMES[0]}") == ["drive-scsi0.img", "qemu-server.conf"]
+
+
+async def test_with_the_key_encrypted_archives_have_their_plain_bytes_and_blocks(shared_store: Path) -> None:
+    async with tree_of(shared_store, key=KEY) as root:
+        assert await names(root, f"host/web/{TIMES[0]}") == ["data.img", "note.conf"]
+        image, note = await at(root, f"host/web/{TIMES[0]}/data.img"), await at(root, f"host/web/{TIMES[0]}/note.conf")
+        assert isinstance(image, File)
+        assert isinstance(note, File)
+        lease, content = await image.open()
+        assert (content.size, content.blocks) == (len(IMAGE), IMAGE_BLOCKS)
+        assert await content.read(CHUNK - 100, 200) == IMAGE[CHUNK - 100 : CHUNK + 100]
+        lease.release()
+        lease, content = await note.open()
+        assert bytes(await content.read(0, 1 << 20)) == CONF
+        lease.release()
+
+
+async def test_a_listing_opens_no_snapshot_and_measuring_does(shared_store: Path) -> None:
+    async with tree_of(shared_store) as root:
+        image = await at(root, f"vm/100/{TIMES[0]}/drive-scsi0.img")
+        assert isinstance(image, File)
+        assert image.size == len(IMAGE)
+        assert (image.exact, len(root.shared.pool)) == (False, 0)
+        await image.measure()
+        assert (image.exact, image.blocks, len(root.shared.pool)) == (True, IMAGE_BLOCKS, 1)
+
+
+async def test_the_client_log_is_shown_though_the_manifest_does_not_list_it(store: Path) -> None:
+    text = b"INFO: backup finished\n" * 20
+    path = store / f"vm/100/{TIMES[0]}/client.log.blob"
+    path.write_bytes(bytes(ChunkCodec().encode_blob(text)))
+    async with tree_of(store) as root:
+        log = await at(root, f"vm/100/{TIMES[0]}/client.log")
+        assert isinstance(log, File)
+        await log.measure()
+        assert log.size == len(text)
+
+
+async def test_a_snapshot_with_a_broken_manifest_is_an_error_and_its_neighbours_are_not(store: Path) -> None:
+    path = store / f"vm/100/{TIMES[0]}/index.json.blob"
+    path.write_bytes(path.read_bytes()[:-5])
+    async with tree_of(store) as root:
+        with pytest.raises(FormatError, match=TIMES[0]):
+            await names(root, f"vm/100/{TIMES[0]}")
+        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf"]
+
+
+async def test_inode_numbers_are_those_of_the_path_and_differ_between_mounts(shared_store: Path) -> None:
+    async with tree_of(shared_store) as first, tree_of(shared_store) as second:
+        again = NamespaceFolder(first.shared, b"", ROOT)
+        path = f"vm/100/{TIMES[0]}/drive-scsi0.img"
+        assert (await at(first, path)).inode == (await at(again, path)).inode
+        assert (await at(first, path)).inode != (await at(second, path)).inode
+        assert first.inode == 1
+
+
+async def test_two_files_that_would_have_one_name_are_both_shown(store: Path) -> None:
+    async with tree_of(store) as root:
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+        await write(repo, "vm/7", FIRST, {"a.img.fidx": IMAGE[:100], "a.img.blob": b"x"})
+        assert await names(root, f"vm/7/{TIMES[0]}") == ["a.img", "a.img.blob"]
+
+
+async def test_blocks_count_the_chunks_that_are_not_zeros(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    async with repo.backup(Snapshot.parse("vm/1/2026-01-01T00:00:00Z")) as session:
+        codec = ChunkCodec()
+        for name, data, blocks in [
+            ("a.img.fidx", bytes(2 * CHUNK), 0),
+            ("b.img.fidx", bytes(CHUNK) + b"x", 1),
+            ("c.img.fidx", b"x" * (CHUNK + 513), (CHUNK + 1024) // 512),
+        ]:
+            await put(session, codec, name, data)
+            index = await session_index(store_folder, session.snapshot, name)
+            assert data_blocks(index, codec.zero_digest()) == blocks
+            assert data_blocks(index, None) == -(-len(data) // 512)
+    repo.close()
+
+
+async def session_index(store: Path, snapshot: Snapshot, name: str):  # type: ignore[no-untyped-def]  # FixedIndex
+    from datastore.fixed_index import FixedIndex
+
+    return FixedIndex.open(store / snapshot.path / name)
