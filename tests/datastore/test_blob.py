@@ -1,7 +1,7 @@
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import FormatError
@@ -75,6 +75,7 @@ def test_every_flipped_byte_of_crc_or_payload_is_told_with_both_crcs(position: i
         Blob.parse(broken, where="x").check(where="x")
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(BlobKind),
     payload=st.binary(max_size=300),

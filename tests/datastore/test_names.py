@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UsageError
@@ -146,6 +146,7 @@ def test_the_form_of_a_time_may_hold_no_date() -> None:
     assert not is_time("2026-13-45T99:99:99Z.tmp")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 253_402_300_799))
 def test_every_backup_time_has_one_name(ctime: int) -> None:
     text = format_time(ctime)
