@@ -19,7 +19,7 @@ import fcntl
 import os
 import select
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -44,6 +44,8 @@ _ZEROS: Final = bytes(MIB)
 _ZERO_MODES: Final = (0x01 | 0x02, 0x01 | 0x10)
 #: `fallocate` says so where the file system or device has no such command, or not for this alignment.
 _NO_SUCH_ZEROS: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
+#: Bytes of one such command: the kernel may have to write them, and cancellation waits for it.
+_ZERO_STEP: Final = 64 * MIB
 _STREAM_PIECE: Final = 256 * 1024
 _STREAM_WAIT_MS: Final = 250
 #: Bytes a pipe always takes without blocking once it polls as writable.
@@ -112,20 +114,28 @@ class FileTarget:
 
     def _zero(self, offset: int, length: int) -> None:
         self.touched = True
+        end = offset + length
+        while offset < end:
+            step = min(_ZERO_STEP, end - offset)
+            if not self._zero_by_command(offset, step):
+                step = min(len(_ZEROS), step)
+                self._write(offset, memoryview(_ZEROS)[:step])
+            offset += step
+            trio.from_thread.check_cancelled()
+
+    def _zero_by_command(self, offset: int, length: int) -> bool:
+        """True if file system or device know a command for it."""
         for mode in tuple(self._zero_modes):
             try:
                 _fallocate(self._fd, mode, offset, length)
-                return
             except OSError as error:
                 if error.errno not in _NO_SUCH_ZEROS:
                     raise self._failed(error, offset) from error
                 if error.errno != errno.EINVAL:  # that may come from this range's alignment alone
                     self._zero_modes.remove(mode)
-        end = offset + length
-        while offset < end:
-            piece = memoryview(_ZEROS)[: end - offset]
-            self._write(offset, piece)
-            offset += len(piece)
+            else:
+                return True
+        return False
 
     def _flush(self) -> None:
         try:
@@ -189,59 +199,51 @@ class NbdTarget:
 
 
 class StreamTarget:
-    """A pipe, socket or file descriptor that takes the image from its first to its last byte.
+    """A pipe, socket or open file that takes an image from its first to its last byte, such as standard output.
 
-    Writes wait for their turn: of all calls, the one at the current position goes on. So the ranges may be handed
-    over by several tasks, but the next one must always be among them, and every byte must be written or zeroed.
+    It cannot go back, so it is no `DiskTarget`: the caller writes in order, one call at a time. Unlike a plain write,
+    one into a full pipe can be cancelled.
     """
 
-    def __init__(self, fd: int, size: int, where: str = "-") -> None:
-        self._fd, self._size, self._where = fd, size, where
-        self._position = 0
-        self._own_fd: int | None = None
-        self._turn = trio.Condition()
-        self._failed = False
-        self._prepare()
-
-    @property
-    def size(self) -> int:
-        """Bytes of the image."""
-        return self._size
-
-    @property
-    def reads_zero(self) -> bool:
-        """False: zeros must be written too."""
-        return False
-
-    @property
-    def position(self) -> int:
-        """Bytes written so far."""
-        return self._position
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        """Wait until everything before `offset` is written, then write `data`.
+    def __init__(self, fd: int, where: str = "-") -> None:
+        """Use `fd`, which stays the caller's, and stays blocking: whoever shares it would not expect otherwise.
 
         Raises:
-            TargetError: the reader went away, no space, or `offset` was written already.
+            TargetError: it is a terminal.
         """
-        view = memoryview(data).cast("B")
-        await self._in_turn(offset, len(view), lambda: self._write(view))
+        if os.isatty(fd):
+            raise TargetError("write to", where, "it is a terminal", "redirect it into a file or a pipe")
+        self._fd, self._where = fd, where
+        self._own_fd: int | None = None
+        mode = os.fstat(fd).st_mode
+        self._piece = _PIPE_BUF if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode) else _STREAM_PIECE
+        if stat.S_ISFIFO(mode):
+            # Where it can be opened once more, this description is ours alone and need not block.
+            with suppress(OSError):
+                self._own_fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                self._piece = _STREAM_PIECE
+                fcntl.fcntl(self._own_fd, fcntl.F_SETPIPE_SZ, MIB)  # may be beyond the user's limit
 
-    async def zero(self, offset: int, length: int) -> None:
-        """Wait until everything before `offset` is written, then write `length` zeros.
+    async def write(self, data: Buffer) -> None:
+        """Write all of `data`; cancelled, any part of it may be written.
+
+        Raises:
+            TargetError: the reader went away, no space, or an I/O error.
+        """
+        await in_io_thread(self._write, memoryview(data).cast("B"))
+
+    async def zero(self, length: int) -> None:
+        """Write `length` zeros.
 
         Raises:
             TargetError: as `write`.
         """
 
         def fill() -> None:
-            left = length
-            while left:
-                piece = memoryview(_ZEROS)[:left]
-                self._write(piece)
-                left -= len(piece)
+            for start in range(0, length, len(_ZEROS)):
+                self._write(memoryview(_ZEROS)[: length - start])
 
-        await self._in_turn(offset, length, fill)
+        await in_io_thread(fill)
 
     async def flush(self) -> None:
         """Make a file durable; a pipe has taken everything already.
@@ -252,66 +254,27 @@ class StreamTarget:
         await in_io_thread(self._sync)
 
     def close(self) -> None:
-        """Give up the descriptor that was opened for writing without blocking; the caller's stays open."""
+        """Give up what was opened beside the caller's descriptor."""
         if self._own_fd is not None:
             os.close(self._own_fd)
             self._own_fd = None
-
-    def _prepare(self) -> None:
-        mode = os.fstat(self._fd).st_mode
-        if os.isatty(self._fd):
-            raise TargetError("write to", self._where, "it is a terminal", "redirect it into a file or a pipe")
-        self._blocks = stat.S_ISSOCK(mode)
-        if stat.S_ISFIFO(mode):
-            # A blocking write of a full pipe could not be cancelled, and O_NONBLOCK on the descriptor we were given
-            # would change it for whoever shares it: so open the pipe once more.
-            try:
-                self._own_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:
-                self._blocks = True
-            else:
-                with suppress(OSError):  # beyond the user's limit
-                    fcntl.fcntl(self._own_fd, fcntl.F_SETPIPE_SZ, MIB)
-
-    async def _in_turn(self, offset: int, length: int, work: Callable[[], None]) -> None:
-        if offset < self._position or offset + length > self._size:
-            raise self._error(f"{offset}..{offset + length} is out of turn after {self._position} bytes")
-        async with self._turn:
-            while self._position != offset and not self._failed:
-                await self._turn.wait()
-            if self._failed:
-                raise self._error("an earlier part could not be written")
-            try:
-                await in_io_thread(work)
-            except BaseException:
-                # Who waits for this part would wait for ever.
-                self._failed = True
-                self._turn.notify_all()
-                raise
-            self._position += length
-            self._turn.notify_all()
 
     def _write(self, view: memoryview) -> None:
         fd = self._fd if self._own_fd is None else self._own_fd
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
-        piece = _PIPE_BUF if self._blocks else _STREAM_PIECE
         position = 0
         while position < len(view):
+            while not poll.poll(_STREAM_WAIT_MS):
+                trio.from_thread.check_cancelled()
             try:
-                if self._blocks:
-                    self._wait(poll)
-                position += os.write(fd, view[position : position + piece])
+                position += os.write(fd, view[position : position + self._piece])
             except BlockingIOError:
-                self._wait(poll)
+                continue
             except BrokenPipeError as error:
                 raise self._error("who reads it went away") from error
             except OSError as error:
                 raise self._error(os_reason(error), _space_hint(error)) from error
-
-    def _wait(self, poll: "select.poll") -> None:
-        while not poll.poll(_STREAM_WAIT_MS):
-            trio.from_thread.check_cancelled()
 
     def _sync(self) -> None:
         try:
@@ -328,7 +291,7 @@ class StreamTarget:
 async def open_target(
     spec: str, size: int, *, force: bool = False, format: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> AsyncIterator[DiskTarget]:
-    """The disk that `spec` names, ready to take an image of `size` bytes: a file, a block device, an NBD URI, or `-`.
+    """The disk that `spec` names, ready to take an image of `size` bytes: a file, a block device or an NBD URI.
 
     A file is qcow2 if `format` says so, or without one if its name ends in `.qcow2`; anything else is raw. If the
     block raises, a file made by this run is removed, and one that was there and empty is empty again. When it ends
@@ -342,11 +305,7 @@ async def open_target(
     if size < 1:
         raise TargetError("restore to", spec, "the image is empty")
     async with AsyncExitStack() as stack:
-        if spec == "-":
-            stream = StreamTarget(1, size)
-            stack.callback(stream.close)
-            yield stream
-        elif is_nbd_uri(spec):
+        if is_nbd_uri(spec):
             yield await stack.enter_async_context(_open_nbd(spec, size, force=force, timeout_s=timeout_s))
         elif image_format(Path(spec), format) == "qcow2":
             yield await stack.enter_async_context(_open_qcow2(Path(spec), size, force=force, timeout_s=timeout_s))
