@@ -3,15 +3,19 @@
 Knows nothing of datastores: it implements the protocols of `core.disks` and hands over plain data. docs/hypervisor.md
 tells what happens in a QEMU during a backup, and why.
 
-    qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
+    vm.py           `frozen_view`, `preview`, `cleanup`: all disks of a running VM at one instant
+    files.py        `open_source`, `open_target`: image files, block devices, NBD exports
+    stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
-    stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
+    qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
     unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them
     checked.py      `field`, `optional`, `objects`: JSON from outside, checked for its types
     errors.py       what can go wrong
+
+The other modules are what these are made of: fleecing, dirty bitmaps, left-overs, NBD.
 
 Nothing is imported here: asyncio and libnbd cost start-up time that `fleece --help` need not pay.
 """

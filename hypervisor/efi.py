@@ -1,18 +1,27 @@
 """The EFI variables of a running VM: its writable flash memory, which goes along as blob `efivars.fd.blob`.
 
+QEMU copies them itself, by a backup job into memory that both share: that works for every format of the image and
+wherever it lies. Before 9.1 it keeps every descriptor it was ever passed as long as any other client is connected to a
+monitor of its; there a raw image is read directly, if QEMU has that very file open.
 docs/hypervisor.md, "What goes along".
 """
 
+import fcntl
 import os
 import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import trio
 
 from core.errors import SourceError, os_reason
 from core.limits import in_io_thread
 from hypervisor import checked
 from hypervisor.discovery import image_path
+from hypervisor.errors import QmpCommandError
 from hypervisor.qmp import Qmp
 from hypervisor.unix_socket import Peer
 
@@ -22,6 +31,16 @@ EFI_VARS_NAME: Final = "efivars.fd"
 MAX_SIZE: Final = 64 * 1024 * 1024
 
 _FLASH: Final = "/machine/system.flash"
+#: The copy counts as a fleecing image, so that clean-up knows it; no VM has so many disks.
+_NODE: Final = "fleece-f9999"
+_JOB: Final = "fleece-efi"
+#: The first version that gives a descriptor back when it is removed, and how many an older one may be left with.
+_GIVES_BACK: Final = (9, 1, 0)
+_MAX_KEPT: Final = 16
+#: Seconds for copying a few hundred KiB; the guest may be frozen meanwhile.
+_COPY_TIMEOUT_S: Final = 5.0
+#: Seconds for removing job and node again.
+_CLEANUP_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +49,7 @@ class EfiVars:
 
     node: str  #: the block node of the flash memory
     size: int  #: bytes, at most `MAX_SIZE`
-    driver: str  #: of the node: `raw` or `qcow2`
+    driver: str  #: of the node: `raw`, `qcow2`
     file: str | None  #: path of the image, as QEMU knows it
 
 
@@ -60,26 +79,88 @@ async def find_efi_vars(qmp: Qmp) -> EfiVars | None:
 
 
 async def efi_vars(qmp: Qmp) -> bytes | None:
-    """The EFI variables, read now from the raw image that QEMU has open; None if the VM has none.
-
-    QEMU writes each change of the flash through to its image, so what another process reads there is what the guest
-    would read. An image of another format must be read through an export of `EfiVars.node`.
+    """The EFI variables as they are now; None if the VM has none. Cancelled or failed, QEMU is as before.
 
     Raises:
-        SourceError: the image is not raw, not local, or cannot be read.
+        SourceError: QEMU cannot copy them.
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
     found = await find_efi_vars(qmp)
     if found is None:
         return None
-    if found.driver != "raw" or found.file is None:
+    if qmp.version < _GIVES_BACK:
+        if found.driver == "raw" and found.file is not None:
+            with suppress(SourceError):  # hidden from us: QEMU copies it
+                return await in_io_thread(_read, qmp.peer, found.file, found.size)
+        await _check_kept(qmp)
+    memory = os.memfd_create("fleece-efi", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(memory, found.size)
+        # QEMU gets a descriptor to write to; it must not make us hold more than that.
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        async with _target(qmp, memory):
+            await _copy(qmp, found.node)
+        return os.pread(memory, found.size, 0)
+    except QmpCommandError as error:
+        raise SourceError("read the EFI variables of", qmp.where, error.desc) from error
+    finally:
+        os.close(memory)
+
+
+@asynccontextmanager
+async def _target(qmp: Qmp, memory: int) -> AsyncIterator[None]:
+    """The node `_NODE` over our memory while the block runs."""
+    filename = await qmp.add_fd(memory, opaque=_JOB)
+    try:
+        with suppress(QmpCommandError):  # of a killed run
+            await qmp.execute("blockdev-del", {"node-name": _NODE})
+        await qmp.execute("blockdev-add", {"driver": "file", "node-name": _NODE, "filename": filename})
+        yield
+    finally:
+        with trio.move_on_after(_CLEANUP_TIMEOUT_S, shield=True):
+            for command, arguments in (
+                ("job-cancel", {"id": _JOB}),
+                ("job-dismiss", {"id": _JOB}),
+                ("blockdev-del", {"node-name": _NODE}),
+            ):
+                with suppress(QmpCommandError):  # gone already, in the good case the job
+                    await qmp.execute(command, arguments)
+            await qmp.remove_fd_set(filename)
+
+
+async def _copy(qmp: Qmp, node: str) -> None:
+    arguments = {"job-id": _JOB, "device": node, "target": _NODE, "sync": "full", "auto-dismiss": False}
+    await qmp.execute("blockdev-backup", arguments)
+    where = f"{qmp.where}, query-jobs"
+
+    def ours(answer: Any) -> dict[str, Any] | None:
+        return next((job for job in checked.objects(answer, where) if job.get("id") == _JOB), None)
+
+    def ended(answer: Any) -> bool:
+        job = ours(answer)
+        return job is None or job.get("status") == "concluded"
+
+    job = ours(await qmp.poll("query-jobs", ended, timeout_s=_COPY_TIMEOUT_S, interval_s=0.005))
+    error = None if job is None else checked.optional(job, "error", str, where)
+    if job is None or error is not None:
+        raise SourceError("read the EFI variables of", qmp.where, error or "QEMU has lost the job that copies them")
+
+
+async def _check_kept(qmp: Qmp) -> None:
+    where = f"{qmp.where}, query-fdsets"
+    sets = checked.objects(await qmp.execute("query-fdsets"), where)
+    kept = [fd for one in sets for fd in checked.objects(one.get("fds"), where) if fd.get("opaque") == _JOB]
+    if len(kept) >= _MAX_KEPT:
         raise SourceError(
-            "read the EFI variables of", qmp.where, f"they lie in a {found.driver} image", "use a raw image for them"
+            "read the EFI variables of",
+            qmp.where,
+            f"QEMU keeps {len(kept)} descriptors of earlier backups while another client is connected",
+            "use a raw image for the variables, or QEMU 9.1",
         )
-    return await in_io_thread(_read, qmp.peer, found.file, found.size)
 
 
 def _read(peer: Peer, name: str, size: int) -> bytes:
+    """What is in the image `name`; QEMU writes each change of a flash through to it."""
     # Only what QEMU itself has open: a path alone, from a process that may be hostile, could name any file of ours.
     path = Path(f"/proc/{peer.pid}/cwd") / name if not name.startswith("/") else Path(f"/proc/{peer.pid}/root{name}")
     try:

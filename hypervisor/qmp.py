@@ -142,14 +142,15 @@ class Qmp:
     async def add_fd(self, fd: int, *, opaque: str = "fleece") -> str:
         """Give QEMU a copy of the descriptor `fd` and return the file name `/dev/fdset/N` that opens it.
 
-        The set lives until `remove_fd_set`, or until the last user has closed it.
+        The set lives until `remove_fd_set` and the last user has closed it; before QEMU 9.1 also for as long as any
+        client is connected to a monitor.
         """
         answer = await self._send_fd(fd, "add-fd", {"opaque": opaque})
         where = f"{self.where}, answer to add-fd"
         return f"/dev/fdset/{field(of_type(answer, dict, where), 'fdset-id', int, where)}"
 
     async def remove_fd_set(self, filename: str) -> None:
-        """Take back what `add_fd` gave, by its file name; who has it open keeps it, QEMU drops it when we leave."""
+        """Take back what `add_fd` gave, by its file name; who has it open in QEMU keeps it."""
         await self.execute("remove-fd", {"fdset-id": int(filename.rpartition("/")[2])})
 
     async def _send_fd(self, fd: int, command: str, arguments: Mapping[str, object]) -> Any:

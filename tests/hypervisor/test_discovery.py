@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 import trio
 
-from core.errors import FleeceError
 from hypervisor.discovery import Disk, archive_name, capabilities, check_vm, image_path, list_disks, survey
-from hypervisor.efi import efi_vars, find_efi_vars
 from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import connect
 from tests.support.qemu_binaries import QemuBinary
@@ -384,44 +382,3 @@ def test_names_that_cannot_be(bad: str) -> None:
 )
 def test_paths_in_names_of_images(name: str, path: str | None) -> None:
     assert image_path(name) == path
-
-
-async def test_efi_variables_are_what_qemu_has_open(qemu: QemuBinary, tmp_path: Path) -> None:
-    variables = tmp_path / "vars.fd"
-    variables.write_bytes(b"boot order" * 54067 + b"1234567890")
-    extra = [
-        *drive(raw(tmp_path, "code.fd", 3653632), "if=pflash,unit=0,readonly=on"),
-        *drive(variables, "if=pflash,unit=1"),
-    ]
-    variables.write_bytes(variables.read_bytes()[: 528 * 1024])
-    async with RunningQemu.start(qemu, [], extra=extra) as vm, connect(vm.qmp) as qmp:
-        assert await efi_vars(qmp) == variables.read_bytes()
-        found = await find_efi_vars(qmp)
-        assert found is not None
-        assert (found.size, found.driver, found.file) == (528 * 1024, "raw", str(variables))
-        variables.rename(tmp_path / "moved")
-        variables.write_bytes(b"secret of another process")
-        with pytest.raises(FleeceError, match="QEMU does not have that file open"):
-            await efi_vars(qmp)
-
-
-async def test_a_vm_without_flash_has_no_efi_variables(distribution: QemuBinary) -> None:
-    async with RunningQemu.start(distribution, []) as vm, connect(vm.qmp) as qmp:
-        assert await efi_vars(qmp) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image": {"virtual-size": 1 << 40}}, "a flash memory of 1099511627776 bytes"),
-        ({"drv": "qcow2"}, "they lie in a qcow2 image"),
-        ({"file": "/proc/1/environ"}, "neither a file|does not have that file open|Permission"),
-        ({"file": "/etc/shadow"}, "does not have that file open"),
-        ({"file": "/dev/zero"}, "neither a file nor a block device"),
-    ],
-)
-async def test_efi_variables_of_a_hostile_qemu_are_not_read(changes: dict[str, Any], message: str) -> None:
-    flash = entry(qdev="/machine/system.flash1", inserted=changes)
-    async with ScriptedQmp({"query-block": [flash]}).serving() as path, connect(path) as qmp:
-        with pytest.raises(FleeceError, match=message):
-            await efi_vars(qmp)
