@@ -106,13 +106,13 @@ def check_kind(mode: int, what: str, where: str, fault: type[FleeceError]) -> bo
     raise fault(what, where, f"it is {kind}, neither a file nor a block device", hint)
 
 
-def lock_for_reading(fd: int, where: str) -> None:
+def lock_for_reading(fd: int, where: str, what: str = "read") -> None:
     """Mark the image as QEMU does when it reads and nobody may write; the marks go when `fd` is closed.
 
     Raises:
         DiskInUseError: somebody writes to it, or does not want it to be read.
     """
-    _lock(fd, where, uses=(_READ,), refuses=(_WRITE, _RESIZE))
+    _lock(fd, what, where, uses=(_READ,), refuses=(_WRITE, _RESIZE))
 
 
 def lock_for_writing(fd: int, where: str) -> None:
@@ -121,7 +121,13 @@ def lock_for_writing(fd: int, where: str) -> None:
     Raises:
         DiskInUseError: somebody has it open.
     """
-    _lock(fd, where, uses=(_READ, _WRITE, _RESIZE), refuses=(_READ, _WRITE, _WRITE_UNCHANGED, _RESIZE))
+    _lock(fd, "write to", where, uses=(_READ, _WRITE, _RESIZE), refuses=(_READ, _WRITE, _WRITE_UNCHANGED, _RESIZE))
+
+
+def in_use(what: str, where: str) -> DiskInUseError:
+    """The error for an image or device that another process holds; names the process if it can be seen."""
+    hint = "stop it, or back up the running VM by its QMP socket" if what.startswith("read") else "stop it first"
+    return DiskInUseError(what, where, f"it is in use{_user_of(where)}", hint)
 
 
 def unlock(fd: int) -> None:
@@ -130,7 +136,7 @@ def unlock(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USES, 2 * (_REFUSES - _USES), 0))
 
 
-def _lock(fd: int, where: str, uses: tuple[int, ...], refuses: tuple[int, ...]) -> None:
+def _lock(fd: int, what: str, where: str, uses: tuple[int, ...], refuses: tuple[int, ...]) -> None:
     try:
         # First the marks, then the look: of two who do this at the same time at least one sees the other.
         for byte in (*(_USES + one for one in uses), *(_REFUSES + one for one in refuses)):
@@ -145,9 +151,25 @@ def _lock(fd: int, where: str, uses: tuple[int, ...], refuses: tuple[int, ...]) 
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             # A file system without locks: QEMU goes on without them too.
             return
-    raise DiskInUseError(
-        "use", where, "another process, such as a running VM, has the image open", "stop it, or back up the VM itself"
-    )
+    raise in_use(what, where)
+
+
+def _user_of(path: str) -> str:
+    """` by NAME (pid N)` of a process that has the image open, if one can be seen."""
+    try:
+        wanted = Path(path).stat()
+    except OSError:
+        return ""
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        try:
+            with os.scandir(process / "fd") as descriptors:
+                if any(os.path.samestat(entry.stat(), wanted) for entry in descriptors):
+                    return f" by {(process / 'comm').read_text().strip()} (pid {process.name})"
+        except OSError:
+            continue  # gone, or somebody else's
+    return ""
 
 
 def mounted_on(device: int) -> list[str]:
@@ -192,8 +214,7 @@ def open_error(error: OSError, what: str, where: str, fault: type[FleeceError]) 
         errno.EACCES: "run as a user who may open it",
         errno.EPERM: "run as a user who may open it",
         errno.ENOENT: "see that the path is right",
-        errno.EBUSY: "unmount it, or stop who uses it",
     }
     if error.errno == errno.EBUSY:
-        return DiskInUseError(what, where, "the device is mounted or in use", hints[errno.EBUSY])
+        return DiskInUseError(what, where, "the device is mounted or in use", "unmount it, or stop who uses it")
     return fault(what, where, os_reason(error), hints.get(error.errno or 0, ""))

@@ -19,7 +19,6 @@ import trio
 
 from core.errors import FleeceError, SourceError, TargetError
 from core.limits import in_io_thread
-from hypervisor.errors import DiskInUseError
 from hypervisor.nbd_client import NbdAddress, NbdConnection
 
 #: Seconds until a `qemu-nbd` must be ready; opening an image on a slow network file system takes time.
@@ -161,9 +160,7 @@ def _complaint(stderr: bytes, what: str, path: Path, fault: type[FleeceError]) -
     text = " ".join(stderr[:_MAX_COMPLAINT].decode("utf-8", "replace").split())
     text = re.sub(r"^qemu-(nbd|img): ", "", text)
     if re.search(r"Failed to get .* lock|Failed to lock", text):
-        return DiskInUseError(
-            what, str(path), "another process, such as a running VM, holds the image", "stop it first"
-        )
+        return in_use("read" if issubclass(fault, SourceError) else "write to", str(path))
     return fault(what, str(path), text or "QEMU gave no reason")
 
 

@@ -1,36 +1,21 @@
 """A VM of the configuration whose QEMU does not run: its disks by path, while QEMU's image locks are held.
 
-QEMU locks single bytes of an image: a shared lock on byte 100+p says "I use permission p", on byte 200+p "nobody else
-may use it". While a backup reads we say what `qemu-img convert` says: we read, and nobody may write or resize. A QEMU
-that has the image open for writing makes us fail, and one that is started meanwhile says `Failed to get "write" lock`.
+While a backup reads we say what `qemu-img convert` says: we read, and nobody may write or resize. A QEMU that has the
+image open for writing makes us fail, and one that is started meanwhile says `Failed to get "write" lock`.
 docs/hypervisor.md, "A VM that does not run".
 """
 
-import errno
-import fcntl
 import os
-import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from core.errors import NotFoundError, SourceError, UsageError, os_reason
 from core.limits import in_io_thread
 from hypervisor.discovery import archive_name
-from hypervisor.errors import DiskInUseError, DiskNameError
-
-#: The permissions of QEMU's block layer that matter here, by their bit.
-_CONSISTENT_READ: Final = 0
-_WRITE: Final = 1
-_RESIZE: Final = 3
-_USED_BASE: Final = 100
-_UNSHARED_BASE: Final = 200
-#: `struct flock`: type, whence, start, length, pid (0 for locks of an open file).
-_FLOCK: Final = struct.Struct("hhqqi4x")
-#: Errors of file systems without such locks; QEMU goes without there too.
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+from hypervisor.errors import DiskNameError
+from hypervisor.image_files import lock_for_reading
 
 FORMATS: Final = ("raw", "qcow2")
 
@@ -87,53 +72,8 @@ def _hold(disk: StoppedDisk) -> int:
     except OSError as error:
         raise SourceError("read disk", disk.path, os_reason(error)) from error
     try:
-        _lock(descriptor)
-        return descriptor
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DiskInUseError(
-            "read disk", disk.path, f"it is in use{_user_of(disk.path)}", "back up the running VM by its QMP socket"
-        ) from None
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return descriptor
-        os.close(descriptor)
-        raise SourceError("lock disk", disk.path, os_reason(error)) from error
+        lock_for_reading(descriptor, disk.path, "read disk")
     except BaseException:
         os.close(descriptor)
         raise
-
-
-def _lock(descriptor: int) -> None:
-    """Take the locks of a reader that lets nobody write.
-
-    Raises:
-        BlockingIOError: somebody uses what we forbid, or forbids what we use.
-    """
-    # First say it, then look: of two that come at once, at least one sees the other.
-    for byte in (_USED_BASE + _CONSISTENT_READ, _UNSHARED_BASE + _WRITE, _UNSHARED_BASE + _RESIZE):
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
-    for byte in (_UNSHARED_BASE + _CONSISTENT_READ, _USED_BASE + _WRITE, _USED_BASE + _RESIZE):
-        # Asking for a lock against everybody tells whether anybody has one.
-        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
-        if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-
-def _user_of(path: str) -> str:
-    """` by NAME (pid N)` of a process that has the image open, if one can be seen."""
-    try:
-        wanted = Path(path).stat()
-    except OSError:
-        return ""
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
-            continue
-        try:
-            with os.scandir(process / "fd") as descriptors:
-                if any(os.path.samestat(entry.stat(), wanted) for entry in descriptors):
-                    return f" by {(process / 'comm').read_text().strip()} (pid {process.name})"
-        except OSError:
-            continue  # gone, or somebody else's
-    return ""
+    return descriptor

@@ -53,7 +53,7 @@ async def test_the_disk_of_a_running_vm_is_in_use(qemu: QemuBinary, raw: Path, k
     disk = VmDisk(path, format=kind, form=form)  # type: ignore[arg-type]  # two of the literals
     async with RunningQemu.start(qemu, [disk]) as vm:
         with pytest.raises(
-            DiskInUseError, match=rf"it is in use by qemu-system\S* \(pid {vm.pid}\); back up the running"
+            DiskInUseError, match=rf"it is in use by qemu-system\S* \(pid {vm.pid}\); stop it, or back up the running"
         ):
             async with held(disks):
                 pytest.fail("not held")
