@@ -459,7 +459,7 @@ def _check_clashes(qmp: Qmp, found: Sequence[Disk]) -> None:
                 "name the disks of",
                 qmp.where,
                 f"{other.device} ({other.qom_path}) and {disk.device} ({disk.qom_path}) would both be {disk.name}",
-                'give one a name in the configuration: names = { DISK = "NAME" }',
+                "give one a name in the configuration, in [vm.NAME.names]",
             )
         other = by_node.setdefault(disk.node, disk)
         if other is not disk:
