@@ -53,6 +53,11 @@ def objects(value: object, where: str) -> Iterator[dict[str, Any]]:
         yield of_type(entry, dict, where)
 
 
+def printable(text: str, length: int = 200) -> str:
+    """At most `length` characters of `text`, for messages: what would steer a terminal becomes `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:length])
+
+
 def _name(kind: type) -> str:
     return {dict: "an object", list: "a list", str: "a text", int: "a number", bool: "a truth value"}.get(
         kind, "null" if kind is type(None) else kind.__name__

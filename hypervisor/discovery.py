@@ -238,7 +238,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
                 "'fleece vm cleanup' undoes what a killed one left",
             )
     jobs = {
-        checked.field(job, "device", str, where): str(job.get("type", ""))[:40]
+        checked.field(job, "device", str, where): checked.printable(str(job.get("type", "")), 40)
         for job in checked.objects(await qmp.execute("query-block-jobs"), f"{qmp.where}, query-block-jobs")
     }
     if jobs:
@@ -246,7 +246,9 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
         for disk in disks:
             for job in sorted(busy.get(disk.node, ())):
                 raise VmStateError(
-                    "back up disk", disk.device, f"the block job '{job}' ({jobs.get(job) or 'unknown'}) works on it"
+                    "back up disk",
+                    disk.device,
+                    f"the block job '{checked.printable(job)}' ({jobs.get(job) or 'unknown'}) works on it",
                 )
 
 
@@ -305,7 +307,7 @@ class _BlockDevice:
 
     @property
     def label(self) -> str:
-        return self.device_id or self.backend or self.qdev
+        return checked.printable(self.device_id or self.backend or self.qdev)
 
     @property
     def node(self) -> str:
@@ -360,7 +362,7 @@ class _BlockDevice:
         driver = checked.field(inserted, "drv", str, self.where)
         image = checked.field(inserted, "image", dict, self.where)
         size = checked.field(image, "virtual-size", int, self.where)
-        if size <= 0:
+        if not 0 < size < 1 << 63:
             raise QmpAnswerError("back up", self.where, f"a disk of {size} bytes", "exclude it")
         return Disk(
             name=name,

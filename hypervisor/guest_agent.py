@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import DEVNULL, PIPE
 from typing import Any, Final
 
 import trio
@@ -124,7 +124,13 @@ async def _begin(
         command = [sys.executable, "-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
         with trio.CancelScope(shield=True):  # it takes milliseconds, and half a child would be nobody's
             process = await trio.lowlevel.open_process(
-                command, stdin=PIPE, stdout=PIPE, pass_fds=[sock.fileno()], start_new_session=True, cwd="/"
+                command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=DEVNULL,  # whoever reads ours must not have to wait for the child's end
+                pass_fds=[sock.fileno()],
+                start_new_session=True,
+                cwd="/",
             )
             assert process.stdin is not None
             assert process.stdout is not None

@@ -23,7 +23,7 @@ from qemu.qmp.protocol import ConnectError, StateError
 from qemu.qmp.qmp_client import ExecInterruptedError, ExecuteError
 
 from core.errors import os_reason
-from hypervisor.checked import field, objects, of_type
+from hypervisor.checked import field, objects, of_type, printable
 from hypervisor.errors import QmpAnswerError, QmpCommandError, QmpConnectError, QmpError, QmpLostError, QmpTimeoutError
 from hypervisor.unix_socket import Peer, connect_unix, peer_of
 
@@ -169,7 +169,7 @@ class Qmp:
             field(numbers, "minor", int, where),
             field(numbers, "micro", int, where),
         )
-        self.package = str(version.get("package", ""))[:200]
+        self.package = printable(str(version.get("package", "")))
         where = f"{self.where}, answer to query-commands"
         self.commands = frozenset(
             field(entry, "name", str, where) for entry in objects(await self.execute("query-commands"), where)
@@ -276,11 +276,13 @@ class _Session:
         try:
             return await run(client.execute(command, arguments))
         except ExecuteError as error:
-            raise QmpCommandError(self._where, command, error.error_class[:100], str(error)[:2000]) from None
+            raise QmpCommandError(
+                self._where, command, printable(error.error_class), printable(str(error), 2000)
+            ) from None
         except (ExecInterruptedError, StateError, OSError, EOFError, asyncio.CancelledError) as error:
             raise self._lost(f"run {command} in", error) from error
         except QMPError as error:
-            raise QmpAnswerError("understand the answer to", command, str(error)[:200]) from error
+            raise QmpAnswerError("understand the answer to", command, printable(str(error))) from error
 
     def send_fd(self, fd: int) -> None:
         if self._client is None:

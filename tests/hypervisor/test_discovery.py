@@ -347,10 +347,15 @@ async def test_answers_of_another_form_are_errors(entries: object) -> None:
         await listed(entries)
 
 
-@pytest.mark.parametrize("size", [0, -1])
-async def test_a_disk_without_bytes_is_listed_as_it_is(size: int) -> None:
+@pytest.mark.parametrize("size", [0, -1, 1 << 63, 10**30])
+async def test_a_size_that_no_disk_has_is_an_error(size: int) -> None:
     with pytest.raises(QmpAnswerError, match="bytes"):
         await listed([entry(inserted={"image": {"virtual-size": size}})])
+
+
+async def test_names_cannot_steer_a_terminal() -> None:
+    disks = await listed([entry(qdev="disk\x1b]0;title\x07", inserted={"node-name": "n0"})])
+    assert [(disk.device, disk.name) for disk in disks] == [("disk?]0;title?", "drive-disk__0_title_.img")]
 
 
 @pytest.mark.parametrize(
