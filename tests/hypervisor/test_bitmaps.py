@@ -281,6 +281,7 @@ async def test_a_vm_that_ends_in_mid_backup_gives_a_right_next_backup(
         await vm.qemu_io("d0", "write -P 1 0 1M")
         async with bench.view(vm):
             await vm.qemu_io("d0", "write -P 2 8M 1M")
+            await vm.qemu_io("d0", "flush")
             await (vm.quit() if clean_quit else vm.kill())
     async with vm_of(qemu, tmpfs) as vm:
         assert len(await vm.bitmaps("fmt-d0")) == (2 if clean_quit else 1)
