@@ -13,28 +13,36 @@ from repository.interface import Repository, SnapshotInfo
 def snapshot_document(info: SnapshotInfo) -> dict[str, Any]:
     """One snapshot, an element of `fleece list` and the document of `fleece show`."""
     snapshot = info.snapshot
-    return {
+    document = {
         "backup-type": snapshot.group.type.value,
         "backup-id": snapshot.group.id,
         "backup-time": snapshot.ctime,
         "ns": str(snapshot.group.ns),
         "snapshot": str(snapshot),
         "files": [
-            {
-                "filename": file.filename,
-                "size": file.size,
-                "crypt-mode": file.crypt_mode.value if file.crypt_mode is not None else None,
-            }
+            _without_none(
+                {
+                    "filename": file.filename,
+                    "size": file.size,
+                    "crypt-mode": file.crypt_mode.value if file.crypt_mode is not None else None,
+                }
+            )
             for file in info.files
         ],
         "size": info.size,
         "owner": info.owner,
         "protected": info.protected,
-        "comment": info.comment,
+        "comment": info.comment or None,
         "verification": info.verification,
         "fingerprint": info.fingerprint,
         "finished": info.finished,
     }
+    return _without_none(document)
+
+
+def _without_none(document: dict[str, Any]) -> dict[str, Any]:
+    """PBS leaves out what it does not know."""
+    return {key: value for key, value in document.items() if value is not None}
 
 
 def snapshot_lines(infos: Sequence[SnapshotInfo]) -> Iterator[str]:

@@ -327,15 +327,20 @@ class Datastore:
                 names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         except OSError as error:
             raise SnapshotNotFoundError("list", str(snapshot), os_reason(error)) from error
-        manifest = None
+        manifest, raw = None, b""
         if MANIFEST_NAME in names:
             try:
-                manifest = Manifest.parse(self.read_manifest(snapshot), where=str(snapshot))
+                raw = self.read_manifest(snapshot)
+                manifest = Manifest.parse(raw, where=str(snapshot))
             except FleeceError:
                 manifest = None
         listed = {} if manifest is None else {file.filename: file for file in manifest.files}
-        files = [FileEntry(MANIFEST_NAME, None, CryptMode.NONE)] if MANIFEST_NAME in names else []
-        files += [FileEntry(file.filename, file.size, file.crypt_mode) for file in listed.values()]
+        # PBS's order: what the manifest lists, the manifest, then what is there besides.
+        files = [FileEntry(file.filename, file.size, file.crypt_mode) for file in listed.values()]
+        if MANIFEST_NAME in names:
+            signed = manifest is not None and manifest.signature is not None
+            size = len(raw) or None
+            files.append(FileEntry(MANIFEST_NAME, size, CryptMode.SIGN_ONLY if signed else CryptMode.NONE))
         extra = sorted(
             name for name in names if name.endswith(_SUFFIXES) and name not in listed and name != MANIFEST_NAME
         )

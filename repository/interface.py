@@ -25,7 +25,7 @@ class FileInfo:
     """One file of a snapshot as listed."""
 
     filename: str  #: with type extension
-    size: int | None  #: bytes (images and streams plain, blobs encoded), None if the manifest does not list it
+    size: int | None  #: bytes (images and streams plain, blobs encoded), None if unknown
     crypt_mode: CryptMode | None
 
 
@@ -34,14 +34,14 @@ class SnapshotInfo:
     """One snapshot as listed."""
 
     snapshot: Snapshot
-    files: tuple[FileInfo, ...]  #: manifest order, `index.json.blob` first
+    files: tuple[FileInfo, ...]  #: manifest order, then `index.json.blob`, then what is not listed
     finished: bool  #: has a manifest
     owner: str | None
     protected: bool
     comment: str  #: notes, all lines
     verification: dict[str, Any] | None  #: `{"state": "ok"|"failed", "upid": ...}` as in the manifest
     fingerprint: str | None  #: of the key, colon-separated hex
-    size: int | None  #: sum of the file sizes
+    size: int | None  #: sum of the file sizes, the manifest's included
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,5 +132,5 @@ def _info(entry: SnapshotEntry) -> SnapshotInfo:
         comment="" if manifest is None else manifest.notes or "",
         verification=None if manifest is None else manifest.verify_state,
         fingerprint=None if fingerprint is None else format_fingerprint(fingerprint),
-        size=None if manifest is None else sum(file.size for file in manifest.files),
+        size=None if manifest is None else sum(file.size or 0 for file in files),
     )

@@ -117,7 +117,7 @@ async def test_an_unreadable_manifest_does_not_hide_its_snapshot(store_folder: P
     (store_folder / snapshot.path / "index.json.blob").write_bytes(b"nonsense")
     (info,) = await repo.snapshots()
     assert info.finished
-    assert [(file.filename, file.size) for file in info.files] == [("index.json.blob", None), ("disk.img.fidx", None)]
+    assert [(file.filename, file.size) for file in info.files] == [("index.json.blob", 8), ("disk.img.fidx", None)]
     # It is no base either, so the next backup is a full one.
     async with repo.backup(Group.parse("vm/100").at(2000)) as session:
         assert session.base is None

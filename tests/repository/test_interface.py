@@ -34,11 +34,11 @@ async def test_a_finished_snapshot_is_listed_with_its_files_and_reads_back(repo:
     (info,) = await repo.snapshots()
     assert info == await repo.snapshot(snapshot)
     assert (info.snapshot, info.finished, info.protected, info.owner) == (snapshot, True, False, "root@pam")
-    assert [(file.filename, file.size) for file in info.files][:2] == [
-        (MANIFEST_NAME, None),
-        ("disk.img.fidx", len(IMAGE)),
-    ]
-    assert info.files[2].filename == "vm.conf.blob"
+    assert [file.filename for file in info.files] == ["disk.img.fidx", "vm.conf.blob", MANIFEST_NAME]
+    async with repo.reader(snapshot) as reader:
+        sizes = [len(IMAGE), len(await reader.read_blob("vm.conf.blob")), len(await reader.manifest())]
+    assert [file.size for file in info.files] == sizes
+    assert info.size == sum(sizes)
     assert await read_image(repo, snapshot, "disk.img.fidx") == IMAGE
     async with repo.reader(snapshot) as reader:
         raw = await reader.read_blob("vm.conf.blob")
