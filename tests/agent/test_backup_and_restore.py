@@ -54,7 +54,7 @@ def test_report_list_and_show_have_the_keys_of_the_contract(stored: Fleece, imag
     assert (listed["backup-type"], listed["backup-id"], listed["ns"]) == ("host", "web", "")
     assert listed["backup-time"] == parse_time(report["snapshot"].split("/")[2])
     assert [(file["filename"], file["crypt-mode"]) for file in listed["files"]] == [
-        ("index.json.blob", "none"), ("disk.img.fidx", "none"), ("vm.conf.blob", "none"),
+        ("disk.img.fidx", "none"), ("vm.conf.blob", "none"), ("index.json.blob", "none"),
     ]  # fmt: skip
     assert (listed["owner"], listed["protected"], listed["comment"]) == ("root@pam", False, "first\nmore")
 
