@@ -19,6 +19,7 @@ import trio
 
 from core.errors import FleeceError, SourceError, TargetError
 from core.limits import in_io_thread
+from hypervisor.image_files import in_use
 from hypervisor.nbd_client import NbdAddress, NbdConnection
 
 #: Seconds until a `qemu-nbd` must be ready; opening an image on a slow network file system takes time.

@@ -1,12 +1,14 @@
 """Sources that are no VM: raw and qcow2 files, block devices, NBD URIs; and everything that is not to be read."""
 
 import fcntl
+import gc
 import os
 import random
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -69,15 +71,16 @@ async def until(condition: Callable[[], bool]) -> None:
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """No descriptor, child or socket folder more than before."""
-    folders = [Path("/tmp"), Path("/run/fleece")]
+    with tempfile.TemporaryDirectory(prefix="fl-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
 
-    def state() -> tuple[int, set[str], set[Path]]:
-        left = {path for folder in folders if folder.is_dir() for path in folder.glob("fleece-nbd-*")}
-        return len(list(Path("/proc/self/fd").iterdir())), children(), left
+        def state() -> tuple[int, set[str], list[Path]]:
+            gc.collect()
+            return len(list(Path("/proc/self/fd").iterdir())), children(), list(Path(folder).iterdir())
 
-    before = state()
-    yield
-    assert state() == before
+        before = state()
+        yield
+        assert state() == before
 
 
 class TestRawFile(DiskSourceSuite):

@@ -57,7 +57,7 @@ async def nbdkit(
         )
         try:
             with trio.fail_after(PATIENCE_S):
-                while not socket.exists():
+                while not await _listens(socket):
                     assert process.poll() is None, "nbdkit ended at its start"
                     await trio.sleep(0.01)
             yield ChildServer(NbdAddress.unix(socket, export), process, folder)
@@ -68,6 +68,14 @@ async def nbdkit(
                 await process.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _listens(path: Path) -> bool:
+    try:
+        async with await trio.open_unix_socket(path):
+            return True
+    except OSError:
+        return False
 
 
 @asynccontextmanager
