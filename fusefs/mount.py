@@ -26,7 +26,7 @@ from core.nursery import one_error, open_nursery
 from datastore.codec import CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import KeyNeededError, SnapshotNotFoundError
-from datastore.names import ROOT, Group, Namespace, Snapshot, complete_archive_name
+from datastore.names import MASTER_KEY_NAME, ROOT, Group, Namespace, Snapshot, complete_archive_name
 from fusefs.errors import MountError
 from fusefs.kernel import is_served, mount_options, raise_read_ahead
 from fusefs.mountpoint import check_fuse, check_mountpoint
@@ -147,7 +147,7 @@ async def serve(
             gid=os.getgid() if options.gid is None else options.gid,
         )
         source = repo.name if archive is None else f"{repo.name}:{archive.snapshot}/{archive.name}"
-        _attach(operations, mountpoint, mount_options(source, options.fuse))
+        _attach(operations, mountpoint, mount_options(options.source or source, options.fuse))
         try:
             async with open_nursery() as serving:
                 await serving.start(_end_on_signal, serving.cancel_scope)
@@ -179,7 +179,7 @@ async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Fo
     if not is_shown(name):
         why = "only disk images and small files can be mounted"
         raise UsageError("mount", where, why, "'fleece restore' writes other archives to a file")
-    if file.crypt_mode is CryptMode.ENCRYPT and not shared.can_read(info, file.crypt_mode):
+    if file.crypt_mode is CryptMode.ENCRYPT and name != MASTER_KEY_NAME and not shared.has_key(info):
         raise KeyNeededError(
             "mount", where, f"it is encrypted with the key {info.fingerprint}", "give it with --keyfile"
         )
@@ -321,11 +321,12 @@ def _log_to(log: Path | None) -> None:
             raise MountError("write the log", str(log), os_reason(error)) from error
         handler.setFormatter(logging.Formatter("%(asctime)s fleece mount[%(process)d]: %(message)s"))
     else:
-        try:
+        handler = logging.NullHandler()
+        if Path("/dev/log").is_socket():
             handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-        except OSError:
-            handler = logging.NullHandler()
         handler.setFormatter(logging.Formatter("fleece mount[%(process)d]: %(message)s"))
+    # A log that cannot be written must not end the mount, and there is nobody to tell.
+    logging.raiseExceptions = False
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

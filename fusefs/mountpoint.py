@@ -23,7 +23,10 @@ def check_mountpoint(mountpoint: Path, store: Path | None) -> Path:
     where = str(mountpoint)
     try:
         real = Path(os.path.realpath(mountpoint, strict=True))
-        mode = real.stat().st_mode
+        is_folder = stat.S_ISDIR(real.stat().st_mode)
+        if is_folder:
+            with os.scandir(real) as entries:
+                empty = next(entries, None) is None
     except FileNotFoundError as error:
         raise MountError("mount on", where, "the folder does not exist", f"make it: mkdir -p {where}") from error
     except OSError as error:
@@ -31,15 +34,10 @@ def check_mountpoint(mountpoint: Path, store: Path | None) -> Path:
             why = "a former mount there ended without unmounting"
             raise MountError("mount on", where, why, f"clear it with: fusermount3 -u {where} (or umount)") from error
         raise MountError("mount on", where, os_reason(error)) from error
-    if not stat.S_ISDIR(mode):
+    if not is_folder:
         raise MountError("mount on", where, "it is not a folder")
     if store is not None:
         _check_apart(real, store, where)
-    try:
-        with os.scandir(real) as entries:
-            empty = next(entries, None) is None
-    except OSError as error:
-        raise MountError("mount on", where, os_reason(error)) from error
     if not empty:
         raise MountError("mount on", where, "the folder is not empty", "choose an empty one, or unmount what is there")
     return real

@@ -15,7 +15,7 @@ MIN_CACHE_SIZE: Final = 16 * MIB
 #: libfuse and the kernel know what these mean.
 _PASSED_ON: Final = frozenset({"allow_other", "allow_root", "auto_unmount", "noexec", "debug", "sync", "dirsync"})
 #: As above, with a value.
-_PASSED_ON_VALUE: Final = frozenset({"max_read", "fsname", "context", "fscontext", "defcontext", "rootcontext"})
+_PASSED_ON_VALUE: Final = frozenset({"max_read", "context", "fscontext", "defcontext", "rootcontext"})
 #: True of every mount of Fleece, or nothing to it; mount(8) and fstab write them. `rw` is what mount(8) adds where
 #: fstab says `defaults`.
 _IGNORED: Final = frozenset({
@@ -32,6 +32,7 @@ class MountOptions:
     cache_size: int = DEFAULT_CACHE_SIZE  #: bytes of decoded chunks
     uid: int | None = None  #: owner of everything; None is the user who mounts
     gid: int | None = None
+    source: str | None = None  #: what /proc/mounts and `df` show; None is the repository's name
     log: Path | None = None  #: where a mount in the background writes its log lines; None is the system log
     fuse: tuple[str, ...] = ()  #: passed on to libfuse
 
@@ -42,7 +43,7 @@ class MountOptions:
         Raises:
             UsageError: an option that is not known, or a value that it cannot have.
         """
-        cache_size, uid, gid, log, fuse = DEFAULT_CACHE_SIZE, None, None, None, dict[str, str]()
+        cache_size, uid, gid, source, log, fuse = DEFAULT_CACHE_SIZE, None, None, None, None, dict[str, str]()
         for name, value in split_options(*texts):
             match name, value:
                 case "cache", str():
@@ -53,6 +54,8 @@ class MountOptions:
                     uid = _number(name, value)
                 case "gid", str():
                     gid = _number(name, value)
+                case "fsname", str() if value:
+                    source = value
                 case "log", str() if value:
                     log = Path(value).absolute()
                 case _, None if name in _PASSED_ON:
@@ -66,7 +69,7 @@ class MountOptions:
                 case _:
                     text = name if value is None else f"{name}={value}"
                     raise _error(text, "it is not known, or must (not) have a value", "see 'fleece mount --help'")
-        return cls(cache_size, uid, gid, log, tuple(fuse.values()))
+        return cls(cache_size, uid, gid, source, log, tuple(fuse.values()))
 
 
 def split_options(*texts: str) -> Iterator[tuple[str, str | None]]:

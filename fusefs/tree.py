@@ -63,11 +63,13 @@ class Shared:
         number = int.from_bytes(hashlib.blake2b(path, digest_size=8, key=self.secret).digest(), "little")
         return number % ((1 << 63) - 2) + 2  # 0 is nothing, 1 the root
 
+    def has_key(self, info: SnapshotInfo) -> bool:
+        """True if the key is there that encrypted files of the snapshot `info` need."""
+        return self.key is not None and info.fingerprint in (None, self.key.fingerprint_text)
+
     def can_read(self, info: SnapshotInfo, mode: CryptMode | None) -> bool:
         """True if files of `mode` in the snapshot `info` need no key or the one that is there; logs once if not."""
-        if mode is not CryptMode.ENCRYPT:
-            return True
-        if self.key is not None and info.fingerprint in (None, self.key.fingerprint_text):
+        if mode is not CryptMode.ENCRYPT or self.has_key(info):
             return True
         if (info.fingerprint or "") not in self.missed_keys:
             self.missed_keys.add(info.fingerprint or "")

@@ -7,17 +7,19 @@ from fusefs.options import DEFAULT_CACHE_SIZE, MountOptions, split_options
 
 
 def test_without_options_the_cache_has_its_default_and_the_user_owns_all() -> None:
-    assert MountOptions.parse() == MountOptions(DEFAULT_CACHE_SIZE, None, None, None, ())
+    assert MountOptions.parse() == MountOptions(DEFAULT_CACHE_SIZE, None, None, None, None, ())
 
 
 def test_sizes_owners_log_and_what_libfuse_knows_are_read() -> None:
     options = MountOptions.parse("cache=64M,uid=1000", "gid=100,allow_other,max_read=65536,log=/var/log/m.log")
-    assert options == MountOptions(64 << 20, 1000, 100, Path("/var/log/m.log"), ("allow_other", "max_read=65536"))
+    assert options == MountOptions(64 << 20, 1000, 100, None, Path("/var/log/m.log"), ("allow_other", "max_read=65536"))
 
 
 def test_the_later_of_two_values_wins() -> None:
     assert MountOptions.parse("uid=1,fsname=a", "uid=2,fsname=b").uid == 2
-    assert MountOptions.parse("fsname=a", "fsname=b").fuse == ("fsname=b",)
+    assert MountOptions.parse("fsname=a,max_read=4096", "fsname=b,max_read=8192") == MountOptions(
+        source="b", fuse=("max_read=8192",)
+    )
 
 
 def test_what_fstab_and_mount_add_is_accepted_and_not_passed_on() -> None:

@@ -1,0 +1,561 @@
+"""Real mounts, each in a process of its own."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import tarfile
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from datastore.errors import LockedError
+from datastore.names import Snapshot
+from repository.local import open_local
+from tests.fusefs.mounts import (
+    CHUNK,
+    CONF,
+    ENVIRONMENT,
+    IMAGE,
+    IMAGE_BLOCKS,
+    KEY,
+    MIB,
+    SECOND,
+    Mounted,
+    chunk_path,
+    command,
+    flip_byte,
+    is_mounted,
+    mounted,
+    write,
+)
+from tests.support.cache import ROOT as CHECKOUT
+from tests.support.stores import StorePool
+
+pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("fuse")]
+
+FIRST_TIME, SECOND_TIME = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+DISK = f"vm/100/{FIRST_TIME}/drive-scsi0.img"
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    return tmp_path / "mnt"
+
+
+@pytest.fixture(scope="module")
+def mount(shared_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """One mount for all tests that only read."""
+    with mounted(shared_store, tmp_path_factory.mktemp("mount") / "mnt") as mount:
+        yield mount
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_direct(path: Path, offset: int, length: int) -> bytes:
+    """Read past the kernel's cache, so that the mount is asked."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)
+
+
+def error_of(call: Callable[[], object]) -> int | None:
+    """The number of the error that `call` ends with, None if it has none."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno
+    return None
+
+
+# Reading.
+
+
+def test_walking_finds_the_whole_tree(mount: Mounted) -> None:
+    found = {str(Path(folder, name).relative_to(mount.path))
+             for folder, folders, files in os.walk(mount.path) for name in [*folders, *files]}  # fmt: skip
+    snapshot_files = {"drive-scsi0.img", "qemu-server.conf"}
+    assert found == {
+        "host", "host/web", f"host/web/{FIRST_TIME}", "host/web/latest",
+        "vm", "vm/100", f"vm/100/{FIRST_TIME}", f"vm/100/{SECOND_TIME}", "vm/100/latest",
+        *(f"vm/100/{time}/{name}" for time in (FIRST_TIME, SECOND_TIME) for name in snapshot_files),
+        "ns", "ns/a", "ns/a/ns", "ns/a/ns/b", "ns/a/ns/b/vm", "ns/a/ns/b/vm/100",
+        f"ns/a/ns/b/vm/100/{FIRST_TIME}", f"ns/a/ns/b/vm/100/{FIRST_TIME}/qemu-server.conf", "ns/a/ns/b/vm/100/latest",
+    }  # fmt: skip
+
+
+def test_stat_and_du_tell_size_data_mode_owner_and_time(mount: Mounted) -> None:
+    found = (mount.path / DISK).stat()
+    assert (found.st_size, found.st_blocks) == (len(IMAGE), IMAGE_BLOCKS)
+    assert stat.S_IMODE(found.st_mode) == 0o444
+    assert (found.st_uid, found.st_gid) == (os.getuid(), os.getgid())
+    assert found.st_mtime == 1_767_225_600
+    conf = (mount.path / f"vm/100/{FIRST_TIME}/qemu-server.conf").stat()
+    assert conf.st_size == len(CONF)
+    assert stat.S_IMODE((mount.path / "vm").stat().st_mode) == 0o555
+    du = subprocess.run(["du", "-B512", str(mount.path / DISK)], capture_output=True, check=True, timeout=30)
+    assert int(du.stdout.split()[0]) == IMAGE_BLOCKS
+
+
+def test_latest_can_be_walked_through(mount: Mounted) -> None:
+    assert str((mount.path / "vm/100/latest").readlink()) == SECOND_TIME
+    assert (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() == CONF
+
+
+def test_any_range_of_an_image_has_the_bytes_that_were_backed_up(mount: Mounted) -> None:
+    dice = random.Random(7)
+    edges = [0, CHUNK, 2 * CHUNK, 3 * CHUNK, 5 * CHUNK, len(IMAGE)]
+    with (mount.path / DISK).open("rb", buffering=0) as file:
+        for number in range(200):
+            offset = dice.choice(edges) - dice.randrange(5000) if number % 2 else dice.randrange(len(IMAGE))
+            offset, length = max(0, offset), dice.choice([1, 511, 4096, 100_000, MIB])
+            assert os.pread(file.fileno(), length, offset) == IMAGE[offset : offset + length]
+
+
+def test_ranges_read_past_the_kernels_cache_are_the_same(mount: Mounted) -> None:
+    for offset in (0, CHUNK - 4096, 2 * CHUNK - MIB, 5 * CHUNK):
+        assert read_direct(mount.path / DISK, offset, 2 * MIB) == IMAGE[offset : offset + 2 * MIB]
+
+
+def test_many_readers_at_once_read_the_right_bytes(mount: Mounted) -> None:
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(30):
+            offset = dice.randrange(len(IMAGE) // 4096) * 4096
+            if read_direct(mount.path / DISK, offset, 65536) != IMAGE[offset : offset + 65536]:
+                wrong.append(offset)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert wrong == []
+
+
+def test_images_can_be_copied(mount: Mounted, tmpfs: Path) -> None:
+    subprocess.run(["cp", str(mount.path / DISK), str(tmpfs / "copy.img")], check=True, timeout=50)
+    assert hashlib.sha256((tmpfs / "copy.img").read_bytes()).digest() == hashlib.sha256(IMAGE).digest()
+
+
+def test_nothing_can_be_changed(mount: Mounted) -> None:
+    for change in (
+        lambda: (mount.path / "new").mkdir(),
+        lambda: (mount.path / DISK).unlink(),
+        lambda: (mount.path / DISK).open("r+b"),
+        lambda: os.truncate(mount.path / DISK, 0),
+    ):
+        with pytest.raises(OSError) as caught:
+            change()
+        assert caught.value.errno == errno.EROFS
+
+
+def test_inode_numbers_stay_and_differ(mount: Mounted) -> None:
+    def numbers() -> dict[str, int]:
+        return {str(path): path.lstat().st_ino for path in sorted(mount.path.rglob("*"))}
+
+    before = numbers()
+    assert numbers() == before
+    assert len(set(before.values())) == len(before)
+
+
+def test_a_name_that_is_not_there_is_no_such_file(mount: Mounted) -> None:
+    for name in ("none", "vm/101", f"vm/100/{FIRST_TIME}/none", f"vm/100/{FIRST_TIME}/index.json"):
+        with pytest.raises(FileNotFoundError):
+            (mount.path / name).stat()
+
+
+def test_nothing_of_all_this_was_an_error(mount: Mounted) -> None:
+    # The last test of the shared mount: its store has encrypted snapshots, and that is all there is to say.
+    assert [line for line in mount.errors() if "encrypted archives are not shown" not in line] == []
+    assert len([line for line in mount.errors() if "encrypted archives are not shown" in line]) == 1
+
+
+# One archive, encrypted archives, namespaces, many entries.
+
+
+def test_one_archive_is_a_folder_with_one_file(shared_store: Path, mountpoint: Path) -> None:
+    with mounted(shared_store, mountpoint, "--archive", "vm/100/latest", "drive-scsi0.img") as mount:
+        assert names(mount.path) == ["drive-scsi0.img"]
+        assert (mount.path / "drive-scsi0.img").read_bytes() == IMAGE
+        assert (mount.path / "drive-scsi0.img").stat().st_mtime == SECOND
+
+
+def test_with_its_key_an_encrypted_snapshot_reads_as_plain(shared_store: Path, mountpoint: Path) -> None:
+    with mounted(shared_store, mountpoint, "--key", KEY.raw.hex()) as mount:
+        assert (mount.path / "host/web/latest/data.img").read_bytes() == IMAGE
+        assert (mount.path / "host/web/latest/note.conf").read_bytes() == CONF
+        assert mount.errors() == []
+
+
+def test_a_group_with_many_snapshots_lists_each_once(store_folder: Path, mountpoint: Path) -> None:
+    folder = store_folder / "vm/9"
+    trio.run(_one_snapshot, store_folder)
+    made = folder / FIRST_TIME
+    wanted = {FIRST_TIME, "latest"}
+    for number in range(1500):
+        name = f"2025-{number // 100 + 1:02}-01T{number % 100 // 60:02}:{number % 60:02}:00Z"
+        if number < 1200:
+            shutil.copytree(made, folder / name)
+            wanted.add(name)
+    with mounted(store_folder, mountpoint) as mount:
+        assert names(mount.path / "vm/9") == sorted(wanted)
+
+
+async def _one_snapshot(store: Path) -> None:
+    repo = await open_local(store)
+    await write(repo, "vm/9", 1_767_225_600, {"a.conf.blob": b"x"})
+    repo.close()
+
+
+def test_owner_and_source_follow_the_options(shared_store: Path, mountpoint: Path) -> None:
+    with mounted(shared_store, mountpoint, "-o", "uid=1234,gid=99,fsname=my,allow_other") as m:
+        found = (m.path / DISK).stat()
+        assert (found.st_uid, found.st_gid) == (1234, 99)
+        line = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(m.path) in line)
+        source, _, kind, flags, *_ = line.split(" ")
+        assert (source, kind) == ("my", "fuse.fleece")
+        assert {"ro", "nosuid", "nodev", "default_permissions", "allow_other"} <= set(flags.split(","))
+
+
+def test_two_mounts_of_one_store_work_side_by_side(shared_store: Path, tmp_path: Path) -> None:
+    with mounted(shared_store, tmp_path / "one") as one, mounted(shared_store, tmp_path / "two") as two:
+        assert (one.path / DISK).read_bytes() == (two.path / DISK).read_bytes()
+        assert one.end() == 0
+        assert read_direct(two.path / DISK, 0, 4096) == IMAGE[:4096]
+
+
+# Faults.
+
+
+def test_a_corrupt_chunk_is_an_error_of_its_range_only_and_one_line(store: Path, mountpoint: Path) -> None:
+    path = chunk_path(store, IMAGE[2 * CHUNK : 3 * CHUNK])
+    flip_byte(path, path.stat().st_size // 2)
+    with mounted(store, mountpoint) as mount:
+        with (mount.path / DISK).open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), 2 * CHUNK, 0) == IMAGE[: 2 * CHUNK]
+            for _ in range(3):
+                for offset in (2 * CHUNK, 2 * CHUNK + 12345, 3 * CHUNK - 4096):
+                    with pytest.raises(OSError) as caught:
+                        os.pread(file.fileno(), 4096, offset)
+                    assert caught.value.errno == errno.EIO
+            assert os.pread(file.fileno(), 4096, 2 * CHUNK - 4096) == IMAGE[2 * CHUNK - 4096 : 2 * CHUNK]
+            assert os.pread(file.fileno(), 4096, 3 * CHUNK) == IMAGE[3 * CHUNK : 3 * CHUNK + 4096]
+            for offset in range(3 * CHUNK, len(IMAGE), MIB):
+                assert os.pread(file.fileno(), MIB, offset) == IMAGE[offset : offset + MIB]
+        lines = [line for line in mount.errors() if "encrypted" not in line]
+        assert len(lines) == 1
+        assert f"vm/100/{FIRST_TIME}/drive-scsi0.img.fidx at {2 * CHUNK}" in lines[0]
+
+
+def test_a_missing_chunk_and_a_broken_index_and_blob_are_errors_of_their_own(store: Path, mountpoint: Path) -> None:
+    chunk_path(store, IMAGE[:CHUNK]).unlink()
+    flip_byte(store / f"vm/100/{SECOND_TIME}/drive-scsi0.img.fidx", 5000 % 4200)
+    flip_byte(store / f"vm/100/{SECOND_TIME}/qemu-server.conf.blob", 20)
+    with mounted(store, mountpoint) as mount:
+        with pytest.raises(OSError) as caught:
+            read_direct(mount.path / DISK, 0, 4096)
+        assert caught.value.errno == errno.EIO
+        assert read_direct(mount.path / DISK, CHUNK, 4096) == IMAGE[CHUNK : CHUNK + 4096]
+        for name in ("drive-scsi0.img", "qemu-server.conf"):
+            broken = mount.path / f"vm/100/{SECOND_TIME}" / name
+            with pytest.raises(OSError) as caught:
+                broken.read_bytes()
+            assert caught.value.errno == errno.EIO
+            assert name in names(broken.parent)
+        assert (mount.path / f"vm/100/{FIRST_TIME}/qemu-server.conf").read_bytes() == CONF
+
+
+def test_a_snapshot_removed_while_open_is_a_stale_handle(store: Path, mountpoint: Path) -> None:
+    with mounted(store, mountpoint, "--watch", "0.2") as mount:
+        disk = mount.path / DISK
+        descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
+        try:
+            assert os.pread(descriptor, 4096, 0) == IMAGE[:4096]
+            # Somebody who does not know our locks.
+            shutil.rmtree(store / f"vm/100/{FIRST_TIME}")
+            deadline = time.monotonic() + 20
+            while error_of(lambda: os.pread(descriptor, 4096, 3 * CHUNK)) != errno.ESTALE:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            os.close(descriptor)
+        # The second one is not concerned.
+        assert (mount.path / f"vm/100/{SECOND_TIME}/qemu-server.conf").read_bytes() == CONF
+        deadline = time.monotonic() + 20
+        while error_of(disk.stat) != errno.ENOENT or FIRST_TIME in names(mount.path / "vm/100"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_an_open_file_keeps_its_snapshot_from_being_removed_and_a_closed_one_does_not(
+    store: Path, mountpoint: Path
+) -> None:
+    snapshot = Snapshot.parse(f"vm/100/{FIRST_TIME}")
+
+    async def forget() -> None:
+        repo = await open_local(store)
+        try:
+            await repo.forget(snapshot)
+        finally:
+            repo.close()
+
+    with mounted(store, mountpoint, "--idle", "1") as mount:
+        names(mount.path / f"vm/100/{SECOND_TIME}")
+        with (mount.path / DISK).open("rb"):
+            time.sleep(1.5)
+            with pytest.raises(LockedError):
+                trio.run(forget)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                trio.run(forget)
+                break
+            except LockedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        assert not (store / f"vm/100/{FIRST_TIME}").exists()
+
+
+def test_a_new_snapshot_shows_up_in_a_mount(store: Path, mountpoint: Path) -> None:
+    async def add() -> None:
+        repo = await open_local(store)
+        await write(repo, "vm/100", SECOND + 86400, {"qemu-server.conf.blob": b"newest"})
+        repo.close()
+
+    with mounted(store, mountpoint) as mount:
+        assert (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() == CONF
+        trio.run(add)
+        deadline = time.monotonic() + 20
+        while "2026-01-03T00:00:00Z" not in names(mount.path / "vm/100"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert (mount.path / "vm/100/2026-01-03T00:00:00Z/qemu-server.conf").read_bytes() == b"newest"
+        deadline = time.monotonic() + 20
+        while (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() != b"newest":
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+# The end of a mount.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_unmounts_cleanly(shared_store: Path, mountpoint: Path, number: int) -> None:
+    with mounted(shared_store, mountpoint) as mount:
+        assert (mount.path / DISK).exists()
+        assert mount.end(number) == 0
+        assert not is_mounted(mount.path)
+        assert names(mount.path) == []
+
+
+def test_a_signal_ends_a_mount_that_is_in_use(shared_store: Path, mountpoint: Path) -> None:
+    with mounted(shared_store, mountpoint) as mount:
+        descriptor = os.open(mount.path / DISK, os.O_RDONLY)
+        assert os.read(descriptor, 10) == IMAGE[:10]
+        assert mount.end() == 0
+        assert not is_mounted(mount.path)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("words", [["fusermount3", "-u"], ["umount"]])
+def test_an_unmount_ends_the_process(shared_store: Path, mountpoint: Path, words: list[str]) -> None:
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    if words[0] == "umount" and os.getuid() != 0:
+        pytest.skip("umount of a FUSE mount is for root")
+    with mounted(shared_store, mountpoint) as mount:
+        assert (mount.path / DISK).exists()
+        subprocess.run([*words, str(mount.path)], check=True, timeout=20)
+        assert mount.process.wait(20) == 0
+        assert not is_mounted(mount.path)
+
+
+def test_a_mount_that_was_killed_gets_a_hint_and_can_be_cleared(shared_store: Path, mountpoint: Path) -> None:
+    with mounted(shared_store, mountpoint) as mount:
+        mount.process.kill()
+        mount.process.wait(20)
+        again = subprocess.run(
+            command(shared_store, mountpoint), capture_output=True, timeout=30, cwd=CHECKOUT, env=ENVIRONMENT, text=True
+        )
+        assert again.returncode == 1
+        assert "a former mount there ended without unmounting" in again.stderr
+        assert "fusermount3 -u" in again.stderr
+        subprocess.run(["umount", str(mount.path)], check=True, timeout=20)
+
+
+# Refusals, and the background.
+
+
+def run(store: Path, mountpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(store, mountpoint, *options), capture_output=True, timeout=60, cwd=CHECKOUT, env=ENVIRONMENT, text=True
+    )
+
+
+@pytest.mark.parametrize("background", [[], ["--background"]])
+def test_it_refuses_to_mount_over_the_datastore(store: Path, background: list[str]) -> None:
+    (store / "inner").mkdir()
+    for place, why in (
+        (store, "datastore itself"),
+        (store / "inner", "inside the datastore"),
+        (store.parent, "hidden"),
+    ):
+        refused = run(store, place, *background)
+        assert refused.returncode == 1
+        assert why in refused.stderr
+        assert not is_mounted(place)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--archive", "vm/100/latest", "none.img"], "the snapshot has no such archive; it has: drive-scsi0.img"),
+        (["--archive", "vm/100/latest", "root.pxar"], "only disk images and small files can be mounted"),
+        (["--archive", "vm/777/latest", "a.img"], "the group has no finished snapshot"),
+        (["--archive", f"host/web/{FIRST_TIME}", "data.img"], "it is encrypted with the key"),
+        (["--archive", "vm/100/2030-01-01T00:00:00Z", "a.img"], "vm/100/2030-01-01T00:00:00Z"),
+        (["--ns", "no/such"], "does not exist"),
+    ],
+)
+def test_what_cannot_be_shown_is_said_before_there_is_a_mount(
+    shared_store: Path, mountpoint: Path, options: list[str], why: str
+) -> None:
+    mountpoint.mkdir()
+    for background in ([], ["--background"]):
+        refused = run(shared_store, mountpoint, *options, *background)
+        assert refused.returncode in (1, 2)
+        assert why in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert not is_mounted(mountpoint)
+
+
+def test_what_libfuse_says_becomes_the_reason(shared_store: Path, mountpoint: Path) -> None:
+    mountpoint.mkdir()
+    refused = run(shared_store, mountpoint, "-o", "context=nonsense")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: cannot mount on")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_in_the_background_the_mount_is_usable_when_the_command_returns(
+    shared_store: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    mountpoint.mkdir()
+    log = tmp_path / "log"
+    started = run(shared_store, mountpoint, "--background", "-o", f"log={log}")
+    try:
+        assert (started.returncode, started.stdout, started.stderr) == (0, "ready\n", "")
+        assert is_mounted(mountpoint)
+        assert (mountpoint / f"vm/100/{FIRST_TIME}/qemu-server.conf").read_bytes() == CONF
+        names(mountpoint / f"host/web/{FIRST_TIME}")
+        assert "encrypted archives are not shown" in log.read_text()
+    finally:
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+    assert not is_mounted(mountpoint)
+
+
+# mount(8).
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mount(8) is for root")
+@pytest.mark.parametrize("kind", ["fleece", "fuse.fleece"])
+def test_mount_8_mounts_through_the_helper(shared_store: Path, mountpoint: Path, tmp_path: Path, kind: str) -> None:
+    helper = Path("/sbin") / f"mount.{kind}"
+    script = CHECKOUT / ".venv/bin/mount.fleece"
+    if shutil.which("mount") is None or not script.exists():
+        pytest.skip("mount(8) or the script mount.fleece is not installed")
+    if helper.exists():
+        pytest.skip(f"{helper} is there already")
+    mountpoint.mkdir()
+    helper.symlink_to(script)
+    try:
+        subprocess.run(
+            ["mount", "-t", kind, "-o", "ns=a/b,_netdev,cache=32M", str(shared_store), str(mountpoint)],
+            check=True, timeout=60, capture_output=True,
+        )  # fmt: skip
+        try:
+            assert (mountpoint / "vm/100/latest/qemu-server.conf").read_bytes() == b"other"
+        finally:
+            subprocess.run(["umount", str(mountpoint)], check=True, timeout=20)
+        failed = subprocess.run(
+            ["mount", "-t", kind, str(tmp_path / "nowhere"), str(mountpoint)],
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert failed.returncode == 32
+        assert "cannot" in failed.stderr
+    finally:
+        helper.unlink()
+
+
+# What a real PBS wrote.
+
+
+@pytest.fixture(scope="module")
+def golden_store(golden: Path, store_pool: StorePool) -> Iterator[Path]:
+    base = store_pool.lend()
+    try:
+        with tarfile.open(golden / "store.tar") as archive:
+            for member in archive:
+                if member.isfile():
+                    data = archive.extractfile(member)
+                    assert data is not None
+                    target = base / member.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(data.read())
+        yield base
+    finally:
+        store_pool.take_back(base)
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_a_datastore_of_pbs_shows_the_digests_that_pbs_had(
+    golden: Path, golden_store: Path, mountpoint: Path, with_key: bool
+) -> None:
+    expected = json.loads((golden / "expected.json").read_text())
+    key = b64decode(json.loads((golden / "keys/plain.key").read_text())["data"])
+    signed = expected["host/signed/2026-01-01T00:00:00Z"]["data.img.fidx"]["content-sha256"]
+    seen = 0
+    with mounted(golden_store, mountpoint, *(["--key", key.hex()] if with_key else [])) as mount:
+        for snapshot, files in expected.items():
+            shown = set(names(mount.path / snapshot))
+            for filename, facts in files.items():
+                name = filename.rpartition(".")[0]
+                if not filename.endswith((".fidx", ".blob")):
+                    assert name not in shown
+                    continue
+                content = facts.get("content-sha256")
+                if content is None and not (with_key and snapshot.startswith("host/enc")):
+                    assert name not in shown
+                    continue
+                path = mount.path / snapshot / name
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                seen += 1
+                if content is not None:
+                    assert digest == content
+                elif filename.endswith(".fidx"):
+                    # The same bytes as the signed, not encrypted one.
+                    assert digest == signed
+                if filename.endswith(".fidx"):
+                    assert path.stat().st_size == facts["size"]
+    assert seen == (11 if with_key else 8)
