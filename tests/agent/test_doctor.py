@@ -66,9 +66,7 @@ def test_a_datastore_that_pbs_may_share_is_pointed_out(store_folder: Path) -> No
     assert any("does not see Fleece's locks" in check.detail for check in check_datastore("main", store_folder))
 
 
-def test_a_datastore_on_a_network_file_system_is_a_warning(
-    store_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_datastore_on_a_network_file_system_is_a_warning(store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "file_system_of", lambda path: "nfs4")
     found = [check for check in check_datastore("main", store_folder) if check.state is State.WARNING]
     assert "nfs4" in found[0].detail
