@@ -51,13 +51,17 @@ def workplace() -> Iterator[Path]:
 def tell_backup(report: Any) -> None:
     """The report of a backup in words."""
     for archive in report["archives"]:
-        if archive["mode"] is None or archive["dirty"] is None:
-            changed = f"full, because: {archive['reason']}" if archive.get("reason") else "full"
-        else:
+        if not archive["name"].endswith(".img"):
+            say(f"  {archive['name']}: {format_size(archive['size'])}, goes along")
+            continue
+        if archive["mode"] == "incremental":
             changed = f"incremental: {format_size(archive['dirty'])} changed since the last backup"
+        else:
+            changed = f"full, because: {archive['reason']}"
+        say(f"  {archive['name']}: {format_size(archive['size'])}, {changed}")
         say(
-            f"  {archive['name']}: {format_size(archive['size'])}, {changed}; read {format_size(archive['read'])}, "
-            f"stored {format_size(archive['stored'])}, took over {format_size(archive['reused'])}"
+            f"    read {format_size(archive['read'])}, stored {format_size(archive['stored'])}, "
+            f"there already {format_size(archive['reused'])}"
         )
     for warning in report["warnings"]:
         say(f"  warning: {warning}")
