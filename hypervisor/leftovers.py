@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import trio
+
 from core.errors import os_reason
 from core.limits import in_io_thread
 from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
@@ -20,6 +22,8 @@ from hypervisor.state import Run, RunState
 
 #: Seconds for QEMU to let go of its exports.
 EXPORTS_TIMEOUT_S: Final = 30.0
+#: Seconds for an unplugged device to go.
+_UNPLUG_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -120,10 +124,22 @@ async def _free_guest(qmp: Qmp, undone: Undone) -> Mapping[str, str]:
 
 async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
     """Only where the device's root is still ours: an overlay that was put on top must not be thrown away."""
-    for device, root in await device_roots(qmp):
-        if root in below:
-            await undone.attempt(f"set {device} back", qmp.qom_set(device, "drive", below[root]))
-            undone.actions.append(f"set {device} back to {below[root]}")
+    refused: dict[str, str] = {}
+    with trio.move_on_after(_UNPLUG_TIMEOUT_S):
+        while True:
+            refused.clear()
+            for device, root in await device_roots(qmp):
+                if root not in below:
+                    continue
+                if error := await _refused(qmp.qom_set(device, "drive", below[root])):
+                    refused[device] = error
+                else:
+                    undone.actions.append(f"set {device} back to {below[root]}")
+            if not refused:
+                return
+            # A device that is being unplugged is listed for a moment although it cannot be reached any more.
+            await trio.sleep(0.1)
+    undone.problems += [f"could not set {device} back: {error}" for device, error in refused.items()]
 
 
 async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
