@@ -163,10 +163,12 @@ class NbdConnection:
         address: NbdAddress,
         *,
         contexts: tuple[str, ...] = (),
+        sparse: bool = True,
         timeout_s: float = TIMEOUT_S,
         fault: type[NbdSourceError] | type[NbdTargetError] = NbdSourceError,
     ) -> None:
         self.address, self.contexts, self.timeout_s, self._fault = address, contexts, timeout_s, fault
+        self._sparse = sparse or bool(contexts)
         self._nbd = _load_nbd(fault, str(address))
         self._handle: Any = None
         self._next_look = 0.0  # time.monotonic() at which to look for cancellation again
@@ -191,6 +193,7 @@ class NbdConnection:
                 # Only those who ask for a context pay for it: one context per connection is what QEMU can bear.
                 for context in self.contexts:
                     handle.add_meta_context(context)
+                handle.set_request_structured_replies(self._sparse)
                 # The caller's buffers hold old chunks of the same disk at worst, so nothing leaks that is not read.
                 handle.set_pread_initialize(False)
                 if self.address.uri:
@@ -588,13 +591,16 @@ async def open_nbd(
     *,
     connections: int = CONNECTIONS,
     contexts: tuple[str, ...] = (),
+    sparse: bool = True,
     writable: bool = False,
     timeout_s: float = TIMEOUT_S,
 ) -> AsyncIterator[NbdPool]:
     """Connect to the export at `address`; all connections are closed when the block ends, however it ends.
 
     More than one connection is made only to a server that offers that (multi-conn): others may let the second wait
-    for ever. `contexts` are metadata contexts for `block_status`; QEMU wants at most one per connection.
+    for ever. `contexts` are metadata contexts for `block_status`; QEMU wants at most one per connection. With `sparse`
+    False the server sends holes as zeros: QEMU then asks its disk for no map before each read, and answers a fault of
+    the disk with an error, where it otherwise drops the connection.
     `timeout_s` is how long the server may let a request wait, and how long connecting may take.
 
     Raises:
@@ -604,7 +610,7 @@ async def open_nbd(
     fault: type[NbdSourceError] | type[NbdTargetError] = NbdTargetError if writable else NbdSourceError
 
     def make() -> NbdConnection:
-        return NbdConnection(address, contexts=contexts, timeout_s=timeout_s, fault=fault)
+        return NbdConnection(address, contexts=contexts, sparse=sparse, timeout_s=timeout_s, fault=fault)
 
     opened: list[NbdConnection] = []
     try:

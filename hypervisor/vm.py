@@ -192,7 +192,7 @@ async def frozen_view(
             await fleecing.set_up(qmp)
         view = teardown.view = FrozenView(fleecing, found.left_out, able)
         for disk in prepared:
-            pool = await stack.enter_async_context(open_nbd(fleecing.address(disk)))
+            pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
             plan = ReadPlan(disk.choice.base, disk.choice.reason)
             source = LiveSource(disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able)
             view.sources.append(source)
