@@ -1,1 +1,18 @@
-"""Room datastore."""
+"""The datastore: its bytes (blobs, chunks, indexes, manifests) and its rules (names, locks, order of writes).
+
+docs/formats.md describes the bytes. A local folder is the only backend so far.
+
+    store.py                       `Datastore`: create, open, list, sessions and readers
+    session.py, reader.py          one snapshot being written; one being read
+    interface.py                   `ChunkStore`, `MetaStore`: what a backend is
+    local_chunks.py, local_meta.py the local folder's
+    names.py                       `Namespace`, `Group`, `Snapshot`, archive names, each checked
+    codec.py, sha256.py            `ChunkCodec`: plain bytes to blobs and back; digests of many chunks at once
+    blob.py                        the container of a chunk or small file
+    fixed_index.py, dynamic_index.py, manifest.py   one format each
+    digests.py                     `DigestSet`: millions of digests, packed
+    locks.py, files.py             locks that PBS respects; files that are whole or absent
+    errors.py                      what can go wrong
+
+Nothing is imported here: NumPy and cryptography cost start-up time.
+"""

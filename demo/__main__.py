@@ -61,7 +61,7 @@ def tell_backup(report: Any) -> None:
         say(f"  {archive['name']}: {format_size(archive['size'])}, {changed}")
         say(
             f"    read {format_size(archive['read'])}, stored {format_size(archive['stored'])}, "
-            f"there already {format_size(archive['reused'])}"
+            f"zeros or known already {format_size(archive['reused'])}"
         )
     for warning in report["warnings"]:
         say(f"  warning: {warning}")
