@@ -153,6 +153,7 @@ class NbdTarget:
 
     def __init__(self, pool: NbdPool, *, reads_zero: bool) -> None:
         self._pool, self._reads_zero = pool, reads_zero
+        self._patching = trio.Lock()  # two writes may share a block
 
     @property
     def size(self) -> int:
@@ -170,7 +171,17 @@ class NbdTarget:
         Raises:
             TargetError: the server has no space, fails, is gone, or does not answer.
         """
-        await self._pool.write(offset, data)
+        view = memoryview(data).cast("B")
+        first, last = self._whole_blocks(offset, len(view))
+        if first > last:  # inside one block
+            await self._patch(offset, view)
+            return
+        if offset < first:
+            await self._patch(offset, view[: first - offset])
+        if first < last:
+            await self._pool.write(first, view[first - offset : last - offset])
+        if last < offset + len(view):
+            await self._patch(last, view[last - offset :])
 
     async def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros by the server's own command; by writing them if it has none.
@@ -180,14 +191,35 @@ class NbdTarget:
         """
         if self._reads_zero or not length:
             return
-        if self._pool.can_zero:
-            await self._pool.zero(offset, length)
+        first, last = self._whole_blocks(offset, length)
+        if not self._pool.can_zero or first >= last:
+            await self._write_zeros(offset, length)
             return
-        end = offset + length
-        while offset < end:
-            piece = memoryview(_ZEROS)[: end - offset]
-            await self._pool.write(offset, piece)
-            offset += len(piece)
+        await self._write_zeros(offset, first - offset)
+        await self._pool.zero(first, last - first)
+        await self._write_zeros(last, offset + length - last)
+
+    async def _write_zeros(self, offset: int, length: int) -> None:
+        for start in range(0, length, len(_ZEROS)):
+            await self.write(offset + start, memoryview(_ZEROS)[: length - start])
+
+    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
+        """Where the range's whole blocks begin and end; the end is before the beginning if there is no boundary."""
+        end, block = offset + length, self._pool.block
+        if offset < 0 or end > self.size:
+            raise TargetError(
+                "write to", str(self._pool.address), f"{offset}..{end} lies outside its {self.size} bytes"
+            )
+        return -(-offset // block) * block, end // block * block
+
+    async def _patch(self, offset: int, data: memoryview) -> None:
+        """Write less than a block of the server, such as the end of an image; the rest of the block stays."""
+        start = offset // self._pool.block * self._pool.block
+        block = bytearray(self._pool.block)
+        async with self._patching:
+            await self._pool.read_into(start, block)
+            block[offset - start : offset - start + len(data)] = data
+            await self._pool.write(start, block)
 
     async def flush(self) -> None:
         """Make everything written durable, if the server can.
@@ -395,12 +427,21 @@ class _File:
         where = str(path)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            lock_for_writing(fd, where)
-            return cls(fd, path, made=True, old_size=0, is_device=False)
         except FileExistsError:
-            pass
+            return cls._open_old(path, where, force)
         except OSError as error:
             raise open_error(error, "make", where, TargetError) from error
+        file = cls(fd, path, made=True, old_size=0, is_device=False)
+        try:
+            lock_for_writing(fd, where)
+        except BaseException:
+            file.discard(emptied=True)
+            file.close()
+            raise
+        return file
+
+    @classmethod
+    def _open_old(cls, path: Path, where: str, force: bool) -> "_File":
         try:
             is_device = check_kind(path.stat().st_mode, "write to", where, TargetError)
             # O_EXCL without O_CREAT: fails on a device that is mounted or otherwise held.

@@ -82,8 +82,8 @@ class TestBlockDevice(DiskTargetSuite):
 
 
 class TestNbdExport(DiskTargetSuite):
-    #: nbdkit's filters that take a command away.
-    filters: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()  #: of nbdkit
+    arguments: tuple[str, ...] = ()
 
     @pytest.fixture
     def make_target(self, tmp_path: Path) -> MakeTarget:
@@ -92,7 +92,7 @@ class TestNbdExport(DiskTargetSuite):
             backing = tmp_path / "export"
             backing.write_bytes((OLD * 3)[: size + 512])
             async with (
-                nbdkit("file", str(backing), filters=self.filters) as server,
+                nbdkit("file", str(backing), *self.arguments, filters=self.filters) as server,
                 open_target(str(server.address), size, force=True) as target,
             ):
                 yield target, backing.read_bytes
@@ -102,6 +102,28 @@ class TestNbdExport(DiskTargetSuite):
 
 class TestNbdExportWithoutZeroing(TestNbdExport):
     filters = ("nozero",)
+
+
+class TestNbdExportWithLargeBlocks(TestNbdExport):
+    filters = ("blocksize-policy",)
+    arguments = ("blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-error-policy=error")
+
+    @pytest.mark.parametrize("filters", [(), ("nozero",)])
+    async def test_the_images_end_inside_a_block_leaves_the_rest_of_it(
+        self, tmp_path: Path, filters: tuple[str, ...]
+    ) -> None:
+        backing = tmp_path / "export"
+        backing.write_bytes(OLD)
+        async with (
+            nbdkit("file", str(backing), *self.arguments, filters=(*self.filters, *filters)) as server,
+            open_target(str(server.address), CHUNK, force=True) as target,
+        ):
+            await target.write(0, DATA[:5000])
+            await target.write(8192, DATA[:100])
+            await target.zero(16384, 5000)
+        expected = bytearray(OLD)
+        expected[:5000], expected[8192:8292], expected[16384 : 16384 + 5000] = DATA[:5000], DATA[:100], bytes(5000)
+        assert backing.read_bytes() == expected
 
 
 class TestQcow2File(DiskTargetSuite):
