@@ -22,8 +22,8 @@ from repository.interface import FIXED_CHUNK_SIZE
 SKEW: Final = 4096 + 64
 #: Chunks hashed together, by implementation of SHA-256. One after the other each chunk is hashed while it is still in
 #: the cache; lanes need company.
-_BATCH: Final = {"lanes16": 16, "lanes8": 8}
-_BATCH_DEFAULT: Final = 1
+_BATCH: Final = {"lanes16": 16, "lanes8": 8, "sha-ni-x2": 4}
+_BATCH_DEFAULT: Final = 2
 #: Buffers at most: 192 MiB, half of what a command may take.
 MAX_BUFFERS: Final = 48
 #: Buffers that are being read, written or waited for while every core has its batch.
@@ -44,7 +44,6 @@ class BufferPool:
         self._free: list[memoryview] = []
         self._leases = 0
         self._available = trio.Semaphore(count)
-        self._collecting = trio.Lock()
         self._memory: memoryview | None = None
 
     @contextmanager
@@ -101,20 +100,12 @@ class Lease:
     async def take(self) -> memoryview:
         """A buffer of `FIXED_CHUNK_SIZE` bytes with anything in it; waits until there is one, first come first served.
 
-        Cancelled, nothing is taken.
+        Whoever holds one must be able to finish with it without taking another: two such takers could wait for each
+        other. Cancelled, nothing is taken.
         """
         buffer = await self.pool._take()
         self.held[id(buffer)] = buffer
         return buffer
-
-    async def take_many(self, count: int) -> list[memoryview]:
-        """`count` buffers at once (at most what the pool has); waits until there are so many.
-
-        Whoever takes buffers one by one must not wait for further ones with some in hand: two such takers could wait
-        for each other. Here only one collects at a time. Cancelled, what was collected stays with the lease.
-        """
-        async with self.pool._collecting:
-            return [await self.take() for _ in range(count)]
 
     def give(self, buffer: memoryview) -> None:
         """Give a buffer of `take` back."""

@@ -6,11 +6,14 @@ Restore, verify and the mount's read-ahead all read this way. A fixed number of 
 bounded whatever the archive's size.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import trio
+from trio.lowlevel import ParkingLot
 
 from core.buffers import Buffer
 from core.errors import FleeceError
@@ -22,49 +25,37 @@ from repository.buffers import Lease, batch_size, shared_pool
 from repository.interface import Reader
 from repository.locate import Archive
 
-#: Chunks on their way at most. Encoded and decoded they take up to 8 MiB each, plain ones 4 MiB.
+#: Chunks on their way at most. A buffer has 4 MiB, and until it is decoded there is the blob beside it.
 MAX_CHUNKS: Final = 40
-#: Chunks read by one call where lanes do not ask for more: enough to make a hand-over cheap.
-MIN_BATCH: Final = 4
+#: Tasks that read, and chunks read by one call of theirs: enough to make a hand-over cheap.
+READERS: Final = 3
+READ_AT_ONCE: Final = 4
 #: Numbers of chunks that are sorted into disk order together.
 ORDER_WINDOW: Final = 256
-#: Chunks of one batch that the consumer works on at the same time.
+#: Chunks consumed at the same time if the order does not matter.
 CONSUMERS: Final = 4
+#: Seconds an incomplete batch waits for company: less than hashing a chunk alone takes where batches matter.
+LINGER_S: Final = 0.01
 
 Chunk = tuple[int, Buffer | FleeceError]  # number in the index; plain data, or why there is none
 
 
-async def read_batch(
-    reader: Reader,
-    codec: ChunkCodec,
-    archive: Archive,
-    numbers: Sequence[int],
-    buffers: Sequence[memoryview] = (),
-) -> list[Chunk]:
-    """Read and check chunks in one go; each gives its plain data or the error that only it has.
+async def read_batch(reader: Reader, codec: ChunkCodec, archive: Archive, numbers: Sequence[int]) -> list[Chunk]:
+    """Read and check chunks in one go; each gives its plain data, to be kept, or the error that only it has.
 
-    An error of the reader as a whole (no connection any more) comes with every chunk that it hit. With `buffers`, one
-    per chunk, chunks are decoded into them where they fit.
+    An error of the reader as a whole (no connection any more) comes with every chunk that it hit.
     """
     index = archive.index
     digests = [index.digest(number) for number in numbers]
     blobs = await _read_blobs(reader, digests)
-    good = [position for position, blob in enumerate(blobs) if isinstance(blob, Blob)]
     jobs = [
         (blob, digest, index.span(number)[1])
         for blob, digest, number in zip(blobs, digests, numbers, strict=True)
         if isinstance(blob, Blob)
     ]
     mode = archive.entry.crypt_mode
-    rooms = [buffers[position] for position in good] if buffers else ()
-
-    def decode() -> list[Buffer | FleeceError]:
-        return codec.decode_many(jobs, crypt_mode=mode, where=archive.where, buffers=rooms)
-
-    decoded = await in_cpu_thread(decode)
-    results: list[Buffer | FleeceError] = list(blobs)  # type: ignore[arg-type]
-    for position, result in zip(good, decoded, strict=True):
-        results[position] = result
+    decoded = iter(await in_cpu_thread(lambda: codec.decode_many(jobs, crypt_mode=mode, where=archive.where)))
+    results = [next(decoded) if isinstance(blob, Blob) else blob for blob in blobs]
     return [
         (number, _placed(result, archive, number) if isinstance(result, FleeceError) else result)
         for number, result in zip(numbers, results, strict=True)
@@ -87,7 +78,8 @@ async def fetch(
         codec: with the key, if they need one.
         archive: whose chunks they are.
         numbers: of the chunks, as a rule ascending; no number twice.
-        consume: called for several chunks at a time, or one after the other in the given order if `ordered`.
+        consume: called for several chunks at a time, or one after the other in the given order if `ordered`. The data
+            must not be kept: its memory is used again.
         ordered: also gives up reading in disk order.
 
     Raises:
@@ -95,88 +87,167 @@ async def fetch(
 
     Cancelled, no call of `consume` is left running.
     """
-    batch = max(batch_size(), MIN_BATCH)
-    turn = _Turnstile() if ordered else None
     with shared_pool().lease() as lease:
-        batches = _Batches(reader, archive, numbers, batch, lease, ordered=ordered)
-
-        async def work() -> None:
-            while True:
-                place, wanted, buffers = await batches.next()
-                if not wanted:
-                    return
-                chunks = await read_batch(reader, codec, archive, wanted, buffers)
-                if turn is not None:
-                    await turn.wait(place)
-                    while chunks:
-                        await consume(*chunks.pop(0))
-                    turn.done()
-                else:
-                    await _consume_all(chunks, consume)
-                for buffer in buffers:
-                    lease.give(buffer)
-
-        async with open_nursery() as nursery:
-            for _ in range(max(2, min(cpu_count() + 1, MAX_CHUNKS // batch))):
-                nursery.start_soon(work)
+        await _Fetch(reader, codec, archive, numbers, consume, lease, ordered=ordered).run()
 
 
-class _Turnstile:
-    """Lets holders of the places 0, 1, 2, ... through one after the other."""
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """One chunk on its way."""
 
-    def __init__(self) -> None:
-        self._next = 0
-        self._waiting: dict[int, trio.Event] = {}
-
-    async def wait(self, place: int) -> None:
-        if place != self._next:
-            event = self._waiting[place] = trio.Event()
-            await event.wait()
-
-    def done(self) -> None:
-        self._next += 1
-        event = self._waiting.pop(self._next, None)
-        if event is not None:
-            event.set()
+    place: int  #: in the order of the output
+    number: int  #: in the index
+    buffer: memoryview  #: to decode into; also the right to be on the way
+    since: float = 0.0  #: when it was read, on trio's clock
+    blob: Blob | None = None
+    result: Buffer | FleeceError = b""
 
 
-async def _consume_all(chunks: list[Chunk], consume: Callable[[int, Buffer | FleeceError], Awaitable[None]]) -> None:
-    async def some() -> None:
-        while chunks:
-            await consume(*chunks.pop())
+class _Fetch:
+    """Three crews with deques between them: readers, decoders, consumers. For one `run`.
 
-    chunks.reverse()
-    async with open_nursery() as nursery:
-        for _ in range(min(CONSUMERS, len(chunks))):
-            nursery.start_soon(some)
-
-
-class _Batches:
-    """Deals `numbers` out in batches that are read together; several tasks draw from it."""
+    A chunk takes its buffer before it is read and keeps it until it is consumed, so the buffers bound everything. They
+    are taken in the order of the output: the chunk whose turn is next always has one, so nobody waits for ever.
+    """
 
     def __init__(
-        self, reader: Reader, archive: Archive, numbers: Iterable[int], size: int, lease: Lease, *, ordered: bool
+        self,
+        reader: Reader,
+        codec: ChunkCodec,
+        archive: Archive,
+        numbers: Iterable[int],
+        consume: Callable[[int, Buffer | FleeceError], Awaitable[None]],
+        lease: Lease,
+        *,
+        ordered: bool,
     ) -> None:
-        self._reader, self._archive, self._numbers = reader, archive, iter(numbers)
-        self._size, self._lease, self._ordered = size, lease, ordered
+        self._reader, self._codec, self._archive = reader, codec, archive
+        self._numbers, self._consume, self._lease, self._ordered = iter(numbers), consume, lease, ordered
+        self._batch = batch_size()
+        self._slots = trio.Semaphore(min(MAX_CHUNKS, lease.pool.count))
         self._window: list[int] = []
         self._place = 0
-        self._lock = trio.Lock()
+        self._dealing = trio.Lock()
+        self._reading = READERS
+        self._decoding = cpu_count()
+        self._read: deque[_Wanted] = deque()
+        self._decoders = ParkingLot()
+        #: Decoded chunks by place; the ones to be consumed next are found by `_next` if the order matters.
+        self._decoded: dict[int, _Wanted] = {}
+        self._next = 0
+        self._consumers = ParkingLot()
 
-    async def next(self) -> tuple[int, list[int], list[memoryview]]:
-        """Place, chunk numbers and buffers of the next batch; the numbers are empty at the end."""
-        async with self._lock:
+    async def run(self) -> None:
+        """Read and consume everything."""
+        async with open_nursery() as nursery:
+            for _ in range(READERS):
+                nursery.start_soon(self._read_chunks)
+            for _ in range(cpu_count()):
+                nursery.start_soon(self._decode_chunks)
+            for _ in range(1 if self._ordered else CONSUMERS):
+                nursery.start_soon(self._consume_chunks)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def _read_chunks(self) -> None:
+        while chunks := await self._deal():
+            digests = [self._archive.index.digest(chunk.number) for chunk in chunks]
+            now = trio.current_time()
+            for chunk, blob in zip(chunks, await _read_blobs(self._reader, digests), strict=True):
+                if isinstance(blob, Blob):
+                    chunk.blob, chunk.since = blob, now
+                    self._read.append(chunk)
+                else:
+                    chunk.result = _placed(blob, self._archive, chunk.number)
+                    self._hand_over(chunk)
+            self._decoders.unpark()
+        self._reading -= 1
+        if not self._reading:
+            self._decoders.unpark_all()  # nothing will join what waits for company
+
+    async def _deal(self) -> list[_Wanted]:
+        """The chunks to be read together next, each with its buffer; none at the end."""
+        async with self._dealing:
             if not self._window:
-                self._window = list(islice(self._numbers, self._size if self._ordered else ORDER_WINDOW))
-                if not self._ordered and len(self._window) > self._size:
+                self._window = list(islice(self._numbers, ORDER_WINDOW))
+                if not self._ordered and len(self._window) > 1:
                     digests = [self._archive.index.digest(number) for number in self._window]
                     order = await in_io_thread(self._reader.disk_order, digests)
                     self._window = [self._window[position] for position in order]
-            place, batch = self._place, self._window[: self._size]
-            del self._window[: self._size]
-            self._place += 1
-            # Under the lock, so that the batch whose turn comes first has its buffers first.
-            return place, batch, await self._lease.take_many(len(batch))
+            chunks: list[_Wanted] = []
+            for number in self._window[:READ_AT_ONCE]:
+                # Waits for the first buffer only: what holds some must not wait for more.
+                if chunks and (not self._slots.value or self._lease.pool.exhausted):
+                    break
+                await self._slots.acquire()
+                chunks.append(_Wanted(self._place, number, await self._lease.take()))
+                self._place += 1
+            del self._window[: len(chunks)]
+            return chunks
+
+    # --- checking ----------------------------------------------------------------------------------------------------
+
+    async def _decode_chunks(self) -> None:
+        while batch := await self._next_batch():
+            await in_cpu_thread(self._decode, batch)
+            for chunk in batch:
+                self._hand_over(chunk)
+        self._decoding -= 1
+        if not self._decoding:
+            self._consumers.unpark_all()
+
+    async def _next_batch(self) -> list[_Wanted]:
+        """Chunks to be hashed together; none at the end."""
+        while self._read or self._reading:
+            deadline = self._read[0].since + LINGER_S if self._read else float("inf")
+            full = len(self._read) >= self._batch or not self._reading
+            if self._read and (full or trio.current_time() >= deadline):
+                return [self._read.popleft() for _ in range(min(self._batch, len(self._read)))]
+            with trio.move_on_at(deadline):
+                await self._decoders.park()
+        return []
+
+    def _decode(self, batch: Sequence[_Wanted]) -> None:
+        """In a worker thread."""
+        index = self._archive.index
+        jobs = []
+        for chunk in batch:
+            assert chunk.blob is not None
+            jobs.append((chunk.blob, index.digest(chunk.number), index.span(chunk.number)[1]))
+            chunk.blob = None
+        results = self._codec.decode_many(
+            jobs,
+            crypt_mode=self._archive.entry.crypt_mode,
+            where=self._archive.where,
+            buffers=[chunk.buffer for chunk in batch],
+        )
+        for chunk, result in zip(batch, results, strict=True):
+            chunk.result = _placed(result, self._archive, chunk.number) if isinstance(result, FleeceError) else result
+
+    # --- consuming ---------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, chunk: _Wanted) -> None:
+        self._decoded[chunk.place] = chunk
+        self._consumers.unpark()
+
+    async def _consume_chunks(self) -> None:
+        while True:
+            chunk = self._next_decoded()
+            if chunk is not None:
+                await self._consume(chunk.number, chunk.result)
+                self._lease.give(chunk.buffer)
+                self._slots.release()
+            elif self._decoding:
+                await self._consumers.park()
+            else:
+                return
+
+    def _next_decoded(self) -> _Wanted | None:
+        if self._ordered:
+            chunk = self._decoded.pop(self._next, None)
+            self._next += chunk is not None
+            return chunk
+        return self._decoded.pop(next(iter(self._decoded))) if self._decoded else None
 
 
 async def _read_blobs(reader: Reader, digests: Sequence[bytes]) -> list[Blob | FleeceError]:
