@@ -17,7 +17,9 @@ def mount_options(source: str, extra: Iterable[str] = ()) -> set[str]:
     """
     # The library splits its options at commas; a backslash keeps one that belongs to the name.
     name = source.replace("\\", "\\\\").replace(",", "\\,")
-    return {"ro", "nosuid", "nodev", "default_permissions", "subtype=fleece", f"fsname={name}", *extra}
+    options = ("ro", "nosuid", "nodev", "default_permissions", "subtype=fleece", f"fsname={name}", *extra)
+    # pyfuse3 takes nothing but ASCII.
+    return {option.encode("ascii", "replace").decode() for option in options}
 
 
 def raise_read_ahead(mountpoint: str) -> bool:

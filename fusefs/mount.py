@@ -253,16 +253,21 @@ def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: P
         os.close(reading)
         _background(serve_it, writing, log)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+    except BaseException:
+        # Interrupted: nobody is to find a mount later that he gave up.
+        os.kill(child, signal.SIGTERM)
+        raise
     if answer == _READY:
         return
     os.waitpid(child, 0)
     try:
-        words = json.loads(answer)
+        is_usage, *words = json.loads(answer)
     except ValueError:
-        words = {"what": "mount on", "where": str(mountpoint), "why": "the serving process ended at once", "hint": ""}
-    raise MountError(words["what"], words["where"], words["why"], words["hint"])
+        raise MountError("mount on", str(mountpoint), "the serving process was killed") from None
+    raise (UsageError if is_usage else MountError)(*words)
 
 
 def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: Path | None) -> NoReturn:
@@ -289,6 +294,9 @@ def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: 
     try:
         os.setsid()
         os.chdir("/")
+        # Whoever waits for the end of a pipe that the caller inherited must not wait for the mount.
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
         _log_to(log)
         serve_it(ready)
         code = 0
@@ -308,7 +316,7 @@ def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: 
 
 
 def _error_words(error: FleeceError) -> bytes:
-    return json.dumps({"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}).encode()
+    return json.dumps([isinstance(error, UsageError), error.what, error.where, error.why, error.hint]).encode()
 
 
 def _log_to(log: Path | None) -> None:

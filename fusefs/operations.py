@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
 from core.buffers import Buffer
 from core.errors import FleeceError
@@ -28,6 +29,8 @@ ENTRY_TIMEOUT_S: Final = 5.0
 FILE_TIMEOUT_S: Final = 3600.0
 #: Errors remembered so that each is logged once, however often the kernel asks again.
 MAX_LOGGED: Final = 1024
+#: Reads at once that wait for a chunk, each with up to 8 MiB in its hands; others queue up.
+COLD_READS: Final = 8
 #: st_blksize.
 BLOCK_SIZE: Final = 4096
 _FILE_MODE: Final = stat.S_IFREG | 0o444
@@ -148,6 +151,7 @@ class Operations(pyfuse3.Operations):
         self._numbers = itertools.count(1)
         self._uid, self._gid = uid, gid
         self._log = LogOnce()
+        self._cold = trio.Semaphore(COLD_READS)
 
     def release_all(self) -> None:
         """After the last request: give back what the kernel did not close."""
@@ -189,7 +193,7 @@ class Operations(pyfuse3.Operations):
         folder = self.inodes[parent_inode]
         if not isinstance(folder, Folder):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
-        found = (await folder.children()).get(name)
+        found = await folder.child(name)
         if found is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         node = self.inodes.known(found)
@@ -198,7 +202,7 @@ class Operations(pyfuse3.Operations):
                 await node.measure()
             except FleeceError as error:
                 # A broken file is still there; opening it or asking for its size fails.
-                self._log(error)
+                self._failed(error)
         self.inodes.remember(node)
         return self._attributes(node)
 
@@ -264,7 +268,10 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ESTALE)
         try:
             data = handle.read_cached(off, size)
-            return data if data is not None else await handle.content.read(off, size)
+            if data is not None:
+                return data
+            async with self._cold:
+                return await handle.content.read(off, size)
         except Exception as error:
             raise await self._unreadable(handle, error) from error
 

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from core.errors import NotFoundError
+from core.errors import NotFoundError, UsageError
 from datastore.codec import CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import SnapshotNotFoundError
@@ -30,6 +30,7 @@ from datastore.names import (
     Namespace,
     Snapshot,
     archive_kind,
+    parse_time,
     strip_archive_type,
 )
 from fusefs.opened import BLOCK, Content, OpenSnapshot
@@ -153,12 +154,24 @@ class Folder(Node, ABC):
         Raises:
             FleeceError: it cannot be read, or is not there any more.
         """
-        if trio.current_time() >= self._fresh_until:
+        if not self._is_fresh:
             async with self._lock:
-                if trio.current_time() >= self._fresh_until:
+                if not self._is_fresh:
                     self._children = await self._load(self._children)
                     self._fresh_until = trio.current_time() + LISTING_TTL_S
         return self._children
+
+    async def child(self, name: bytes) -> Node | None:
+        """What is in it under `name`, None if nothing is.
+
+        Raises:
+            FleeceError: as `children`.
+        """
+        return (await self.children()).get(name)
+
+    @property
+    def _is_fresh(self) -> bool:
+        return trio.current_time() < self._fresh_until
 
     @abstractmethod
     async def _load(self, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
@@ -248,20 +261,36 @@ class GroupFolder(Folder):
         infos = sorted((info for info in found if info.finished), key=lambda info: info.snapshot.ctime)
         children: dict[bytes, Node] = {}
         for info in infos:
-            name = info.snapshot.time.encode()
-            path = self._below(name)
-            make = lambda path=path, info=info: SnapshotFolder(self.shared, path, info)  # noqa: E731
-            folder = _kept(old, name, SnapshotFolder, make)
-            folder.renew(info)
-            children[name] = folder
+            children[info.snapshot.time.encode()] = self._folder(old, info)
         if infos:
-            newest = infos[-1].snapshot
-            target = newest.time.encode()
-            make_link = lambda: Link(self.shared, self._below(LATEST), 0, target)  # noqa: E731
-            link = _kept(old, LATEST, Link, make_link)
-            link.target, link.mtime_ns = target, newest.ctime * _S
-            children[LATEST] = link
+            children[LATEST] = self._link(old, infos[-1].snapshot)
         return children
+
+    async def child(self, name: bytes) -> Node | None:
+        """See `Folder.child`; asks for the one snapshot only, as a group may have thousands."""
+        if self._is_fresh:
+            return self._children.get(name)
+        if name == LATEST:
+            newest = await self.shared.repo.latest(self._group)
+            return None if newest is None else self._link(self._children, newest)
+        try:
+            time = name.decode()
+            info = await self.shared.repo.snapshot(Snapshot(self._group, parse_time(time), time))
+        except (UnicodeDecodeError, UsageError, SnapshotNotFoundError):
+            return None
+        return self._folder(self._children, info) if info.finished else None
+
+    def _folder(self, old: Mapping[bytes, Node], info: SnapshotInfo) -> "SnapshotFolder":
+        name = info.snapshot.time.encode()
+        folder = _kept(old, name, SnapshotFolder, lambda: SnapshotFolder(self.shared, self._below(name), info))
+        folder.renew(info)
+        return folder
+
+    def _link(self, old: Mapping[bytes, Node], newest: Snapshot) -> Link:
+        target = newest.time.encode()
+        link = _kept(old, LATEST, Link, lambda: Link(self.shared, self._below(LATEST), 0, target))
+        link.target, link.mtime_ns = target, newest.ctime * _S
+        return link
 
 
 class SnapshotFolder(Folder):

@@ -23,7 +23,7 @@ from tests.support.cache import ROOT as CHECKOUT
 MIB = 1 << 20
 CHUNK = 4 * MIB
 #: Seconds after which a mount that a test hangs on is killed; what hung then fails.
-WATCHDOG_S = 60.0
+WATCHDOG_S = 120.0
 KEY = CryptKey.from_raw(bytes(range(32)))
 
 
@@ -96,6 +96,19 @@ def chunk_path(store: Path, data: bytes) -> Path:
     """Where the datastore keeps the plain chunk `data`."""
     name = ChunkCodec().digest(data).hex()
     return store / ".chunks" / name[:4] / name
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_direct(path: Path, offset: int, length: int) -> bytes:
+    """Read past the kernel's cache, so that the mount is asked."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)
 
 
 def flip_byte(path: Path, position: int) -> None:

@@ -5,13 +5,11 @@ import errno
 import hashlib
 import json
 import os
-import random
+import select
 import shutil
 import signal
-import stat
 import subprocess
 import tarfile
-import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -28,16 +26,16 @@ from tests.fusefs.mounts import (
     CONF,
     ENVIRONMENT,
     IMAGE,
-    IMAGE_BLOCKS,
     KEY,
     MIB,
     SECOND,
-    Mounted,
     chunk_path,
     command,
     flip_byte,
     is_mounted,
     mounted,
+    names,
+    read_direct,
     write,
 )
 from tests.support.cache import ROOT as CHECKOUT
@@ -54,26 +52,6 @@ def mountpoint(tmp_path: Path) -> Path:
     return tmp_path / "mnt"
 
 
-@pytest.fixture(scope="module")
-def mount(shared_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    """One mount for all tests that only read."""
-    with mounted(shared_store, tmp_path_factory.mktemp("mount") / "mnt") as mount:
-        yield mount
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def read_direct(path: Path, offset: int, length: int) -> bytes:
-    """Read past the kernel's cache, so that the mount is asked."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        return os.pread(descriptor, length, offset)
-    finally:
-        os.close(descriptor)
-
-
 def error_of(call: Callable[[], object]) -> int | None:
     """The number of the error that `call` ends with, None if it has none."""
     try:
@@ -81,111 +59,6 @@ def error_of(call: Callable[[], object]) -> int | None:
     except OSError as error:
         return error.errno
     return None
-
-
-# Reading.
-
-
-def test_walking_finds_the_whole_tree(mount: Mounted) -> None:
-    found = {str(Path(folder, name).relative_to(mount.path))
-             for folder, folders, files in os.walk(mount.path) for name in [*folders, *files]}  # fmt: skip
-    snapshot_files = {"drive-scsi0.img", "qemu-server.conf"}
-    assert found == {
-        "host", "host/web", f"host/web/{FIRST_TIME}", "host/web/latest",
-        "vm", "vm/100", f"vm/100/{FIRST_TIME}", f"vm/100/{SECOND_TIME}", "vm/100/latest",
-        *(f"vm/100/{time}/{name}" for time in (FIRST_TIME, SECOND_TIME) for name in snapshot_files),
-        "ns", "ns/a", "ns/a/ns", "ns/a/ns/b", "ns/a/ns/b/vm", "ns/a/ns/b/vm/100",
-        f"ns/a/ns/b/vm/100/{FIRST_TIME}", f"ns/a/ns/b/vm/100/{FIRST_TIME}/qemu-server.conf", "ns/a/ns/b/vm/100/latest",
-    }  # fmt: skip
-
-
-def test_stat_and_du_tell_size_data_mode_owner_and_time(mount: Mounted) -> None:
-    found = (mount.path / DISK).stat()
-    assert (found.st_size, found.st_blocks) == (len(IMAGE), IMAGE_BLOCKS)
-    assert stat.S_IMODE(found.st_mode) == 0o444
-    assert (found.st_uid, found.st_gid) == (os.getuid(), os.getgid())
-    assert found.st_mtime == 1_767_225_600
-    conf = (mount.path / f"vm/100/{FIRST_TIME}/qemu-server.conf").stat()
-    assert conf.st_size == len(CONF)
-    assert stat.S_IMODE((mount.path / "vm").stat().st_mode) == 0o555
-    du = subprocess.run(["du", "-B512", str(mount.path / DISK)], capture_output=True, check=True, timeout=30)
-    assert int(du.stdout.split()[0]) == IMAGE_BLOCKS
-
-
-def test_latest_can_be_walked_through(mount: Mounted) -> None:
-    assert str((mount.path / "vm/100/latest").readlink()) == SECOND_TIME
-    assert (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() == CONF
-
-
-def test_any_range_of_an_image_has_the_bytes_that_were_backed_up(mount: Mounted) -> None:
-    dice = random.Random(7)
-    edges = [0, CHUNK, 2 * CHUNK, 3 * CHUNK, 5 * CHUNK, len(IMAGE)]
-    with (mount.path / DISK).open("rb", buffering=0) as file:
-        for number in range(200):
-            offset = dice.choice(edges) - dice.randrange(5000) if number % 2 else dice.randrange(len(IMAGE))
-            offset, length = max(0, offset), dice.choice([1, 511, 4096, 100_000, MIB])
-            assert os.pread(file.fileno(), length, offset) == IMAGE[offset : offset + length]
-
-
-def test_ranges_read_past_the_kernels_cache_are_the_same(mount: Mounted) -> None:
-    for offset in (0, CHUNK - 4096, 2 * CHUNK - MIB, 5 * CHUNK):
-        assert read_direct(mount.path / DISK, offset, 2 * MIB) == IMAGE[offset : offset + 2 * MIB]
-
-
-def test_many_readers_at_once_read_the_right_bytes(mount: Mounted) -> None:
-    wrong: list[int] = []
-
-    def read(seed: int) -> None:
-        dice = random.Random(seed)
-        for _ in range(30):
-            offset = dice.randrange(len(IMAGE) // 4096) * 4096
-            if read_direct(mount.path / DISK, offset, 65536) != IMAGE[offset : offset + 65536]:
-                wrong.append(offset)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(50)
-    assert wrong == []
-
-
-def test_images_can_be_copied(mount: Mounted, tmpfs: Path) -> None:
-    subprocess.run(["cp", str(mount.path / DISK), str(tmpfs / "copy.img")], check=True, timeout=50)
-    assert hashlib.sha256((tmpfs / "copy.img").read_bytes()).digest() == hashlib.sha256(IMAGE).digest()
-
-
-def test_nothing_can_be_changed(mount: Mounted) -> None:
-    for change in (
-        lambda: (mount.path / "new").mkdir(),
-        lambda: (mount.path / DISK).unlink(),
-        lambda: (mount.path / DISK).open("r+b"),
-        lambda: os.truncate(mount.path / DISK, 0),
-    ):
-        with pytest.raises(OSError) as caught:
-            change()
-        assert caught.value.errno == errno.EROFS
-
-
-def test_inode_numbers_stay_and_differ(mount: Mounted) -> None:
-    def numbers() -> dict[str, int]:
-        return {str(path): path.lstat().st_ino for path in sorted(mount.path.rglob("*"))}
-
-    before = numbers()
-    assert numbers() == before
-    assert len(set(before.values())) == len(before)
-
-
-def test_a_name_that_is_not_there_is_no_such_file(mount: Mounted) -> None:
-    for name in ("none", "vm/101", f"vm/100/{FIRST_TIME}/none", f"vm/100/{FIRST_TIME}/index.json"):
-        with pytest.raises(FileNotFoundError):
-            (mount.path / name).stat()
-
-
-def test_nothing_of_all_this_was_an_error(mount: Mounted) -> None:
-    # The last test of the shared mount: its store has encrypted snapshots, and that is all there is to say.
-    assert [line for line in mount.errors() if "encrypted archives are not shown" not in line] == []
-    assert len([line for line in mount.errors() if "encrypted archives are not shown" in line]) == 1
 
 
 # One archive, encrypted archives, namespaces, many entries.
@@ -317,7 +190,7 @@ def test_an_open_file_keeps_its_snapshot_from_being_removed_and_a_closed_one_doe
         finally:
             repo.close()
 
-    with mounted(store, mountpoint, "--idle", "1") as mount:
+    with mounted(store, mountpoint, "--idle", "1", "--watch", "0.3") as mount:
         names(mount.path / f"vm/100/{SECOND_TIME}")
         with (mount.path / DISK).open("rb"):
             time.sleep(1.5)
@@ -471,6 +344,22 @@ def test_in_the_background_the_mount_is_usable_when_the_command_returns(
     finally:
         subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
     assert not is_mounted(mountpoint)
+
+
+def test_the_background_keeps_no_pipe_of_its_caller_open(shared_store: Path, mountpoint: Path) -> None:
+    mountpoint.mkdir()
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    words = command(shared_store, mountpoint, "--background")
+    subprocess.run(words, check=True, timeout=60, cwd=CHECKOUT, env=ENVIRONMENT, close_fds=False)
+    os.close(writing)
+    try:
+        readable, _, _ = select.select([reading], [], [], 20)
+        assert readable
+        assert os.read(reading, 1) == b""
+    finally:
+        os.close(reading)
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
 
 
 # mount(8).

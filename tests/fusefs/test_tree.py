@@ -97,6 +97,26 @@ async def test_new_snapshots_show_up_when_the_listing_is_old(store: Path, monkey
         assert await at(root, f"vm/100/{TIMES[0]}") is before
 
 
+async def test_one_name_in_an_old_listing_is_asked_for_alone(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with tree_of(store) as root:
+        group = await at(root, "vm/100")
+        assert isinstance(group, Folder)
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+
+        async def list_all(*args: object, **kwargs: object) -> None:
+            raise AssertionError("the whole group was listed")
+
+        monkeypatch.setattr(repo, "snapshots", list_all)
+        (store / "vm/100/2026-01-09T00:00:00Z").mkdir()
+        assert isinstance(await group.child(TIMES[0].encode()), tree.SnapshotFolder)
+        link = await group.child(b"latest")
+        assert isinstance(link, Link)
+        assert link.target.decode() == TIMES[1]
+        for name in (b"2026-01-09T00:00:00Z", b"2030-01-01T00:00:00Z", b"owner", b"..", b"\xff"):
+            assert await group.child(name) is None
+
+
 async def test_a_removed_snapshot_goes_from_the_listing_and_its_folder_is_stale(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
