@@ -81,7 +81,7 @@ async def new_session(
                 newest = await repository.latest(group)
                 if ctime is not None or newest is None or newest.ctime < second:
                     raise
-        for warning in getattr(session, "warnings", ()):
+        for warning in session.warnings:
             progress.warn(warning)
         yield session
 

@@ -21,7 +21,7 @@ from datastore.blob import MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob
 from datastore.digests import DigestSet
 from datastore.dynamic_index import DynamicIndexWriter
 from datastore.errors import LockedError, OwnerError, StoreError
-from datastore.files import unlink_quietly
+from datastore.files import SyncLevel, unlink_quietly
 from datastore.fixed_index import FixedIndexWriter
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
@@ -282,6 +282,8 @@ async def open_session(
             lock = await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
             if not await store.meta.make_folders(snapshot.path):
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
+            if store.sync_level is SyncLevel.NONE:
+                warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
             session = LocalBackupSession(store, snapshot, _usable_base(store, base), warnings)
         except BaseException:
             if new_group:

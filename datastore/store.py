@@ -368,25 +368,34 @@ class Datastore:
         self.check_writable()
         if not await in_io_thread(self.exists, snapshot):
             raise SnapshotNotFoundError("remove", str(snapshot), "there is no such snapshot")
+        # What is unfinished may be about to be written, by a pull of PBS too: that goes under the group's lock only.
+        finished = await in_io_thread(self.is_finished, snapshot)
+        if finished:
+            await self._remove_snapshot(snapshot)
+        try:
+            async with self.locks.group(snapshot.group) as group_lock:
+                if not finished:
+                    await self._remove_snapshot(snapshot)
+                if await self.remove_empty_group(snapshot.group):
+                    group_lock.release(unlink=True)
+        except LockedError:
+            if not finished:
+                raise
+            # Otherwise somebody writes a new snapshot, so the group is needed.
+
+    async def _remove_snapshot(self, snapshot: Snapshot) -> None:
         lock = await self.locks.acquire_snapshot(snapshot, shared=False)
         gone = False
         try:
             async with self.locks.manifest(snapshot) as manifest_lock:
                 if self.is_protected(snapshot):
-                    raise ProtectedError(
-                        "remove", str(snapshot), "it is protected", f"'fleece unprotect {snapshot}' allows it"
-                    )
+                    hint = f"'fleece unprotect {snapshot}' allows it"
+                    raise ProtectedError("remove", str(snapshot), "it is protected", hint)
                 await self.meta.delete_tree(snapshot.path)
                 gone = True
                 manifest_lock.release(unlink=True)
         finally:
             lock.release(unlink=gone)
-        try:
-            async with self.locks.group(snapshot.group) as group_lock:
-                if await self.remove_empty_group(snapshot.group):
-                    group_lock.release(unlink=True)
-        except LockedError:
-            return  # somebody writes a new snapshot: the group is needed
 
     async def forget_group(self, group: Group) -> list[Snapshot]:
         """Remove a group's unprotected snapshots, and the group if nothing is left; returns those that stayed.

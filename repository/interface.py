@@ -72,6 +72,11 @@ class BackupSession(Protocol):
         """Newest finished snapshot of the group that is not known bad; locked until `finish`. None if there is none."""
         ...
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What a person should know about this session, for example that the group is somebody else's."""
+        ...
+
     async def previous_manifest(self) -> bytes | None:
         """The base's manifest blob as stored (raw), None without a base."""
         ...

@@ -9,6 +9,7 @@ import trio
 from core.errors import UsageError
 from datastore import pbs
 from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
+from datastore.files import SyncLevel
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore
@@ -344,3 +345,24 @@ async def test_two_writers_of_different_groups_run_side_by_side(store_folder: Pa
     assert len(await repos[0].snapshots()) == 2
     for repo in repos:
         repo.close()
+
+
+async def test_level_none_says_that_it_promises_nothing(store_folder: Path) -> None:
+    for level, warned in [(SyncLevel.NONE, True), (SyncLevel.FILE, False), (SyncLevel.FILESYSTEM, False)]:
+        repo = await open_local(store_folder, sync_level=level)
+        async with repo.backup(Group.parse("vm/1").at(1000)) as session:
+            assert any("a power cut may leave" in warning for warning in session.warnings) == warned
+        repo.close()
+
+
+async def test_an_unfinished_snapshot_is_forgotten_only_while_nobody_writes_its_group(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    left = Snapshot.parse("vm/1/2020-01-01T00:00:00Z")
+    (store_folder / left.path).mkdir(parents=True)
+    async with repo.store.locks.group(left.group):
+        with pytest.raises(LockedError):
+            await repo.forget(left)
+    assert (store_folder / left.path).exists()
+    await repo.forget(left)
+    assert not (store_folder / "vm/1").exists()
+    repo.close()

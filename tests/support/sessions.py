@@ -160,6 +160,7 @@ class MemorySession:
         self.in_flight = self.most_in_flight = 0
         self.appended: list[tuple[int, int]] = []  # writer, number
         self.finished = False
+        self.warnings: list[str] = []
 
     async def previous_manifest(self) -> bytes | None:
         return None if self.base is None else self.repository.stored[self.base].files[MANIFEST_NAME]
