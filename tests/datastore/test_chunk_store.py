@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -211,13 +212,22 @@ async def test_without_unnamed_files_the_result_is_the_same(
     assert list((store_folder / ".fleece/tmp").iterdir()) == []
 
 
+def noted(calls: list[str], name: str) -> Callable[..., Any]:
+    real = getattr(os, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return real(*args, **kwargs)
+
+    return call
+
+
 async def test_level_file_syncs_the_chunk_before_its_name_and_the_folder_after(
     store_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     for name in ("fsync", "link", "rename"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, _n=name, _r=real, **kw: (calls.append(_n), _r(*args, **kw))[1])
+        monkeypatch.setattr(os, name, noted(calls, name))
     for level, expected in [(SyncLevel.FILE, ["fsync", "link", "fsync"]), (SyncLevel.FILESYSTEM, ["link"])]:
         local = LocalChunkStore(store_folder, Owner.of(store_folder), level)
         data = os.urandom(100)

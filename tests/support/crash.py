@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def main() -> int:
         number += int(sys.argv[5])
         for cut in cuts:
             ctime += 10
-            if not os.WIFSIGNALED(in_child(lambda cut=cut: dying(cut))):
+            if not os.WIFSIGNALED(in_child(partial(dying, cut))):
                 problems += 1
                 print(f"call {number}: an error instead of death")
             if in_child(check_and_go_on) != 0:
