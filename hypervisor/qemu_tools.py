@@ -5,6 +5,7 @@ options or for a protocol. `qemu-nbd` ends by itself when its last client leaves
 server behind that would hold the image.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ _SHARED: Final = 8
 #: Bytes of a program's complaint that go into an error.
 _MAX_COMPLAINT: Final = 2000
 _EXPORT: Final = "image"
+_FOLDER_PREFIX: Final = "fleece-nbd-"
 _MAX_SOCKET_PATH: Final = 107
 
 
@@ -88,7 +90,7 @@ async def serve_image(
         options |= {"discard": "unmap", "detect-zeroes": "unmap", "file.discard": "unmap"}
     elif shared:
         options |= {"force-share": "on"}
-    folder = await in_io_thread(_private_folder)
+    folder, claim = await in_io_thread(_private_folder)
     try:
         socket = folder / "nbd"
         arguments = [tool, f"--socket={socket}", f"--shared={_SHARED}", f"--export-name={_EXPORT}", "--image-opts"]
@@ -113,7 +115,7 @@ async def serve_image(
                 keeper.close()
                 await _stop(process)
     finally:
-        _remove(folder)  # two entries: no thread, so that cancellation cannot come between
+        _remove(folder, claim)  # two entries: no thread, so that cancellation cannot come between
 
 
 async def _until_ready(
@@ -170,21 +172,56 @@ def _read_start(path: Path) -> bytes:
         return file.read(_MAX_COMPLAINT)
 
 
-def _private_folder() -> Path:
-    """A new folder that only we can enter, with a path short enough for sockets."""
+def _private_folder() -> tuple[Path, int]:
+    """A new folder that only we can enter, with a path short enough for sockets, and the descriptor that claims it.
+
+    Folders of runs that were killed are removed on the way: nobody claims them any more.
+    """
     candidates: Sequence[str | None] = (os.environ.get("XDG_RUNTIME_DIR"), "/run/fleece", None, "/tmp")
     for parent in candidates:
         if parent is not None and not (Path(parent).is_dir() and os.access(parent, os.W_OK)):
             continue
-        folder = Path(tempfile.mkdtemp(prefix="fleece-nbd-", dir=parent))
-        if len(os.fsencode(folder / "nbd")) <= _MAX_SOCKET_PATH:
-            return folder
-        folder.rmdir()
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=parent))
+            if len(os.fsencode(folder / "nbd")) > _MAX_SOCKET_PATH:
+                folder.rmdir()
+                break
+            claim = _claim(folder)
+            if claim is None:
+                continue  # another run took it for a left-over in this very moment
+            for other in folder.parent.glob(f"{_FOLDER_PREFIX}*"):
+                if other != folder and _is_ours(other) and (left := _claim(other)) is not None:
+                    _remove(other, left)
+            return folder, claim
     raise SourceError("make", "a folder for a socket", "no temporary folder has a short enough path", "set TMPDIR")
 
 
-def _remove(folder: Path) -> None:
+def _is_ours(folder: Path) -> bool:
+    try:
+        return folder.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _claim(folder: Path) -> int | None:
+    """A descriptor that holds the lock of `folder`; None if somebody else has it, or the folder is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.lstat()):
+            return descriptor
+    except OSError:
+        pass  # claimed, or gone
+    os.close(descriptor)
+    return None
+
+
+def _remove(folder: Path, claim: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+    os.close(claim)
 
 
 def _environment() -> dict[str, str]:

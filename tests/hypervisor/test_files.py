@@ -490,10 +490,16 @@ trio.run(main)
             return True
 
     await until(gone)
-    # A folder with nobody behind it is all that stays.
-    for left in Path(socket_path).parent.iterdir():
-        left.unlink()
-    Path(socket_path).parent.rmdir()
+    # A folder with nobody behind it is all that stays, until the next run.
+    left = Path(socket_path).parent
+    assert left.is_dir()
+    async with open_source(str(path), "a.img") as source:
+        assert isinstance(source, NbdSource)
+        folder = Path(source._pool.address.socket).parent
+        assert folder.parent == left.parent
+        assert not left.exists()
+        async with open_source(str(path), "b.img"):
+            assert folder.is_dir()
 
 
 async def test_qemu_nbd_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
