@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -59,6 +59,10 @@ def restore(
     everything: Annotated[
         Path | None, typer.Option("--all", metavar="FOLDER", help="Every archive of the snapshot, into this folder.")
     ] = None,
+    image_format: Annotated[
+        Literal["raw", "qcow2"] | None,
+        typer.Option("--format", help="Format of a new image file; else .qcow2 files are qcow2, all others raw."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Restore disk images and files. Every chunk is checked on the way.
@@ -87,7 +91,7 @@ def restore(
             found = await find_snapshot(repository, snapshot, ns)
             async with repository.reader(found) as reader:
                 manifest = await load_manifest(reader, codec)
-                job = _Job(reader, codec, manifest, force, progress)
+                job = _Job(reader, codec, manifest, force, image_format, progress)
                 if everything is not None:
                     return str(found), await job.all_to_folder(everything)
                 return str(found), [await job.one(archive or "", target or "")]
@@ -120,10 +124,16 @@ class _Job:
     """The restore of archives of one snapshot."""
 
     def __init__(
-        self, reader: "Reader", codec: "ChunkCodec", manifest: "Manifest", force: bool, progress: "Progress"
+        self,
+        reader: "Reader",
+        codec: "ChunkCodec",
+        manifest: "Manifest",
+        force: bool,
+        image_format: str | None,
+        progress: "Progress",
     ) -> None:
         self._reader, self._codec, self._manifest = reader, codec, manifest
-        self._force, self._progress = force, progress
+        self._force, self._format, self._progress = force, image_format, progress
 
     async def one(self, archive: str, target: str) -> Restored:
         """Restore the archive to the target a person named."""
@@ -181,7 +191,7 @@ class _Job:
             return
         from hypervisor.targets import open_target
 
-        async with open_target(target, entry.size, force=self._force) as disk:
+        async with open_target(target, entry.size, force=self._force, format=self._format) as disk:
             await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
 
     async def _blob(self, entry: "ManifestFile", target: str) -> int:

@@ -53,7 +53,7 @@ async def document(fleece: Fleece, *arguments: str | Path, code: int = 0) -> Any
 
 async def exported(vm: RunningQemu, *, disks: int) -> None:
     """Wait until a backup reads its frozen views."""
-    while sum(export["id"].startswith("fleece-e") for export in await vm.exports()) < disks:
+    while sum(export["id"].startswith("fleece-e") for export in await vm.exports()) < disks:  # noqa: ASYNC110 - QEMU must be asked
         await trio.sleep(0.02)
 
 

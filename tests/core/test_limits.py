@@ -33,9 +33,7 @@ async def test_limiters_belong_to_the_running_loop() -> None:
 
 
 @pytest.mark.parametrize("nonsense", ["", "0", "-3", "many"])
-def test_nonsense_in_the_environment_leaves_the_number_of_cores(
-    nonsense: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonsense_in_the_environment_leaves_the_number_of_cores(nonsense: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEECE_THREADS", nonsense)
     assert cpu_count() >= 1
 
