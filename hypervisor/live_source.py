@@ -14,7 +14,7 @@ from core.disks import Extent, ExtentState, ReadPlan
 from core.errors import SourceError
 from hypervisor.discovery import Capabilities
 from hypervisor.errors import FleecingError, SnapshotBrokenError
-from hypervisor.extents import CHUNK_SIZE, ExtentBuilder
+from hypervisor.extents import ExtentBuilder
 from hypervisor.nbd_client import NbdAddress, NbdPool, NbdSourceError, open_nbd
 
 #: Bytes of a cluster of the copy-before-write filter. Before QEMU 9.1 a TRIM that cuts one aborts QEMU.
@@ -23,7 +23,6 @@ _ALLOCATION: Final = "base:allocation"
 #: Flags of `base:allocation`: a hole that reads as zeros.
 _HOLE_AND_ZERO: Final = 3
 _DIRTY: Final = 1
-_ZEROS: Final = bytes(CHUNK_SIZE)
 
 
 async def read_dirty_map(address: NbdAddress, bitmap: str, size: int, where: str) -> list[Extent]:
@@ -134,12 +133,28 @@ class LiveSource:
             SnapshotBrokenError: the frozen view broke.
             SourceError: QEMU is gone, or its storage fails.
         """
-        if self._reads_zero(offset, len(buffer)):
-            view = memoryview(buffer)
-            for start in range(0, len(view), len(_ZEROS)):
-                part = view[start : start + len(_ZEROS)]
-                part[:] = _ZEROS[: len(part)]
-            return
+        view = memoryview(buffer).cast("B")
+        end = offset + len(view)
+        position = offset
+        while position < end:
+            stop, zero = self._next(position, end)
+            part = view[position - offset : stop - offset]
+            if zero:
+                part[:] = bytes(len(part))
+            else:
+                await self._read(position, part)
+            position = stop
+
+    def _next(self, position: int, end: int) -> tuple[int, bool]:
+        """Where the part of `position..end` that begins at `position` ends, and whether it is in a ZERO extent."""
+        index = bisect.bisect_right(self._zeros, position, key=lambda extent: extent.offset)
+        if index > 0:
+            zero = self._zeros[index - 1]
+            if position < zero.offset + zero.length:
+                return min(end, zero.offset + zero.length), True
+        return (min(end, self._zeros[index].offset) if index < len(self._zeros) else end), False
+
+    async def _read(self, offset: int, buffer: memoryview) -> None:
         try:
             if self._able.compat:
                 await self._pool.pread_pieces(offset, buffer)
@@ -147,10 +162,6 @@ class LiveSource:
                 await self._pool.read_into(offset, buffer)
         except NbdSourceError as error:
             raise self._translated(error) from error
-
-    def _reads_zero(self, offset: int, length: int) -> bool:
-        index = bisect.bisect_right(self._zeros, offset, key=lambda extent: extent.offset) - 1
-        return index >= 0 and offset + length <= self._zeros[index].offset + self._zeros[index].length
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the range up; a last part that is no whole cluster is kept, since the disk may have grown behind it."""
