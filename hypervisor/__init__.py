@@ -4,19 +4,15 @@ Knows nothing of datastores: it implements the protocols of `core.disks` and han
 tells what happens in a QEMU during a backup, and why.
 
     vm.py           `frozen_view`, `preview`, `cleanup`: all disks of a running VM at one instant
-    files.py        `open_source`, `open_target`: image files, block devices, NBD exports
+    files.py        `open_source`: image files, block devices and NBD exports to back up
+    targets.py      `open_target`, `StreamTarget`: what an image is restored to
+    nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
-    files.py        `open_source`: image files, block devices and NBD exports to back up
-    targets.py      `open_target`, `StreamTarget`: what an image is restored to
-    nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd
-    qemu_tools.py   `serve_image`, `create_qcow2`: `qemu-nbd` and `qemu-img` as children
-    image_files.py  formats by name, QEMU's image locks, mounts
-    extents.py      `ExtentBuilder`: a disk's map by whole chunks
     unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them
     checked.py      `field`, `optional`, `objects`: JSON from outside, checked for its types
     errors.py       what can go wrong
