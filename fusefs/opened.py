@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -16,8 +17,9 @@ from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
 from repository.interface import Reader, Repository
 from repository.restore import restore_blob
 
-#: Bytes up to which a decoded small file is kept while its snapshot is open; a larger one is decoded for each handle.
-KEPT_BLOB: Final = 1 << 20
+#: Bytes up to which a decoded small file, or an image's index (1 MiB for 128 GiB), is kept while its snapshot is open;
+#: a larger one only while a handle uses it.
+KEPT: Final = 1 << 20
 #: Bytes in one block of `st_blocks`.
 BLOCK: Final = 512
 
@@ -33,6 +35,11 @@ class Content(Protocol):
     @property
     def blocks(self) -> int:
         """512-byte blocks that hold data, for `st_blocks`."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes in memory, chunks left out."""
         ...
 
     def read_cached(self, offset: int, length: int) -> Buffer | None:
@@ -53,6 +60,7 @@ class BlobContent:
 
     def __init__(self, data: bytes) -> None:
         self.size: Final = len(data)
+        self.memory: Final = len(data)
         self.blocks: Final = -(-len(data) // BLOCK)
         self._data = memoryview(data)
 
@@ -70,6 +78,7 @@ class ImageContent:
 
     def __init__(self, reader: ArchiveReader, blocks: int) -> None:
         self.size: Final = reader.size
+        self.memory: Final = len(reader.archive.index.digests)
         self.blocks: Final = blocks
         self.read_cached: Final = reader.read_cached
         self.read: Final = reader.read
@@ -81,7 +90,8 @@ class OpenSnapshot:
     def __init__(self, reader: Reader, manifest: Manifest, codec: ChunkCodec, cache: ChunkCache) -> None:
         self.manifest: Final = manifest
         self._reader, self._codec, self._cache = reader, codec, cache
-        self._contents: dict[str, Content] = {}
+        self._contents: WeakValueDictionary[str, Content] = WeakValueDictionary()
+        self._kept: list[Content] = []
         self._locks: dict[str, trio.Lock] = {}
 
     async def content(self, name: str) -> Content:
@@ -98,8 +108,9 @@ class OpenSnapshot:
                     content = BlobContent(await self._blob(name))
                 else:
                     content = await self._image(name)
-                if isinstance(content, ImageContent) or content.size <= KEPT_BLOB:
-                    self._contents[name] = content
+                self._contents[name] = content
+                if content.memory <= KEPT:
+                    self._kept.append(content)
             return content
 
     async def _image(self, name: str) -> ImageContent:

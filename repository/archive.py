@@ -178,9 +178,10 @@ class ArchiveReader:
             if chunk is not None:
                 self.cache.hits += 1
                 return memoryview(chunk)[offset - start : offset - start + length]
-        length = self._clip(offset, length)
-        if not length:
-            return b""
+        if not 0 <= offset < offset + length <= self.size:
+            length = self._clip(offset, length)
+            if not length:
+                return b""
         index = self.archive.index
         number = index.find(offset)
         start, size = index.span(number)
@@ -190,7 +191,8 @@ class ArchiveReader:
         chunk = self.cache.get(digest)
         if chunk is None:
             return bytes(length) if digest == self.archive.zero and size == FIXED_CHUNK_SIZE else None
-        self._check_length(number, chunk)
+        if len(chunk) != size:
+            self._check_length(number, chunk)
         self.cache.hits += 1
         self._follow(number)
         self._last = (start, start + size, digest)

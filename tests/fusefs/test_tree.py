@@ -1,4 +1,5 @@
 import logging
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from core.errors import FormatError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import ROOT, Namespace, Snapshot
-from fusefs import tree
+from fusefs import opened, tree
 from fusefs.opened import data_blocks, open_snapshot
 from fusefs.pool import SnapshotPool
 from fusefs.tree import File, Folder, Link, NamespaceFolder, Node, Shared
@@ -181,6 +182,25 @@ async def test_a_listing_opens_no_snapshot_and_measuring_does(shared_store: Path
         assert (image.exact, len(root.shared.pool)) == (False, 0)
         await image.measure()
         assert (image.exact, image.blocks, len(root.shared.pool)) == (True, IMAGE_BLOCKS, 1)
+
+
+async def test_what_takes_much_memory_is_kept_only_while_it_is_used(
+    shared_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "KEPT", 32 * 6 - 1)
+    async with tree_of(shared_store) as root:
+        image = await at(root, f"vm/100/{TIMES[0]}/drive-scsi0.img")
+        conf = await at(root, f"vm/100/{TIMES[0]}/qemu-server.conf")
+        assert isinstance(image, File)
+        assert isinstance(conf, File)
+        for file in (image, conf):
+            (first, content), (second, same) = await file.open(), await file.open()
+            assert content is same
+            gone = weakref.ref(content)
+            del content, same
+            first.release()
+            second.release()
+            assert gone() is None
 
 
 async def test_the_client_log_is_shown_though_the_manifest_does_not_list_it(store: Path) -> None:
