@@ -78,7 +78,7 @@ class Scratch:
                         "use the scratch folder",
                         str(self.folder),
                         f"it is on the file system of the disk {image}, which a growing fleecing image could fill",
-                        "choose a folder on another file system, or allow it in the configuration",
+                        "choose a scratch folder on another file system, or set scratch-beside-disks = true",
                     )
         if short:
             raise FleecingError("use the scratch folder", str(self.folder), short)
