@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,17 +29,19 @@ from hypervisor.block_graph import block_nodes
 from hypervisor.discovery import Capabilities, Disk
 from hypervisor.errors import FleecingError, QmpCommandError, QmpConnectError, QmpError, QmpTimeoutError
 from hypervisor.guest_agent import frozen
-from hypervisor.leftovers import Undone, remove_files, undo
+from hypervisor.leftovers import HANGS, Undone, remove_files, undo
 from hypervisor.live_source import read_dirty_map
-from hypervisor.nbd_client import NbdAddress
+from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.qmp import Qmp, connect
-from hypervisor.scratch import Scratch, image_name
+from hypervisor.scratch import Scratch, hanging, image_name
 from hypervisor.state import DiskState, Run, RunState
 
 #: Seconds for the whole end of a backup: a hanging fleecing image holds QEMU up to 45 s, exports 30 s.
 TEARDOWN_TIMEOUT_S: Final = 240.0
 #: Seconds to wait for the QMP socket at the end of a backup, while another client has it.
 _RECONNECT_TIMEOUT_S: Final = 90.0
+#: Seconds to wait for a hanging fleecing image.
+_HANGING_TIMEOUT_S: Final = 120.0
 #: Seconds for QEMU to let go of the map exports.
 _MAP_TIMEOUT_S: Final = 30.0
 
@@ -95,6 +97,20 @@ class Fleecing:
     def address(self, disk: FleecedDisk) -> NbdAddress:
         """Where the data export of `disk` is."""
         return NbdAddress.unix(self.run.socket, f"drive-{disk.number}")
+
+    @contextlib.contextmanager
+    def telling_of_a_crash(self) -> Iterator[None]:
+        """An NBD error of the block means something else when QEMU has ended: then the error says that.
+
+        Raises:
+            FleecingError: QEMU has ended.
+        """
+        try:
+            yield
+        except NbdSourceError as error:
+            if self.run.peer.alive():
+                raise
+            raise FleecingError("read the disks of the VM at", self.qmp_path, "its QEMU has ended") from error
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -275,7 +291,8 @@ class Fleecing:
                 bitmap = {"node": disk.disk.node, "name": str(name)}
                 await self._export(qmp, disk, export, f"map{disk.number}", writable=False, bitmaps=[bitmap])
                 address = NbdAddress.unix(self.run.socket, f"map{disk.number}")
-                disk.changed = await read_dirty_map(address, str(name), disk.disk.size, disk.disk.device)
+                with self.telling_of_a_crash():
+                    disk.changed = await read_dirty_map(address, str(name), disk.disk.size, disk.disk.device)
         try:
             await qmp.poll(
                 "query-block-exports",
@@ -297,6 +314,7 @@ class Fleecing:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def tear_down(self, *, success: bool) -> list[str]:
         """Undo everything and hand the bitmaps over; own NBD connections must be closed.
 
@@ -317,6 +335,10 @@ class Fleecing:
 
     async def _tear_down(self, undone: Undone, *, success: bool) -> bool:
         """False if QEMU is gone, and everything in it."""
+        if self.run.peer.alive() and await hanging([disk.image for disk in self.disks], _HANGING_TIMEOUT_S):
+            undone.images = False
+            undone.problems.append(HANGS)
+            return True
         try:
             async with connect(self.qmp_path, timeout_s=_RECONNECT_TIMEOUT_S) as qmp:
                 if qmp.peer == self.run.peer:

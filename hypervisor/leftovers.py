@@ -17,11 +17,14 @@ from core.limits import in_io_thread
 from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
-from hypervisor.scratch import image_prefix, remove_image
+from hypervisor.scratch import hanging, image_prefix, remove_image
 from hypervisor.state import Run, RunState
 
 #: Seconds for QEMU to let go of its exports.
 EXPORTS_TIMEOUT_S: Final = 30.0
+#: Seconds a killed run's fleecing image may hang before clean-up gives up.
+HANGING_TIMEOUT_S: Final = 30.0
+HANGS: Final = "the scratch folder hangs, and so would the guest if its filters were removed now"
 #: Seconds for an unplugged device to go.
 _UNPLUG_TIMEOUT_S: Final = 5.0
 
@@ -194,6 +197,8 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
         QmpError, QmpAnswerError: as `undo`.
     """
     state = await run.load()
+    if await hanging([Path(disk.image) for disk in state.disks] if state is not None else (), HANGING_TIMEOUT_S):
+        return Undone(problems=[HANGS], images=False)
     undone = await undo(qmp, server=state is not None and state.nbd_server)
     if undone.images:
         await remove_files(run, state, scratch, undone)

@@ -20,7 +20,7 @@ from typing import Final
 import trio
 
 from core.errors import os_reason
-from core.limits import in_io_thread
+from core.limits import in_io_thread, io_limiter
 from core.units import GIB, format_size
 from hypervisor.block_graph import BlockNode
 from hypervisor.errors import FleecingError
@@ -108,7 +108,8 @@ class Scratch:
         while True:
             await trio.sleep(self.interval_s)
             try:
-                short = await in_io_thread(self._short_of)
+                # On a hanging file system the thread is left behind: the end of a backup must not wait for it here.
+                short = await trio.to_thread.run_sync(self._short_of, abandon_on_cancel=True, limiter=io_limiter())
             except OSError as error:
                 raise FleecingError("use the scratch folder", str(self.folder), os_reason(error)) from error
             if short:
@@ -118,6 +119,25 @@ class Scratch:
                     short,
                     "the guest is not affected; make room, or back up when the guest writes less",
                 )
+
+
+async def hanging(images: Iterable[Path], timeout_s: float) -> bool:
+    """True if one of `images` cannot be changed for `timeout_s`: its file system hangs, and QEMU's writes to it do.
+
+    As long as that lasts nothing may be taken out of QEMU's way: it would wait for those writes, and the guest with it.
+    Left alone, the guest goes on.
+    """
+    with trio.move_on_after(timeout_s):
+        # Waits for whoever writes to the file, and changes nothing that matters.
+        await trio.to_thread.run_sync(_touch, tuple(images), abandon_on_cancel=True, limiter=io_limiter())
+        return False
+    return True
+
+
+def _touch(images: Iterable[Path]) -> None:
+    for path in images:
+        with contextlib.suppress(OSError):
+            os.utime(path, follow_symlinks=False)
 
 
 def image_prefix(peer: Peer) -> str:

@@ -192,7 +192,8 @@ async def frozen_view(
             await fleecing.set_up(qmp)
         view = teardown.view = FrozenView(fleecing, found.left_out, able)
         for disk in prepared:
-            pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
+            with fleecing.telling_of_a_crash():
+                pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
             plan = ReadPlan(disk.choice.base, disk.choice.reason)
             source = LiveSource(disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able)
             view.sources.append(source)
@@ -226,7 +227,10 @@ class _Teardown:
 def _check_clean(undone: Undone, path: str) -> None:
     if undone.problems:
         raise VmStateError(
-            "remove what a killed run has left in the VM at", path, "; ".join(undone.problems), "restart the VM"
+            "remove what a killed run has left in the VM at",
+            path,
+            "; ".join(undone.problems),
+            "try again; it goes with the VM's QEMU at the latest",
         )
 
 

@@ -1,8 +1,9 @@
 """Frozen views of real QEMUs, and everything that may happen to a VM while one is up: the guest never notices."""
 
 import os
+import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -216,12 +217,49 @@ async def test_a_set_up_that_ends_at_any_step_is_undone(
 def small_file_system(folder: Path, size: int) -> Iterator[Path]:
     """A tmpfs of `size` bytes."""
     folder.mkdir()
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size={size} tmpfs {folder} 2>/dev/null") != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         yield folder
     finally:
-        os.system(f"umount -l {folder}")
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def freezable_file_system(folder: Path) -> Iterator[tuple[Path, Callable[[], None], Callable[[], None]]]:
+    """A mounted ext4, and functions after which every write to it hangs or goes on."""
+    folder.mkdir()
+    image = folder.with_suffix(".ext4")
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+
+    def run(*command: str | Path) -> bool:
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+    if (
+        os.geteuid() != 0
+        or not run("mke2fs", "-q", "-F", "-t", "ext4", image)
+        or not run("mount", "-o", "loop", image, folder)
+    ):
+        pytest.skip("mounting a loop device is not allowed here")
+    frozen = False
+
+    def freeze() -> None:
+        nonlocal frozen
+        assert run("fsfreeze", "-f", folder)
+        frozen = True
+
+    def thaw() -> None:
+        nonlocal frozen
+        frozen = not run("fsfreeze", "-u", folder)
+
+    try:
+        yield folder, freeze, thaw
+    finally:
+        if frozen:
+            thaw()
+        run("umount", folder)
 
 
 async def test_a_full_fleecing_image_breaks_the_backup_and_not_the_guest(qemu: QemuBinary, tmpfs: Path) -> None:
@@ -238,6 +276,32 @@ async def test_a_full_fleecing_image_breaks_the_backup_and_not_the_guest(qemu: Q
             # The whole 16 MiB come with the next backup.
             reads = await bench.backup(vm)
             assert reads[D0].image == b"\x01" * 16 * MIB + b"\x05" * 8 * MIB
+
+
+async def test_a_hanging_scratch_folder_costs_the_guest_one_timeout_and_no_more(qemu: QemuBinary, tmpfs: Path) -> None:
+    with freezable_file_system(tmpfs / "hanging") as (folder, freeze, thaw):
+        async with vm_with(qemu, tmpfs) as (vm, bench), trio.open_nursery() as nursery:
+
+            async def write(offset: int) -> float:
+                started = trio.current_time()
+                await vm.qemu_io("d0", f"write -P 1 {offset}M 1M")
+                return trio.current_time() - started
+
+            async def go_on() -> None:
+                # The end of the backup is waiting meanwhile: it must not take QEMU with it.
+                for offset in range(8, 16):
+                    await trio.sleep(0.3)
+                    assert await write(offset) < 2
+                thaw()
+
+            with pytest.raises(SnapshotBrokenError, match="too slow"):
+                async with bench.view(vm, scratch=Scratch(folder / "s", min_free=0), cbw_timeout_s=1) as view:
+                    freeze()
+                    assert 0.5 < await write(0) < 10
+                    assert await write(4) < 2
+                    nursery.start_soon(go_on)
+                    await content(view)
+            assert list((folder / "s").iterdir()) == []
 
 
 async def test_a_backup_stops_when_the_scratch_folder_runs_out_of_space(qemu: QemuBinary, tmpfs: Path) -> None:
