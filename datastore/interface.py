@@ -8,7 +8,7 @@ collection, verify, prune and sessions are written against these two. One test s
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from core.buffers import Buffer
 from datastore.blob import Blob
@@ -82,6 +82,24 @@ class ChunkStore(Protocol):
         Raises:
             LockedError: another one, or a writer that this store cannot run beside, for longer than `wait_s`.
         """
+        ...
+
+
+@runtime_checkable
+class BlockingChunkStore(Protocol):
+    """What a chunk store offers besides, if inserting is a few quick system calls.
+
+    Who has just compressed a chunk in a worker thread can then store it there: two hand-overs less, and it is written
+    from that core's cache (a fifth of the CPU time of a backup).
+    """
+
+    @property
+    def blocks_briefly(self) -> bool:
+        """True if `insert_blocking` waits for no device as a rule."""
+        ...
+
+    def insert_blocking(self, digest: bytes, blob: Blob) -> PutResult:
+        """As `ChunkStore.insert`, in the calling worker thread; several threads at a time."""
         ...
 
 

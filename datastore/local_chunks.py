@@ -60,7 +60,7 @@ class LocalChunkStore:
 
     async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True) -> PutResult:
         """See `ChunkStore.insert`."""
-        return await in_io_thread(self._insert, digest, blob)
+        return await in_io_thread(self.insert_blocking, digest, blob)
 
     async def read(self, digest: bytes, *, origin: bool = False) -> Blob:
         """See `ChunkStore.read`."""
@@ -132,7 +132,13 @@ class LocalChunkStore:
 
     # The rest runs in worker threads.
 
-    def _insert(self, digest: bytes, blob: Blob) -> PutResult:
+    @property
+    def blocks_briefly(self) -> bool:
+        """See `BlockingChunkStore.blocks_briefly`: not with an fsync for each chunk."""
+        return not self._sync
+
+    def insert_blocking(self, digest: bytes, blob: Blob) -> PutResult:
+        """See `BlockingChunkStore.insert_blocking`."""
         path = self.path(digest)
         with store_errors("store chunk", path), self._locks.hold(digest):
             while True:

@@ -24,7 +24,7 @@ from datastore.errors import LockedError, OwnerError, StoreError
 from datastore.files import SyncLevel, unlink_quietly
 from datastore.fixed_index import FixedIndexWriter
 from datastore.index import ArchiveIndex
-from datastore.interface import PutResult
+from datastore.interface import BlockingChunkStore, PutResult
 from datastore.locks import HeldLock
 from datastore.manifest import Manifest
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Group, Snapshot, archive_kind
@@ -130,6 +130,27 @@ class LocalBackupSession:
 
     async def put_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
         """See `BackupSession.put_chunk`."""
+        self._check_chunk(writer, size, blob)
+        result = await self.store.chunks.insert(digest, blob)
+        self._known.add(digest, size)
+        return result
+
+    @property
+    def puts_block_briefly(self) -> bool:
+        """See `BlockingPuts.puts_block_briefly`."""
+        return isinstance(self.store.chunks, BlockingChunkStore) and self.store.chunks.blocks_briefly
+
+    def put_chunk_blocking(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
+        """See `BlockingPuts.put_chunk_blocking`."""
+        self._check_chunk(writer, size, blob)
+        assert isinstance(self.store.chunks, BlockingChunkStore)
+        return self.store.chunks.insert_blocking(digest, blob)
+
+    def chunk_was_put(self, digest: bytes, size: int) -> None:
+        """See `BlockingPuts.chunk_was_put`."""
+        self._known.add(digest, size)
+
+    def _check_chunk(self, writer: int, size: int, blob: Blob) -> None:
         index = self._writer(writer)
         where = f"{self.snapshot}/{index.name}"
         if not 1 <= size <= MAX_CHUNK_SIZE or not blob.kind.header_size < len(blob) <= MAX_ENCODED_CHUNK:
@@ -138,9 +159,6 @@ class LocalBackupSession:
             if size > index.writer.chunk_size or index.short_chunk:
                 raise UsageError("store chunk", where, f"{size} bytes; only the last chunk may be short, none longer")
             index.short_chunk = True
-        result = await self.store.chunks.insert(digest, blob)
-        self._known.add(digest, size)
-        return result
 
     async def append(self, writer: int, entries: Sequence[tuple[int, bytes]]) -> None:
         """See `BackupSession.append`."""

@@ -7,7 +7,7 @@ suite (`tests/repository/test_interface.py`) runs over every implementation.
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from core.buffers import Buffer
 from datastore.blob import Blob
@@ -144,6 +144,31 @@ class BackupSession(Protocol):
 
     async def abort(self) -> None:
         """Throw the snapshot away; also done by leaving the session without `finish`."""
+        ...
+
+
+@runtime_checkable
+class BlockingPuts(Protocol):
+    """What a `BackupSession` offers besides, if its store takes chunks by a few quick system calls.
+
+    Who has just compressed a chunk in a worker thread can then store it there: two hand-overs less, and it is written
+    from that core's cache.
+    """
+
+    @property
+    def puts_block_briefly(self) -> bool:
+        """True if `put_chunk_blocking` may be used and waits for no device as a rule."""
+        ...
+
+    def put_chunk_blocking(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
+        """As `put_chunk`, in the calling worker thread; several threads at a time.
+
+        The session does not know the chunk until the event loop calls `chunk_was_put`.
+        """
+        ...
+
+    def chunk_was_put(self, digest: bytes, size: int) -> None:
+        """In the event loop: `put_chunk_blocking` has stored this chunk."""
         ...
 
 

@@ -7,10 +7,12 @@ is quicker, and encode what the session does not know; up to 16 encoded chunks a
 time. A stage that is behind stops the one before it, so memory is bounded by the pool and those 16 chunks.
 
 A batch is one job of a worker thread, from the zero test to the last encoded chunk. In the middle it asks the event
-loop which digests are new; encoded chunks leave it one by one, and idle threads help with encoding.
+loop which digests are new; encoded chunks leave it one by one, and idle threads help with encoding. Where the store
+takes chunks by a few quick system calls, the worker stores them itself.
 """
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +28,9 @@ from core.progress import Progress, Task
 from datastore.blob import Blob, BlobKind
 from datastore.codec import ChunkCodec
 from datastore.index import ArchiveIndex
+from datastore.interface import PutResult
 from repository.buffers import Lease, batch_size
-from repository.interface import FIXED_CHUNK_SIZE, BackupSession
+from repository.interface import FIXED_CHUNK_SIZE, BackupSession, BlockingPuts
 from repository.planning import ChunkMap, Run
 from repository.report import ArchiveReport
 from repository.throttle import Throttle
@@ -38,6 +41,9 @@ READS_IN_FLIGHT: Final = 2
 PUTS_IN_FLIGHT: Final = 16
 #: Seconds an incomplete batch waits for company: less than hashing a chunk alone takes where batches matter.
 LINGER_S: Final = 0.01
+#: Seconds that a put in a worker thread may take on average. A slower store waits for a device, and then many puts in
+#: flight are better.
+SLOW_PUT_S: Final = 0.02
 #: Index entries handed over at a time.
 ENTRIES_AT_ONCE: Final = 4096
 #: Bytes discarded by one call at most.
@@ -152,6 +158,10 @@ class Pipeline:
         self._permits: deque[None] = deque([None] * PUTS_IN_FLIGHT)
         self._encoded: deque[tuple[_Chunk, Blob]] = deque()
         self._putters = ParkingLot()
+        self._blocking: BlockingPuts | None = None  # set while workers store chunks themselves
+        if isinstance(session, BlockingPuts) and session.puts_block_briefly:
+            self._blocking = session
+        self._put_s = 0.0  # seconds of a put in a worker thread, an average that forgets
         #: Chunks that are being encoded or put, each with the others of the same digest that wait for it.
         self._in_flight: dict[bytes, list[_Chunk]] = {}
 
@@ -247,7 +257,20 @@ class Pipeline:
             except IndexError:
                 self._permits.append(None)
                 return
-            self._token.run_sync_soon(self._hand_over, chunk, self._codec.encode(chunk.data))
+            blob = self._codec.encode(chunk.data)
+            if self._blocking is None:
+                self._token.run_sync_soon(self._hand_over, chunk, blob)
+            else:
+                self._put_here(self._blocking, chunk, blob)
+
+    def _put_here(self, session: BlockingPuts, chunk: _Chunk, blob: Blob) -> None:
+        """In a worker thread: store what it has just encoded."""
+        start = time.monotonic()
+        result = session.put_chunk_blocking(chunk.disk.writer, chunk.digest, len(chunk.data), blob)
+        self._put_s += 0.1 * (time.monotonic() - start - self._put_s)
+        if self._put_s > SLOW_PUT_S:
+            self._blocking = None
+        self._token.run_sync_soon(self._was_put, session, chunk, result)
 
     def _claim(self, batch: Sequence[_Chunk]) -> None:
         """Sort out what the session knows or will know soon; the rest is to be encoded."""
@@ -281,24 +304,32 @@ class Pipeline:
             while not self._encoded:
                 await self._putters.park()
             chunk, blob = self._encoded.popleft()
-            length = len(chunk.data)
-            result = await self._session.put_chunk(chunk.disk.writer, chunk.digest, length, blob)
+            result = await self._session.put_chunk(chunk.disk.writer, chunk.digest, len(chunk.data), blob)
             del blob
-            self._permits.append(None)
-            if self._to_encode:
-                self._workers.unpark()
-            self._stats.count += 1
-            self._stats.size += length
-            self._stats.compressed_size += result.stored
-            if result.duplicate:
-                self._stats.duplicates += 1
-            else:
-                report = chunk.disk.report
-                report.new += length
-                report.stored += result.stored
-                report.chunks_new += 1
-            for same in (chunk, *self._in_flight.pop(chunk.digest)):
-                self._settle(same)
+            self._stored(chunk, result)
+
+    def _was_put(self, session: BlockingPuts, chunk: _Chunk, result: PutResult) -> None:
+        session.chunk_was_put(chunk.digest, len(chunk.data))
+        self._stored(chunk, result)
+
+    def _stored(self, chunk: _Chunk, result: PutResult) -> None:
+        """The session has taken the chunk."""
+        self._permits.append(None)
+        if self._to_encode:
+            self._workers.unpark()
+        length = len(chunk.data)
+        self._stats.count += 1
+        self._stats.size += length
+        self._stats.compressed_size += result.stored
+        if result.duplicate:
+            self._stats.duplicates += 1
+        else:
+            report = chunk.disk.report
+            report.new += length
+            report.stored += result.stored
+            report.chunks_new += 1
+        for same in (chunk, *self._in_flight.pop(chunk.digest)):
+            self._settle(same)
 
     def _settle(self, chunk: _Chunk) -> None:
         """The session has the chunk."""
