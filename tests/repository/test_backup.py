@@ -18,7 +18,15 @@ from repository.backup import SnapshotWriter
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.planning import plan_disks
 from repository.report import ArchiveReport, Mode
-from tests.support.sessions import Faults, MemoryDisk, MemoryRepository, MemorySession, StagedError, chunks_of
+from tests.support.sessions import (
+    BlockingMemorySession,
+    Faults,
+    MemoryDisk,
+    MemoryRepository,
+    MemorySession,
+    StagedError,
+    chunks_of,
+)
 
 GROUP = Group(BackupType.VM, "100")
 IMG = "drive-scsi0.img"
@@ -355,6 +363,38 @@ async def test_progress_counts_what_is_read() -> None:
         await writer.add_disk(MemoryDisk(IMG, chunks_of("a.", tail=10), extents=extents))
     (task,) = recorder.tasks
     assert (task.name, task.total, task.done) == (IMG, CHUNK + 10, CHUNK + 10)
+
+
+class TestStoreThatTakesChunksInTheWorkersThread:
+    async def test_everything_is_stored_there(self) -> None:
+        data = chunks_of("ab?a.", "cc", tail=1000)
+        repository = MemoryRepository(blocking=True)
+        extents = [
+            Extent(0, 4 * CHUNK, DATA),
+            Extent(4 * CHUNK, CHUNK, ZERO),
+            Extent(5 * CHUNK, 2 * CHUNK + 1000, DATA),
+        ]
+        (report,), session = await back_up(repository, MemoryDisk(IMG, data, extents=extents))
+        assert isinstance(session, BlockingMemorySession)
+        assert session.blocking_puts == len(session.puts) == 6
+        assert image_digests(repository, 1_700_000_000) == expected_digests(data)
+        assert (report.chunks_new, report.new) == (6, 5 * CHUNK + 1000)
+
+    async def test_slow_puts_go_on_with_many_in_flight(self) -> None:
+        repository = MemoryRepository(blocking=True)
+        repository.put_delay_s = 5 * pipeline.SLOW_PUT_S
+        data = chunks_of("abcdefghijklmnopqrstuvwxyz")
+        _, session = await back_up(repository, MemoryDisk(IMG, data))
+        assert isinstance(session, BlockingMemorySession)
+        assert 0 < session.blocking_puts < 10
+        assert len(session.puts) == 26
+        assert image_digests(repository, 1_700_000_000) == expected_digests(data)
+
+    async def test_failure_reaches_the_caller(self) -> None:
+        faults = Faults("put_chunk", 3, StagedError("store", "chunk", "the store is full"))
+        with pytest.raises(StagedError, match="the store is full"):
+            await back_up(MemoryRepository(hook=faults, blocking=True), MemoryDisk(IMG, chunks_of("??????????")))
+        assert buffers.shared_pool()._available.value == buffers.shared_pool().count
 
 
 class TestFailures:

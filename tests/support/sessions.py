@@ -6,6 +6,7 @@ pipeline that breaks a rule of the interface fails here too.
 """
 
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -245,6 +246,27 @@ class MemorySession:
         self.stored = Stored(self.snapshot)
 
 
+class BlockingMemorySession(MemorySession):
+    """A `MemorySession` that takes chunks in worker threads too (`BlockingPuts`)."""
+
+    puts_block_briefly = True
+    blocking_puts = 0
+
+    def put_chunk_blocking(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
+        assert writer in self.writers
+        assert digest not in self.puts, "a chunk was put twice"
+        self.puts.append(digest)
+        self.blocking_puts += 1
+        time.sleep(self.repository.put_delay_s)
+        self.repository.hook("put_chunk")
+        duplicate = digest in self.repository.chunks
+        self.repository.chunks.setdefault(digest, bytes(blob))
+        return PutResult(duplicate, len(self.repository.chunks[digest]))
+
+    def chunk_was_put(self, digest: bytes, size: int) -> None:
+        self.sizes[digest] = size
+
+
 class MemoryReader:
     """A `Reader` over a `MemoryRepository` that counts what is read."""
 
@@ -289,8 +311,9 @@ class MemoryRepository:
 
     name = "memory:"
 
-    def __init__(self, *, hook: Hook = nothing) -> None:
+    def __init__(self, *, hook: Hook = nothing, blocking: bool = False) -> None:
         self.hook = hook
+        self.session = BlockingMemorySession if blocking else MemorySession
         self.chunks: dict[bytes, bytes] = {}
         self.stored: dict[Snapshot, Stored] = {}
         self.chunk_reads: list[bytes] = []
@@ -337,7 +360,7 @@ class MemoryRepository:
     @asynccontextmanager
     async def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AsyncIterator[MemorySession]:
         base = await self.latest(snapshot.group)
-        yield MemorySession(self, snapshot, None if base in self.failed_verification else base)
+        yield self.session(self, snapshot, None if base in self.failed_verification else base)
 
     @asynccontextmanager
     async def reader(self, snapshot: Snapshot) -> AsyncIterator[MemoryReader]:
