@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -7,6 +8,15 @@ import trio
 from agent.errors import InterruptedBySignalError, first_cause
 from agent.running import run
 from core.errors import FleeceError, SourceError
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """An interrupted run leaves its signals without effect, which only a process that ends may do."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def _sleep_for_ever() -> None:
@@ -42,6 +52,17 @@ def test_a_signal_cancels_the_work_and_a_second_one_does_not_break_its_clean_up(
     assert "still cleaning up" in said[1]
 
 
+def test_signals_after_an_interruption_are_too_late_to_do_anything() -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep_forever()
+
+    with pytest.raises(InterruptedBySignalError):
+        run(work, what="back up")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+
+
 def test_work_that_ends_before_the_signal_reaches_it_is_done() -> None:
     async def work() -> str:
         with trio.CancelScope(shield=True):
@@ -52,7 +73,7 @@ def test_work_that_ends_before_the_signal_reaches_it_is_done() -> None:
     assert run(work, what="back up") == "finished"
 
 
-def test_handlers_are_as_before_afterwards() -> None:
+def test_handlers_are_as_before_after_a_failure() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(SourceError):
         run(_failing, what="back up")
