@@ -1,7 +1,8 @@
-"""A backup that dies at a chosen step: `python -m tests.hypervisor.killed_backup QMP FOLDER BASE ID PHASE`.
+"""A backup that dies at a chosen step: `python -m tests.hypervisor.killed_backup QMP FOLDER BASE ID PHASE [AGENT]`.
 
 `BASE` is the backup time of the newest snapshot and the size of its disks (`5:4096`), or `-`; `PHASE` is a step of
-`Fleecing`, or `reading`.
+`Fleecing`, `reading`, or `frozen` (between freeze and thaw); `AGENT` is the guest agent's socket. Says `go` when it
+begins.
 """
 
 import os
@@ -16,7 +17,7 @@ from hypervisor.vm import Scratch, frozen_view
 from tests.hypervisor.fleecing_bench import TARGET, read_disk
 
 
-async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str) -> None:
+async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str, agent: str | None = None) -> None:
     def die(step: str) -> None:
         if step == phase:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -30,6 +31,10 @@ async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str) -> No
     async def finished(number: int) -> bool:
         return False
 
+    async def at_instant(_qmp: object) -> None:
+        die("frozen")
+
+    print("go", flush=True)
     async with frozen_view(
         qmp,
         target=TARGET,
@@ -38,6 +43,8 @@ async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str) -> No
         finished=finished,
         scratch=Scratch(folder / "scratch", allow_shared=True, min_free=0, min_free_fraction=0),
         run_dir=folder / "run",
+        guest_agent=None if agent is None else Path(agent),
+        at_instant=at_instant,
         on_step=die,
     ) as view:
         for source in view.sources:
@@ -47,4 +54,4 @@ async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str) -> No
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    trio.run(main, sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:])

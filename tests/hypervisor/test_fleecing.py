@@ -21,6 +21,7 @@ from tests.support.guest import SmallGuest
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.ring import Ring
 from tests.support.running import OwnQmp, QmpRefused, RunningQemu, VmDisk
+from tests.support.scripted_qmp import ScriptedAgent
 
 D0 = "drive-d0.img"
 
@@ -115,6 +116,21 @@ async def test_the_plan_and_the_times_of_a_view(qemu: QemuBinary, tmpfs: Path) -
             assert steps[-1] == "read"
         assert steps[-1] == "done"
         assert not view.committed
+
+
+async def test_the_guest_is_frozen_at_the_instant_and_not_longer(qemu: QemuBinary, tmpfs: Path) -> None:
+    agent = ScriptedAgent(file_systems=2)
+    frozen: list[bool] = []
+
+    async def look(_qmp: object) -> None:
+        frozen.append(agent.frozen)
+
+    async with vm_with(qemu, tmpfs) as (vm, bench), agent.serving() as path:
+        async with bench.view(vm, guest_agent=path, at_instant=look) as view:
+            assert frozen == [True]
+            assert not agent.frozen
+            assert 0 < view.frozen_s < 5
+        assert view.warnings == []
 
 
 async def test_a_missing_guest_agent_is_a_warning(qemu: QemuBinary, tmpfs: Path) -> None:

@@ -1,12 +1,13 @@
 """What a killed run leaves, and how the next one, or `fleece vm cleanup`, removes it: QEMU alone is enough."""
 
 import os
+import random
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from subprocess import DEVNULL
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.hypervisor.fleecing_bench import MIB, TARGET, Bench, facts, make_qcow
 from tests.support.cache import ROOT
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
+from tests.support.scripted_qmp import ScriptedAgent
 
 D0, D1 = "drive-d0.img", "drive-d1.img"
 SIZE = 32 * MIB
@@ -55,13 +57,20 @@ async def two_disks(qemu: QemuBinary, folder: Path) -> AsyncIterator[tuple[Runni
         yield vm, Bench(folder / "w")
 
 
-async def killed(vm: RunningQemu, bench: Bench, phase: str) -> int:
+def run_that_dies(vm: RunningQemu, bench: Bench, number: int, phase: str, *more: Path) -> list[str]:
+    """Command line of a run that dies at `phase`."""
+    base = "-" if bench.store.base is None else f"{bench.store.base}:{SIZE}"
+    command = [sys.executable, "-m", "tests.hypervisor.killed_backup", vm.qmp, bench.folder, base, number, phase, *more]
+    return [str(word) for word in command]
+
+
+async def killed(vm: RunningQemu, bench: Bench, phase: str, *more: Path) -> int:
     """A run that dies at `phase`; returns the id of its snapshot."""
     number = bench.store.next_id()
-    base = "-" if bench.store.base is None else f"{bench.store.base}:{SIZE}"
-    command = [sys.executable, "-m", "tests.hypervisor.killed_backup", vm.qmp, bench.folder, base, str(number), phase]
     with trio.fail_after(60):
-        ended = await trio.run_process([str(word) for word in command], cwd=ROOT, check=False, stdin=DEVNULL)
+        ended = await trio.run_process(
+            run_that_dies(vm, bench, number, phase, *more), cwd=ROOT, check=False, stdin=DEVNULL, capture_stdout=True
+        )
     assert ended.returncode == -9
     return number
 
@@ -91,6 +100,41 @@ async def test_a_run_killed_at_any_step_is_cleaned_up_by_the_next(
             for node in ("fmt-d0", "fmt-d1"):
                 assert len(await vm.bitmaps(node)) == 1, phase
             assert await facts(vm, bench) == before, phase
+
+
+async def test_a_run_killed_between_freeze_and_thaw_leaves_no_frozen_guest(qemu: QemuBinary, tmpfs: Path) -> None:
+    agent = ScriptedAgent(file_systems=2)
+    async with two_disks(qemu, tmpfs) as (vm, bench), agent.serving() as path:
+        before = await facts(vm, bench)
+        await killed(vm, bench, "frozen", path)
+        with trio.fail_after(5):
+            await agent.until("closed")
+        assert not agent.frozen
+        await bench.backup(vm, guest_agent=path)
+        assert await facts(vm, bench) == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_run_killed_at_any_moment_is_cleaned_up_by_the_next(qemu: QemuBinary, tmpfs: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    async with two_disks(qemu, tmpfs) as (vm, bench):
+        before = await facts(vm, bench)
+        await bench.backup(vm)
+        model = bytearray(SIZE)
+        for number in range(1, 31):
+            command = run_that_dies(vm, bench, bench.store.next_id(), "never")
+            process = await trio.lowlevel.open_process(command, cwd=ROOT, stdin=DEVNULL, stdout=PIPE)
+            assert process.stdout is not None
+            assert await process.stdout.receive_some(2) == b"go"
+            await trio.sleep(dice.random() * 0.3)
+            process.kill()
+            await process.stdout.aclose()
+            await process.wait()
+            await vm.qemu_io("d0", f"write -P {number} {number}M 1M")
+            model[number * MIB : (number + 1) * MIB] = bytes([number]) * MIB
+            assert (await bench.backup(vm))[D0].image == model
+            assert await facts(vm, bench) == before
 
 
 async def test_a_first_backup_that_was_killed_leaves_no_bitmap_to_count_on(qemu: QemuBinary, tmpfs: Path) -> None:
