@@ -68,11 +68,9 @@ class Owner:
 
 @contextmanager
 def store_errors(what: str, where: str | Path) -> Iterator[None]:
-    """Translate `OSError` to `StoreError`; `FileNotFoundError` passes, since callers give it a meaning."""
+    """Translate `OSError` to `StoreError`; who gives a missing file a meaning catches it inside the block."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

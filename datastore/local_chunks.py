@@ -72,7 +72,7 @@ class LocalChunkStore:
 
     async def touch(self, digest: bytes) -> bool:
         """See `ChunkStore.touch`."""
-        return await in_io_thread(self._touch, digest)
+        return await in_io_thread(self._touch, self.path(digest))
 
     async def mark(self, digests: Sequence[bytes]) -> list[bytes]:
         """See `ChunkStore.mark`."""
@@ -111,10 +111,11 @@ class LocalChunkStore:
         """
         await self.insert(zero_digest, zero_blob)
         for attempt in range(2):
-            before = await in_io_thread(os.stat, self.path(zero_digest))
-            await trio.sleep(_ACCESS_TIME_WAIT_S)
-            await self.touch(zero_digest)
-            after = await in_io_thread(os.stat, self.path(zero_digest))
+            with store_errors("use the chunk store", self._base):
+                before = await in_io_thread(os.stat, self.path(zero_digest))
+                await trio.sleep(_ACCESS_TIME_WAIT_S)
+                await self.touch(zero_digest)
+                after = await in_io_thread(os.stat, self.path(zero_digest))
             if before.st_ino != after.st_ino and attempt == 0:
                 continue  # somebody replaced it meanwhile
             if before.st_ino == after.st_ino and before.st_atime_ns < after.st_atime_ns:
@@ -144,13 +145,14 @@ class LocalChunkStore:
             while True:
                 try:
                     found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
+                    if self._keep(path, found, blob):
+                        touch(path)
+                        return PutResult(True, found.st_size)
                 except FileNotFoundError:
+                    # New, or set aside this very moment by PBS's verify, which does not know our locks.
                     if self._write_new(path, blob):
                         return PutResult(False, len(blob))
                     continue  # a writer that does not know our locks was quicker: look at its file
-                if self._keep(path, found, blob):
-                    touch(path)
-                    return PutResult(True, found.st_size)
                 self._replace(path, blob)
                 return PutResult(False, len(blob))
 
@@ -224,8 +226,7 @@ class LocalChunkStore:
             raise StoreError("read chunk", path, os_reason(error)) from error
         return Blob.parse(data, where=digest.hex())
 
-    def _touch(self, digest: bytes) -> bool:
-        path = self.path(digest)
+    def _touch(self, path: str) -> bool:
         with store_errors("touch chunk", path):
             try:
                 touch(path)
@@ -236,13 +237,10 @@ class LocalChunkStore:
     def _mark(self, digests: Sequence[bytes]) -> list[bytes]:
         missing = []
         for digest in digests:
-            if not self._touch(digest):
+            if not self._touch(self.path(digest)):
                 missing.append(digest)
                 for bad in self._bad_names(digest):
-                    try:
-                        touch(bad)
-                    except FileNotFoundError:
-                        continue
+                    self._touch(bad)
         return missing
 
     def _bad_names(self, digest: bytes) -> list[str]:

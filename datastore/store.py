@@ -287,15 +287,14 @@ class Datastore:
 
     def read_file(self, snapshot: Snapshot, name: str) -> bytes:
         """The blob file `name` of a snapshot as stored; errors as `read_manifest`."""
-        path = self.base / snapshot.path / name
-        try:
-            with store_errors("read", f"{snapshot}/{name}"):
-                return read_file(path, limit=MAX_BLOB_SIZE + 4096)
-        except FileNotFoundError:
-            why = "there is no such snapshot" if not self.exists(snapshot) else "it is unfinished or lacks this file"
-            raise SnapshotNotFoundError(
-                "read", f"{snapshot}/{name}", why, "'fleece list' shows what there is"
-            ) from None
+        where = f"{snapshot}/{name}"
+        with store_errors("read", where):
+            try:
+                return read_file(self.base / snapshot.path / name, limit=MAX_BLOB_SIZE + 4096)
+            except FileNotFoundError:
+                missing = not self.exists(snapshot)
+        why = "there is no such snapshot" if missing else "it is unfinished or lacks this file"
+        raise SnapshotNotFoundError("read", where, why, "'fleece list' shows what there is")
 
     def group_owner(self, group: Group) -> str | None:
         """Who may write the group: the first line of its `owner` file, None if there is none."""
@@ -451,18 +450,19 @@ class Datastore:
         return await in_io_thread(remove_folder)
 
     def _folders(self, relative: str) -> list[str]:
-        try:
-            with store_errors("list", relative or str(self.base)), os.scandir(self.base / relative) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except FileNotFoundError:
-            return []
+        with store_errors("list", relative or str(self.base)):
+            try:
+                with os.scandir(self.base / relative) as entries:
+                    return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+            except FileNotFoundError:
+                return []
 
     def _text(self, relative: str) -> str | None:
-        try:
-            with store_errors("read", relative):
+        with store_errors("read", relative):
+            try:
                 return read_file(self.base / relative, limit=_MAX_TEXT).decode(errors="replace")
-        except FileNotFoundError:
-            return None
+            except FileNotFoundError:
+                return None
 
 
 def _create(path: Path) -> list[Path]:

@@ -72,6 +72,22 @@ async def test_a_second_insert_is_a_duplicate_and_touches_the_chunk(
     assert found.st_mtime == 1
 
 
+async def test_a_chunk_that_pbs_sets_aside_between_look_and_touch_is_stored_anew(
+    store: ChunkStore, path: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PBS's verify renames corrupt chunks without knowing Fleece's chunk locks."""
+    await store.insert(DIGEST, SMALL)
+    bad = path(DIGEST).with_name(f"{DIGEST.hex()}.0.bad")
+
+    def late(name: str) -> None:
+        Path(name).rename(bad)
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("datastore.local_chunks.touch", late)
+    assert await store.insert(DIGEST, SMALL) == PutResult(False, len(SMALL))
+    assert path(DIGEST).read_bytes() == bad.read_bytes() == bytes(SMALL)
+
+
 async def test_marking_tells_what_is_missing_and_touches_bad_copies(
     store: ChunkStore, path: Callable[[bytes], Path]
 ) -> None:

@@ -152,6 +152,21 @@ async def test_what_a_killed_backup_left_is_removed_by_the_next_one(store_folder
     repo.close()
 
 
+async def test_folders_that_vanish_under_a_backup_are_a_clear_error(store_folder: Path) -> None:
+    from datastore.codec import ChunkCodec
+
+    repo = await open_local(store_folder)
+    for gone in ("vm", ".chunks/c4df"):
+        with pytest.raises(StoreError, match=r"No such file or directory|its folder is missing"):
+            async with repo.backup(Group.parse("vm/100").at(1000)) as session:
+                writer = await session.open_index("disk.img.fidx", size=6)
+                shutil.rmtree(store_folder / gone)
+                blob = ChunkCodec().encode(b"fleece")
+                await session.put_chunk(writer, ChunkCodec().digest(b"fleece"), 6, blob)
+                await session.put_blob("vm.conf.blob", blob)
+    repo.close()
+
+
 async def test_a_snapshot_with_a_failed_verification_is_no_base(store_folder: Path) -> None:
     from datastore.codec import ChunkCodec
     from datastore.manifest import Manifest
