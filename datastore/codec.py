@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 import zstandard
@@ -229,7 +229,7 @@ class ChunkCodec:
 
     def decode_many(
         self,
-        blobs: Sequence[tuple[Blob, bytes, int]],
+        blobs: Sequence[tuple[Blob | Callable[[], Blob], bytes, int]],
         *,
         crypt_mode: CryptMode | None,
         where: str,
@@ -238,7 +238,9 @@ class ChunkCodec:
         """Decode a batch of (blob, digest, plain size), digests side by side.
 
         Args:
-            blobs: the chunks.
+            blobs: the chunks. A function in place of a blob is called when its turn comes, and the blob let go of at
+                once: so reading, CRC and decompression of a chunk happen in one core's cache. What it raises is the
+                chunk's error.
             crypt_mode: as in `decode`.
             where: the archive, for messages.
             buffers: one per blob or none at all; a chunk that fits is decompressed into its buffer, which saves the
@@ -251,18 +253,19 @@ class ChunkCodec:
         results: list[Buffer | FleeceError] = []
         plain: list[int] = []
         keyed: list[int] = []
-        for number, (blob, digest, size) in enumerate(blobs):
+        for number, (source, digest, size) in enumerate(blobs):
             try:
+                blob = source if isinstance(source, Blob) else source()
                 into = buffers[number] if buffers else None
                 results.append(self._opened(blob, MAX_CHUNK_SIZE, size, crypt_mode, _at(where, digest), into))
                 (keyed if blob.kind.encrypted else plain).append(number)
             except FleeceError as error:
                 results.append(error)
-        for numbers in (plain, keyed):
+        for numbers, suffix in ((plain, b""), (keyed, self.key.id_key if self.key is not None else b"")):
             if not numbers:
                 continue
             chunks = [chunk for number in numbers if not isinstance(chunk := results[number], FleeceError)]
-            actuals = sha256.digest_many(chunks, suffix=self._suffix_of(blobs[numbers[0]][0]))
+            actuals = sha256.digest_many(chunks, suffix=suffix)
             for number, actual in zip(numbers, actuals, strict=True):
                 digest = blobs[number][1]
                 if actual != digest:

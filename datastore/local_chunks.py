@@ -64,11 +64,11 @@ class LocalChunkStore:
 
     async def read(self, digest: bytes, *, origin: bool = False) -> Blob:
         """See `ChunkStore.read`."""
-        return await in_io_thread(self._read, digest)
+        return await in_io_thread(self.read_blocking, digest)
 
     async def read_many(self, digests: Sequence[bytes]) -> list[Blob]:
         """See `ChunkStore.read_many`."""
-        return await in_io_thread(lambda: [self._read(digest) for digest in digests])
+        return await in_io_thread(lambda: [self.read_blocking(digest) for digest in digests])
 
     async def touch(self, digest: bytes) -> bool:
         """See `ChunkStore.touch`."""
@@ -214,7 +214,8 @@ class LocalChunkStore:
         temporary = temporary_path(self._base / ".fleece" / "tmp" / os.path.basename(path))  # noqa: PTH119
         replace_file(Path(path), (blob.header, blob.payload), self._owner, sync=self._sync, temporary=temporary)
 
-    def _read(self, digest: bytes) -> Blob:
+    def read_blocking(self, digest: bytes) -> Blob:
+        """See `BlockingChunkStore.read_blocking`."""
         path = self.path(digest)
         try:
             data = read_file(path, limit=MAX_ENCODED_CHUNK)

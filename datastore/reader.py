@@ -11,6 +11,7 @@ from datastore.dynamic_index import DynamicIndex
 from datastore.errors import SnapshotNotFoundError
 from datastore.fixed_index import FixedIndex
 from datastore.index import ArchiveIndex
+from datastore.interface import BlockingChunkStore
 from datastore.names import MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
 from datastore.store import Datastore
 
@@ -43,6 +44,16 @@ class LocalReader:
     async def read_chunks(self, digests: Sequence[bytes]) -> list[Blob]:
         """See `Reader.read_chunks`."""
         return await self.store.chunks.read_many(digests)
+
+    @property
+    def reads_block_briefly(self) -> bool:
+        """See `BlockingReads.reads_block_briefly`."""
+        return isinstance(self.store.chunks, BlockingChunkStore)
+
+    def read_chunk_blocking(self, digest: bytes) -> Blob:
+        """See `BlockingReads.read_chunk_blocking`."""
+        assert isinstance(self.store.chunks, BlockingChunkStore)
+        return self.store.chunks.read_blocking(digest)
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `Reader.disk_order`."""

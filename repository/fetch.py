@@ -2,13 +2,16 @@
 
     reader  ->  CRC, decrypt, decompress  ->  digests in batches  ->  consumer
 
+Where chunks come by a few quick system calls, the worker that decodes a chunk reads it itself.
 Restore, verify and the mount's read-ahead all read this way. A fixed number of chunks is on its way, so memory is
 bounded whatever the archive's size.
 """
 
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -22,7 +25,7 @@ from core.nursery import open_nursery
 from datastore.blob import Blob
 from datastore.codec import ChunkCodec
 from repository.buffers import Lease, batch_size, shared_pool
-from repository.interface import Reader
+from repository.interface import BlockingReads, Reader
 from repository.locate import Archive
 
 #: Chunks on their way at most. A buffer has 4 MiB, and until it is decoded there is the blob beside it.
@@ -36,6 +39,9 @@ ORDER_WINDOW: Final = 256
 CONSUMERS: Final = 4
 #: Seconds an incomplete batch waits for company: less than hashing a chunk alone takes where batches matter.
 LINGER_S: Final = 0.01
+#: Seconds that reading a chunk in a worker thread may take on average (half a millisecond from the page cache). A
+#: slower store waits for a device, and then more reads in flight are better.
+SLOW_READ_S: Final = 0.02
 
 Chunk = tuple[int, Buffer | FleeceError]  # number in the index; plain data, or why there is none
 
@@ -47,15 +53,19 @@ async def read_batch(reader: Reader, codec: ChunkCodec, archive: Archive, number
     """
     index = archive.index
     digests = [index.digest(number) for number in numbers]
-    blobs = await _read_blobs(reader, digests)
+    blobs: Sequence[Blob | FleeceError | Callable[[], Blob]]
+    if isinstance(reader, BlockingReads) and reader.reads_block_briefly:
+        blobs = [partial(reader.read_chunk_blocking, digest) for digest in digests]
+    else:
+        blobs = await _read_blobs(reader, digests)
     jobs = [
         (blob, digest, index.span(number)[1])
         for blob, digest, number in zip(blobs, digests, numbers, strict=True)
-        if isinstance(blob, Blob)
+        if not isinstance(blob, FleeceError)
     ]
     mode = archive.entry.crypt_mode
     decoded = iter(await in_cpu_thread(lambda: codec.decode_many(jobs, crypt_mode=mode, where=archive.where)))
-    results = [next(decoded) if isinstance(blob, Blob) else blob for blob in blobs]
+    results = [blob if isinstance(blob, FleeceError) else next(decoded) for blob in blobs]
     return [
         (number, _placed(result, archive, number) if isinstance(result, FleeceError) else result)
         for number, result in zip(numbers, results, strict=True)
@@ -99,7 +109,7 @@ class _Wanted:
     number: int  #: in the index
     buffer: memoryview  #: to decode into; also the right to be on the way
     since: float = 0.0  #: when it was read, on trio's clock
-    blob: Blob | None = None
+    blob: Blob | FleeceError | None = None  #: None if the decoder shall read it
     result: Buffer | FleeceError = b""
 
 
@@ -128,6 +138,10 @@ class _Fetch:
         self._window: list[int] = []
         self._place = 0
         self._dealing = trio.Lock()
+        self._blocking: BlockingReads | None = None  # set while decoders read chunks themselves
+        if isinstance(reader, BlockingReads) and reader.reads_block_briefly:
+            self._blocking = reader
+        self._read_s = 0.0  # seconds of a read in a worker thread, an average that forgets
         self._reading = READERS
         self._decoding = cpu_count()
         self._read: deque[_Wanted] = deque()
@@ -151,15 +165,18 @@ class _Fetch:
 
     async def _read_chunks(self) -> None:
         while chunks := await self._deal():
-            digests = [self._archive.index.digest(chunk.number) for chunk in chunks]
+            if self._blocking is None:
+                digests = [self._archive.index.digest(chunk.number) for chunk in chunks]
+                for chunk, blob in zip(chunks, await _read_blobs(self._reader, digests), strict=True):
+                    chunk.blob = blob
             now = trio.current_time()
-            for chunk, blob in zip(chunks, await _read_blobs(self._reader, digests), strict=True):
-                if isinstance(blob, Blob):
-                    chunk.blob, chunk.since = blob, now
-                    self._read.append(chunk)
-                else:
-                    chunk.result = _placed(blob, self._archive, chunk.number)
+            for chunk in chunks:
+                if isinstance(chunk.blob, FleeceError):
+                    chunk.result = _placed(chunk.blob, self._archive, chunk.number)
                     self._hand_over(chunk)
+                else:
+                    chunk.since = now
+                    self._read.append(chunk)
             self._decoders.unpark()
         self._reading -= 1
         if not self._reading:
@@ -210,10 +227,11 @@ class _Fetch:
     def _decode(self, batch: Sequence[_Wanted]) -> None:
         """In a worker thread."""
         index = self._archive.index
-        jobs = []
+        jobs: list[tuple[Blob | Callable[[], Blob], bytes, int]] = []
         for chunk in batch:
-            assert chunk.blob is not None
-            jobs.append((chunk.blob, index.digest(chunk.number), index.span(chunk.number)[1]))
+            digest = index.digest(chunk.number)
+            blob = chunk.blob if isinstance(chunk.blob, Blob) else partial(self._read_here, digest)
+            jobs.append((blob, digest, index.span(chunk.number)[1]))
             chunk.blob = None
         results = self._codec.decode_many(
             jobs,
@@ -223,6 +241,17 @@ class _Fetch:
         )
         for chunk, result in zip(batch, results, strict=True):
             chunk.result = _placed(result, self._archive, chunk.number) if isinstance(result, FleeceError) else result
+
+    def _read_here(self, digest: bytes) -> Blob:
+        """In a worker thread."""
+        reader = self._reader
+        assert isinstance(reader, BlockingReads)
+        start = time.monotonic()
+        blob = reader.read_chunk_blocking(digest)
+        self._read_s += 0.2 * (time.monotonic() - start - self._read_s)
+        if self._read_s > SLOW_READ_S:
+            self._blocking = None
+        return blob
 
     # --- consuming ---------------------------------------------------------------------------------------------------
 

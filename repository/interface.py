@@ -209,6 +209,24 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class BlockingReads(Protocol):
+    """What a `Reader` offers besides, if chunks are read by a few system calls.
+
+    Who decompresses a chunk in a worker thread can then read it there: a hand-over less, and it is in that core's
+    cache.
+    """
+
+    @property
+    def reads_block_briefly(self) -> bool:
+        """True if `read_chunk_blocking` may be used and waits for no network."""
+        ...
+
+    def read_chunk_blocking(self, digest: bytes) -> Blob:
+        """As `read_chunk`, in the calling worker thread; several threads at a time."""
+        ...
+
+
 class Repository(Protocol):
     """A datastore, local or remote."""
 
