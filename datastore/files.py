@@ -158,16 +158,33 @@ def temporary_path(path: Path) -> Path:
 
 
 def make_folder(path: Path, owner: Owner, mode: int = FOLDER_MODE) -> bool:
-    """Make the folder `path` with exactly `mode`; False if it is there already. Its parent must exist."""
+    """Make the folder `path` with exactly `mode`; False if it is there already. Its parent must exist.
+
+    Raises:
+        OSError: no space, no rights, or something else is in its place. A link counts as that: it could lead what root
+            writes to anywhere, and listings pass over it.
+    """
     try:
         path.mkdir(mode)
     except FileExistsError:
-        if not path.is_dir():
-            raise
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "something that is no folder is in its place", str(path)) from None
         return False
-    path.chmod(mode)
-    owner.own(path)
+    settle_folder(path, owner, mode)
     return True
+
+
+def settle_folder(path: str | Path, owner: Owner, mode: int, *, dir_fd: int | None = None) -> None:
+    """Give the new folder `path` (relative to the open folder `dir_fd`) its mode and owner.
+
+    By its descriptor: the store's owner can put a link in its place at any time, and root must not follow that.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        os.fchmod(fd, mode)
+        owner.own(fd)
+    finally:
+        os.close(fd)
 
 
 def make_folders(base: Path, relative: str, owner: Owner, mode: int = FOLDER_MODE) -> list[Path]:

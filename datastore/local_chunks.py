@@ -26,6 +26,7 @@ from datastore.files import (
     make_folders,
     read_file,
     replace_file,
+    settle_folder,
     store_errors,
     sync_path,
     temporary_path,
@@ -267,16 +268,9 @@ def fill_chunk_folder(chunks: Path, owner: Owner) -> None:
     """
     folder = os.open(chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        adjust = False
         for number in range(1 << 16):
             name = f"{number:04x}"
             os.mkdir(name, CHUNK_FOLDER_MODE, dir_fd=folder)
-            if number == 0:
-                # The umask belongs to the whole process, so it is worked around, not changed.
-                adjust = stat.S_IMODE(os.stat(name, dir_fd=folder).st_mode) != CHUNK_FOLDER_MODE
-            if adjust:
-                os.chmod(name, CHUNK_FOLDER_MODE, dir_fd=folder)
-            if os.geteuid() == 0:
-                os.chown(name, owner.uid, owner.gid, dir_fd=folder)
+            settle_folder(name, owner, CHUNK_FOLDER_MODE, dir_fd=folder)
     finally:
         os.close(folder)

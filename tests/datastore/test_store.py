@@ -9,7 +9,7 @@ import trio
 from core.errors import UsageError
 from datastore import pbs
 from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
-from datastore.files import SyncLevel
+from datastore.files import Owner, SyncLevel, make_folder
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore
@@ -222,6 +222,34 @@ async def test_everything_belongs_to_the_owner_of_the_store(store_folder: Path) 
     owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / ".chunks").glob("*/*")}
     assert owners == {(1234, 2345)}
     repo.close()
+
+
+async def test_a_link_in_the_store_leads_no_write_out_of_it(store_folder: Path, tmp_path: Path) -> None:
+    repo = await open_local(store_folder)
+    (store_folder / "vm").mkdir()
+    (store_folder / "vm" / "100").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="something that is no folder is in its place"):
+        await write_snapshot(repo, "vm/100", 1000, FILES)
+    assert list(tmp_path.iterdir()) == []
+    repo.close()
+
+
+def test_a_link_put_in_the_place_of_a_new_folder_is_not_followed(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(0o700)
+    real = Path.mkdir
+
+    def mkdir_and_swap(path: Path, mode: int) -> None:
+        real(path, mode)
+        path.rmdir()
+        path.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_swap)
+    with pytest.raises(OSError):
+        make_folder(store_folder / "vm", Owner.of(store_folder))
+    assert mode(victim) == "0o700"
 
 
 async def test_a_store_is_destroyed_with_all_backups_but_not_under_a_writer(tmpfs: Path, store_folder: Path) -> None:
