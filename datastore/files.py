@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -295,10 +295,10 @@ def remove_tree(path: Path, *, first: Sequence[str] = ()) -> None:
     """
     for name in first:
         unlink_existing(path / name)
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
+    while os.path.lexists(path):
+        # What somebody else removes at the same time ends a pass early.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 def unlink_existing(path: Path) -> bool:

@@ -8,6 +8,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -472,9 +473,7 @@ def _create(path: Path) -> list[Path]:
             why = "an earlier creation was interrupted there"
             raise UsageError("create datastore", str(path), why, f"remove {path}/.chunks and {path}/.lock")
         if (path / ".chunks").exists():
-            raise UsageError(
-                "create datastore", str(path), "it is a datastore already", "'fleece datastore list' shows it"
-            )
+            raise _exists_already(path)
         names = sorted(entry.name for entry in path.iterdir())
         if foreign := [name for name in names if not name.startswith(".") and name != "lost+found"]:
             raise UsageError("create datastore", str(path), f"the folder is not empty: {', '.join(foreign[:3])}")
@@ -491,13 +490,20 @@ def _create(path: Path) -> list[Path]:
             os.chown(path, BACKUP_ID, BACKUP_ID)
         owner = Owner.of(path)
         # PBS's order: the chunk folder, then the lock file, then the 65536 folders.
-        make_folder(path / ".chunks", owner, CHUNK_FOLDER_MODE)
+        if not make_folder(path / ".chunks", owner, CHUNK_FOLDER_MODE):
+            raise _exists_already(path)
         create_file(path / ".lock", b"", owner)
         fill_chunk_folder(path / ".chunks", owner)
+    except UsageError:
+        raise  # somebody else has begun a store here since we looked: nothing of it is ours
     except BaseException:
         _undo_creation(path, made)
         raise
     return made
+
+
+def _exists_already(path: Path) -> UsageError:
+    return UsageError("create datastore", str(path), "it is a datastore already", "'fleece datastore list' shows it")
 
 
 def _backup_user_exists() -> bool:
@@ -515,7 +521,8 @@ def _destroy(base: Path) -> None:
         remove_tree(base / name)
     for name in (".gc-status", ".lock"):
         (base / name).unlink(missing_ok=True)
-    if not any(base.iterdir()):
+    # It may hold foreign files, be a mount point, or lie in a folder that is not ours: the store is gone in any case.
+    with suppress(OSError):
         base.rmdir()
 
 

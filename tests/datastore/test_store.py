@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import stat
@@ -9,7 +10,7 @@ import trio
 from core.errors import UsageError
 from datastore import pbs
 from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
-from datastore.files import Owner, SyncLevel, make_folder
+from datastore.files import Owner, SyncLevel, make_folder, remove_tree
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore
@@ -55,6 +56,24 @@ async def test_a_store_is_not_made_where_something_is(tmpfs: Path, store_folder:
         with pytest.raises(UsageError, match=why):
             await Datastore.create(path)
     assert sorted(entry.name for entry in tmpfs.iterdir()) == ["file", "full"]
+
+
+async def test_who_comes_second_leaves_the_new_store_alone(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found the folder empty; the first one is ready when the second one begins."""
+    base = tmpfs / "store"
+    real = make_folder
+    made: list[bool] = []
+
+    def late(path: Path, owner: Owner, mode: int) -> bool:
+        if not made:
+            made.append(real(path, owner, mode))
+        return real(path, owner, mode)
+
+    monkeypatch.setattr("datastore.store.make_folder", late)
+    with pytest.raises(UsageError, match="it is a datastore already"):
+        await Datastore.create(base)
+    assert made == [True]
+    assert (base / ".chunks").is_dir()
 
 
 async def test_an_interrupted_creation_is_named(tmpfs: Path) -> None:
@@ -264,6 +283,42 @@ async def test_a_store_is_destroyed_with_all_backups_but_not_under_a_writer(tmpf
     repo.close()
     await Datastore.destroy(base)
     assert [entry.name for entry in base.iterdir()] == ["foreign"]
+
+
+async def test_a_store_on_a_mount_point_is_destroyed_but_for_its_folder(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmpfs / "store"
+    base.mkdir()
+    for name in (".chunks/0000", ".chunks/7fff", ".chunks/ffff"):
+        (base / name).mkdir(parents=True)
+    (base / ".lock").touch()
+    real = Path.rmdir
+
+    def busy(path: Path) -> None:
+        if path == base:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        real(path)
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    await Datastore.destroy(base)
+    assert list(base.iterdir()) == []
+
+
+def test_a_tree_goes_even_if_somebody_else_removes_parts_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    real, calls = os.rmdir, []
+
+    def racing(path: str, **rest: int) -> None:
+        calls.append(path)
+        real(path, **rest)
+        if len(calls) == 1:
+            raise FileNotFoundError(path)  # as if it had been gone
+
+    monkeypatch.setattr(os, "rmdir", racing)
+    remove_tree(tmp_path / "tree")
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_reading_works_on_a_store_that_cannot_be_written(
