@@ -1,11 +1,17 @@
-"""Top floor: the command `fleece`, its configuration, and the composition of all other rooms.
+"""Top floor: the command line and configuration. Composes the other rooms and owns the order "snapshot, then bitmap".
 
-    main.py             `main`, `run`: the tree of verbs; errors become text and exit codes here
-    cli_*.py            the verbs, thin: options in, a report out
-    invocation.py       what every verb has: repository, output, configuration, progress
-    config.py           `load_config`: the TOML file that people write
-    registry.py         the datastores that commands made
-    running.py          `run`: trio, signals, the way back from an interruption
+    main.py            `main`, the command `fleece`: the tree of verbs, errors as text and exit codes
+    cli_*.py           the verbs: plain functions of an `Invocation` and their own options
+    invocation.py      what every verb has: general options, configuration, repository, output, warnings
+    running.py         trio, signals, one error out of many
+    vm_backup.py       the backup of a virtual machine; vm_settings.py: what is known of one
+    sessions.py        a backup session at a free second
+    config.py          fleece.toml, its schema; toml_lines.py: on which line a key stands
+    registry.py        the datastores that commands made; repositories.py: what `--repo` means
+    specifications.py  `NAME.img:SOURCE`
+    documents.py       snapshots and tables as people and programs read them
+    doctor.py          what this host can do
+    places.py          where files lie
 
-Nothing is imported here, so that `fleece --help` is quick.
+Nothing is imported here, and nothing heavy at the top of main.py and cli_*.py, so that `fleece --help` is quick.
 """

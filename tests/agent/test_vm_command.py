@@ -12,6 +12,7 @@ import trio
 
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
+from tests.support.scripted_qmp import ScriptedAgent
 
 from .conftest import Answer, Fleece
 
@@ -197,6 +198,26 @@ async def test_the_command_line_of_qemu_goes_along_without_its_secrets(
     answer = await command(configured, "restore", "vm/web/latest", "qemu-command.json", "-")
     assert "topsecret" not in answer.out
     assert "secret,id=s0,data=***" in json.loads(answer.out)
+
+
+async def test_the_guest_stands_still_for_the_instant_only_and_the_report_says_how_long(
+    distribution: QemuBinary, configured: Fleece, tmpfs: Path
+) -> None:
+    (tmpfs / "b.raw").write_bytes(bytes(MIB))
+    agent = ScriptedAgent()
+    async with RunningQemu.start(distribution, [VmDisk(tmpfs / "b.raw")], memory_mib=64) as vm, agent.serving() as path:
+        target = ("--qmp", vm.qmp, "--id", "web", "--guest-agent", path)
+        report = await document(configured, "vm", "backup", *target)
+        assert 0 < report["frozen-s"] < 10
+        assert "guest-fsfreeze-freeze" in agent.seen
+        assert not agent.frozen
+        seen = len(agent.seen)
+        report = await document(configured, "vm", "backup", *target, "--no-freeze")
+        assert (report["frozen-s"], len(agent.seen)) == (0, seen)
+        path.unlink()
+        report = await document(configured, "vm", "backup", *target, code=3)
+    assert report["frozen-s"] == 0
+    assert "agent" in report["warnings"][0]
 
 
 @pytest.mark.parametrize(
