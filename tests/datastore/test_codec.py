@@ -390,6 +390,65 @@ def test_a_batch_gives_chunks_and_errors_in_order() -> None:
         assert error.where == f"vm/100/x.fidx chunk {items[number][1].hex()}"
 
 
+@pytest.mark.parametrize("codec", [PLAIN, SECRET], ids=["plain", "encrypted"])
+def test_chunks_are_decompressed_into_the_buffers_where_they_fit(codec: ChunkCodec) -> None:
+    data = [b"fleece" * 1000, os.urandom(6000), b"x" * 6000, b"long" * 2000]
+    items = [(codec.encode(one), codec.digest(one), len(one)) for one in data]
+    buffers = [bytearray(b"?" * size) for size in (6000, 6000, 7000, 7999)]
+    results = codec.decode_many(items, crypt_mode=None, where="x", buffers=buffers)
+    assert [bytes(result) for result in results] == data  # type: ignore[arg-type]
+    assert bytes(buffers[0]) == data[0]
+    assert bytes(buffers[2]) == data[2] + b"?" * 1000  # nothing beyond the chunk is touched
+    assert bytes(buffers[3]) == b"?" * 7999  # too small by a byte
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        zstandard.ZstdCompressor().compress(b"fleece" * 99),
+        zstandard.ZstdCompressor().compress(b"fleece" * 101),
+        zstandard.ZstdCompressor().compress(b"fleece" * 100)[:-4],
+        zstandard.ZstdCompressor().compress(b"fleece" * 100) + b"rubbish",
+        zstandard.ZstdCompressor().compress(b"fleece" * 100) + zstandard.ZstdCompressor().compress(b"more"),
+        b"",
+    ],
+    ids=["shorter", "longer", "truncated", "rubbish behind", "frame behind", "empty"],
+)
+def test_frames_that_are_not_the_chunk_are_refused_with_and_without_buffers(payload: bytes) -> None:
+    items = [(zstd_blob(payload), PLAIN.digest(b"fleece" * 100), 600)]
+    for buffers in ([], [bytearray(600)]):
+        (result,) = PLAIN.decode_many(items, crypt_mode=None, where="x", buffers=buffers)
+        assert isinstance(result, CorruptChunkError)
+
+
+def test_frames_in_several_pieces_are_read_with_and_without_buffers() -> None:
+    halves = [zstandard.ZstdCompressor().compress(b"fleece" * 50) for _ in range(2)]
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"fleece" * 100)
+    for payload in (b"".join(halves), unsized):
+        items = [(zstd_blob(payload), PLAIN.digest(b"fleece" * 100), 600)]
+        for buffers in ([], [bytearray(600)]):
+            (result,) = PLAIN.decode_many(items, crypt_mode=None, where="x", buffers=buffers)
+            assert not isinstance(result, FleeceError)
+            assert bytes(result) == b"fleece" * 100
+
+
+def test_blobs_that_are_read_in_their_turn_fail_alone() -> None:
+    turns = []
+
+    def read(number: int) -> Blob:
+        turns.append(number)
+        if number == 1:
+            raise FleeceError("read chunk", "x", "it is gone")
+        return PLAIN.encode(b"fleece" * number)
+
+    items = [(lambda number=number: read(number), PLAIN.digest(b"fleece" * number), 6 * number) for number in range(3)]
+    results = PLAIN.decode_many(items, crypt_mode=None, where="x")
+    assert turns == [0, 1, 2]
+    assert [bytes(results[0]), bytes(results[2])] == [b"", b"fleece" * 2]  # type: ignore[arg-type]
+    assert isinstance(results[1], FleeceError)
+    assert results[1].why == "it is gone"
+
+
 def test_an_empty_batch_is_empty() -> None:
     assert PLAIN.decode_many([], crypt_mode=None, where="x") == []
 

@@ -14,9 +14,11 @@ from datastore.errors import ChunkNotFoundError, CorruptChunkError, KeyNeededErr
 from datastore.manifest import Manifest
 from datastore.names import BackupType, Group
 from repository.backup import SnapshotWriter
+from repository.fetch import SLOW_READ_S
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.restore import load_manifest, restore_blob, restore_disk, restore_stream
 from tests.support.sessions import (
+    BlockingMemoryReader,
     Faults,
     MemoryDisk,
     MemoryReader,
@@ -34,10 +36,10 @@ DATA = chunks_of("a..b?", "a....cdefghijklmn", tail=777)
 
 @asynccontextmanager
 async def stored(
-    data: bytes = DATA, codec: ChunkCodec | None = None
+    data: bytes = DATA, codec: ChunkCodec | None = None, *, blocking: bool = False
 ) -> AsyncIterator[tuple[MemoryRepository, MemoryReader, ChunkCodec, Manifest]]:
     """A snapshot with one disk and one file, open for reading."""
-    repository = MemoryRepository()
+    repository = MemoryRepository(blocking=blocking)
     codec = codec or ChunkCodec()
     async with repository.backup(SNAPSHOT) as session:
         writer = SnapshotWriter(session, codec)
@@ -96,6 +98,43 @@ async def test_stream_gets_every_byte_in_order_also_when_later_chunks_come_first
 
         await restore_stream(reader, codec, manifest, FIDX, sink)
         assert received == DATA
+
+
+async def test_chunks_are_read_in_the_thread_that_decodes_them_where_that_is_quick() -> None:
+    async with stored(blocking=True) as (repository, reader, codec, manifest):
+        target = MemoryTarget(len(DATA))
+        await restore_disk(reader, codec, manifest, FIDX, target)
+        assert target.data == DATA
+        assert isinstance(reader, BlockingMemoryReader)
+        assert reader.blocking_reads == len(repository.chunk_reads) == 17
+
+
+async def test_slow_reads_go_on_with_many_in_flight() -> None:
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz" * 3)
+    async with stored(data, blocking=True) as (repository, reader, codec, manifest):
+        repository.read_delay_s = 3 * SLOW_READ_S
+        received = bytearray()
+
+        async def sink(piece: bytes | bytearray | memoryview) -> None:
+            received.extend(piece)
+
+        await restore_stream(reader, codec, manifest, FIDX, sink)
+        assert received == data
+        assert isinstance(reader, BlockingMemoryReader)
+        assert 0 < reader.blocking_reads < 60
+        assert len(repository.chunk_reads) == 78
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_chunk_that_fails_in_the_thread_that_decodes_it_is_named(gone: bool) -> None:
+    async with stored(chunks_of("ab"), blocking=True) as (repository, reader, codec, manifest):
+        digest = codec.digest(b"b" * CHUNK)
+        if gone:
+            del repository.chunks[digest]
+        else:
+            repository.damage(digest)
+        with pytest.raises((ChunkNotFoundError, CorruptChunkError), match=f"at {CHUNK}, chunk {digest.hex()}"):
+            await restore_disk(reader, codec, manifest, FIDX, MemoryTarget(2 * CHUNK))
 
 
 async def test_stream_stops_in_front_of_a_bad_chunk() -> None:

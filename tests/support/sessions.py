@@ -306,6 +306,18 @@ class MemoryReader:
         return Blob.parse(self.repository.chunks[digest], where=digest.hex())
 
 
+class BlockingMemoryReader(MemoryReader):
+    """A `MemoryReader` that gives chunks in worker threads too (`BlockingReads`)."""
+
+    reads_block_briefly = True
+    blocking_reads = 0
+
+    def read_chunk_blocking(self, digest: bytes) -> Blob:
+        self.blocking_reads += 1
+        time.sleep(self.repository.read_delay_s)
+        return self._chunk(digest)
+
+
 class MemoryRepository:
     """A `Repository` as far as the pipelines use it."""
 
@@ -314,6 +326,7 @@ class MemoryRepository:
     def __init__(self, *, hook: Hook = nothing, blocking: bool = False) -> None:
         self.hook = hook
         self.session = BlockingMemorySession if blocking else MemorySession
+        self.open_reader = BlockingMemoryReader if blocking else MemoryReader
         self.chunks: dict[bytes, bytes] = {}
         self.stored: dict[Snapshot, Stored] = {}
         self.chunk_reads: list[bytes] = []
@@ -366,7 +379,7 @@ class MemoryRepository:
     async def reader(self, snapshot: Snapshot) -> AsyncIterator[MemoryReader]:
         if snapshot not in self.stored:
             raise SnapshotNotFoundError("read", str(snapshot), "there is no such snapshot")
-        yield MemoryReader(self, self.stored[snapshot])
+        yield self.open_reader(self, self.stored[snapshot])
 
     def manifest(self, snapshot: Snapshot) -> Manifest:
         """The parsed manifest of a snapshot, for tests that look at it."""
