@@ -321,12 +321,14 @@ class Datastore:
 
         Raises:
             SnapshotNotFoundError: not there.
+            StoreError: its folder is unreadable.
         """
-        try:
-            with os.scandir(self.base / snapshot.path) as entries:
-                names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-        except OSError as error:
-            raise SnapshotNotFoundError("list", str(snapshot), os_reason(error)) from error
+        with store_errors("list", str(snapshot)):
+            try:
+                with os.scandir(self.base / snapshot.path) as entries:
+                    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+            except FileNotFoundError as error:
+                raise SnapshotNotFoundError("list", str(snapshot), os_reason(error)) from error
         manifest, raw = None, b""
         if MANIFEST_NAME in names:
             try:
@@ -401,22 +403,23 @@ class Datastore:
         """Remove a group's unprotected snapshots, and the group if nothing is left; returns those that stayed.
 
         Raises:
-            SnapshotNotFoundError, LockedError, StoreError: as `forget`.
+            SnapshotNotFoundError: there is no such group.
+            LockedError: a backup into the group is running (then nothing is removed), or one of the snapshots is being
+                read (then the older ones are gone).
+            StoreError: the files cannot be removed.
         """
         self.check_writable()
-        snapshots = await in_io_thread(lambda: self.snapshots(group, unfinished=True))
-        if not snapshots and not (self.base / group.path).is_dir():
+        if not await in_io_thread((self.base / group.path).is_dir):
             raise SnapshotNotFoundError("remove", str(group), "there is no such group")
         kept = []
-        for snapshot in snapshots:
-            try:
-                await self.forget(snapshot)
-            except ProtectedError:
-                kept.append(snapshot)
-        if not kept:
-            async with self.locks.group(group) as lock:
-                if await self.remove_empty_group(group):
-                    lock.release(unlink=True)
+        async with self.locks.group(group) as lock:
+            for snapshot in await in_io_thread(lambda: self.snapshots(group, unfinished=True)):
+                try:
+                    await self._remove_snapshot(snapshot)
+                except ProtectedError:
+                    kept.append(snapshot)
+            if not kept and await self.remove_empty_group(group):
+                lock.release(unlink=True)
         return kept
 
     async def remove_unfinished(self, group: Group) -> None:

@@ -1,12 +1,13 @@
 """A local datastore as a repository."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from core.limits import in_io_thread
 from datastore.codec import format_fingerprint
+from datastore.errors import SnapshotNotFoundError
 from datastore.files import SyncLevel
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.reader import LocalReader, open_reader
@@ -50,8 +51,11 @@ class LocalRepository:
 
         def collect() -> list[SnapshotInfo]:
             groups = self.store.groups(ns) if group is None else [group]
-            found = (snapshot for one in groups for snapshot in self.store.snapshots(one, unfinished=unfinished))
-            return [_info(self.store.entry(snapshot)) for snapshot in found]
+            infos = []
+            for snapshot in (one for each in groups for one in self.store.snapshots(each, unfinished=unfinished)):
+                with suppress(SnapshotNotFoundError):  # removed meanwhile
+                    infos.append(_info(self.store.entry(snapshot)))
+            return infos
 
         return await in_io_thread(collect)
 

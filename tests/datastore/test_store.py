@@ -13,7 +13,7 @@ from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNo
 from datastore.files import Owner, SyncLevel, make_folder, remove_tree
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
-from datastore.store import Datastore
+from datastore.store import Datastore, SnapshotEntry
 from repository.local import open_local
 from tests.support.snapshots import read_image, write_snapshot
 
@@ -154,6 +154,37 @@ async def test_protected_snapshots_stay(store_folder: Path) -> None:
     assert await repo.forget_group(first.group) == [first]
     assert [info.snapshot for info in await repo.snapshots()] == [first]
     assert (await repo.snapshot(first)).protected
+    repo.close()
+
+
+async def test_a_group_that_is_being_written_is_not_removed(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    snapshots = [await write_snapshot(repo, "vm/100", ctime, FILES) for ctime in (1000, 2000)]
+    async with repo.backup(Group.parse("vm/100").at(3000)):
+        with pytest.raises(LockedError):
+            await repo.forget_group(Group.parse("vm/100"))
+    assert [info.snapshot for info in await repo.snapshots()] == snapshots
+    assert await repo.forget_group(Group.parse("vm/100")) == []
+    assert not (store_folder / "vm" / "100").exists()
+    with pytest.raises(SnapshotNotFoundError, match="there is no such group"):
+        await repo.forget_group(Group.parse("vm/100"))
+    repo.close()
+
+
+async def test_a_listing_passes_over_what_is_removed_meanwhile(
+    store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = await open_local(store_folder)
+    snapshots = [await write_snapshot(repo, "vm/100", ctime, FILES) for ctime in (1000, 2000)]
+    real = repo.store.entry
+
+    def racing(snapshot: Snapshot) -> SnapshotEntry:
+        if snapshot == snapshots[0]:
+            shutil.rmtree(store_folder / snapshot.path)
+        return real(snapshot)
+
+    monkeypatch.setattr(repo.store, "entry", racing)
+    assert [info.snapshot for info in await repo.snapshots()] == snapshots[1:]
     repo.close()
 
 
