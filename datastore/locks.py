@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
@@ -25,9 +25,8 @@ from typing import Final
 
 import trio
 
-from core.errors import os_reason
 from datastore.errors import LockedError, StoreError
-from datastore.files import FOLDER_MODE, Owner, make_folders, store_errors, unlink_quietly
+from datastore.files import FILE_MODE, Owner, make_folders, store_errors, unlink_quietly
 from datastore.names import Group, Namespace, Snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -187,24 +186,34 @@ def _try_flock(root: LockRoot, relative: str, *, shared: bool) -> tuple[int, Pat
     """The locked descriptor and its path, None if held; descriptor -1 where a reader goes without."""
     path = root.path / relative
     while True:
+        with store_errors("make the lock file", path):
+            try:
+                fd = _open_lock_file(root, relative)
+            except OSError as error:
+                if shared and error.errno == errno.EROFS:
+                    _LOG.info("no lock for %s: the file system is read-only", relative)
+                    return -1, path
+                raise
         try:
-            fd = _open_lock_file(root, relative)
-        except OSError as error:
-            if shared and error.errno == errno.EROFS:
-                _LOG.info("no lock for %s: the file system is read-only", relative)
-                return -1, path
-            raise StoreError("make the lock file", str(path), os_reason(error)) from error
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
+            with store_errors("lock", path):
+                if not _flock(fd, shared=shared):
+                    os.close(fd)
+                    return None
+                if _is_still(fd, path):
+                    return fd, path
         except BaseException:
             os.close(fd)
             raise
-        if _is_still(fd, path):
-            return fd, path
         os.close(fd)  # removed and perhaps made anew between open and flock: whoever has that one is not us
+
+
+def _flock(fd: int, *, shared: bool) -> bool:
+    """Set a flock without waiting; False if somebody else holds it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open_lock_file(root: LockRoot, relative: str) -> int:
@@ -289,9 +298,12 @@ class ProcessLocker:
 
         Raises:
             LockedError: garbage collection of PBS holds the store for longer than `wait_s`.
+            StoreError: read-only, no rights, or a file system without locks.
         """
         fd = await self._lock(fcntl.F_RDLCK, _WRITER_BYTE, 1, wait_s, "write to")
         try:
+            with suppress(StoreError):
+                self.writers()  # what killed ones left goes
             with store_errors("register as a writer of", self.base):
                 entry, path, writer = self._register()
             try:
@@ -320,18 +332,19 @@ class ProcessLocker:
     def writers(self) -> list[Writer]:
         """The running writers; entries of dead ones are removed."""
         running = []
-        for path in sorted(self._registry.glob("*")):
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                unlink_quietly(path)
-            except BlockingIOError:
-                running.append(_parse_writer(os.pread(fd, 4096, 0), fd))
-            finally:
-                os.close(fd)
+        with store_errors("look for writers of", self.base):
+            for path in sorted(self._registry.glob("*")):
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                except FileNotFoundError:
+                    continue
+                try:
+                    if _flock(fd, shared=False):
+                        unlink_quietly(path)
+                    else:
+                        running.append(_parse_writer(os.pread(fd, 4096, 0), fd))
+                finally:
+                    os.close(fd)
         return running
 
     def _register(self) -> tuple[int, Path, Writer]:
@@ -340,9 +353,10 @@ class ProcessLocker:
         text = json.dumps({"pid": writer.pid, "host": writer.host, "start": writer.start})
         while True:
             path = self._registry / secrets.token_hex(16)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOLDER_MODE & 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
+                os.fchmod(fd, FILE_MODE)
                 self.owner.own(fd)
                 os.write(fd, text.encode())
             except BaseException:
@@ -355,16 +369,16 @@ class ProcessLocker:
 
     async def _lock(self, kind: int, start: int, length: int, wait_s: float, what: str) -> int:
         path = self.base / ".lock"
-        try:
+        with store_errors(what, path):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise StoreError(what, str(self.base), f".lock: {os_reason(error)}") from error
         try:
             give_up = trio.current_time() + wait_s
-            while not _lock_with_fallback(fd, kind, start, length):
-                if trio.current_time() >= give_up:
-                    raise LockedError(what, str(self.base), self._holders(fd, kind, start, length), "try again later")
-                await trio.sleep(_POLL_S)
+            with store_errors("lock", path):
+                while not _lock_with_fallback(fd, kind, start, length):
+                    if trio.current_time() >= give_up:
+                        holders = self._holders(fd, kind, start, length)
+                        raise LockedError(what, str(self.base), holders, "try again later")
+                    await trio.sleep(_POLL_S)
         except BaseException:
             os.close(fd)
             raise

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,10 +11,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from datastore.errors import LockedError
+from datastore.errors import LockedError, StoreError
 from datastore.files import Owner
 from datastore.locks import LOCK_FOLDER, ChunkLocks, HeldLock, LockRoot, ProcessLocker, StoreLocks, escape, lock_file
-from datastore.names import ROOT, Namespace, Snapshot
+from datastore.names import ROOT, Group, Namespace, Snapshot
 
 SNAPSHOT = Snapshot.parse("vm/100/2022-05-02T08:11:33Z")
 
@@ -213,9 +215,38 @@ trio.run(main)
     assert [writer.pid for writer in locker.writers()] == [process.pid]
     process.kill()
     end(process)
-    assert len(list((base / ".fleece/writers").iterdir())) == 1
+    (left,) = (base / ".fleece/writers").iterdir()
+    async with locker.writer(wait_s=0):
+        assert not left.exists()  # the next writer cleans up as well
     assert locker.writers() == []
     assert list((base / ".fleece/writers").iterdir()) == []
+
+
+async def test_a_registry_that_cannot_be_read_stops_garbage_collection_but_no_writer(base: Path) -> None:
+    (base / ".fleece/writers/folder").mkdir(parents=True)
+    locker = ProcessLocker(base, Owner.of(base))
+    async with locker.writer(wait_s=0):
+        pass
+    with pytest.raises(StoreError, match=r"cannot look for writers of .*: Is a directory"):
+        async with locker.exclusive(wait_s=0):
+            pass
+
+
+async def test_a_file_system_without_locks_is_a_clear_error(
+    base: Path, locks: StoreLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StoreError, match=r"cannot lock .*/vm-100: No locks available"):
+        await locks.acquire_group(Group.parse("vm/100"))
+    with pytest.raises(StoreError, match=r"cannot lock .*/\.lock: No locks available"):
+        async with ProcessLocker(base, Owner.of(base)).writer(wait_s=0):
+            pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 async def test_a_registry_entry_that_is_nonsense_still_counts_as_a_writer(base: Path) -> None:
