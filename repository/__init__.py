@@ -1,12 +1,16 @@
-"""Where snapshots live, and the ways of data into and out of them.
+"""Where snapshots live, and how data gets there and back.
 
-    interface.py    `Repository`, `BackupSession`, `Reader`: local or remote, callers see no difference
-    local.py        `open_local`: a datastore on this host
-    backup.py       `SnapshotWriter`: disks and small files into one new snapshot
-    restore.py      `restore_disk`, `restore_blob`: an archive back to a target
-    archive.py      `open_archive_reader`: any range of an image, through a cache of chunks
-    verify.py       `verify`: manifest, indexes and every chunk checked
-    report.py       `BackupReport`: what a backup tells at its end
-
-Nothing is imported here, so that a caller pays only for what it uses.
+interface.py   `Repository`, `BackupSession`, `Reader`: what a local datastore and a remote server have in common
+local.py       `open_local`, `LocalRepository`: a datastore in a folder
+backup.py      `SnapshotWriter`: disks and small files into a session, and the manifest at the end
+planning.py    `plan_disks`: what a backup would read, and why (`--dry-run`); the decision for or against a base
+pipeline.py    how chunks flow from disks into a session
+restore.py     `restore_disk`, `restore_stream`, `restore_blob`: archives back to disks, streams and files
+fetch.py       how chunks flow out of a repository
+archive.py     `open_cache`, `open_archive_reader`: random access with a chunk cache and read-ahead, for mounts
+verify.py      `verify`, `verify_snapshot`: is everything there, and is it what it was?
+locate.py      `load_manifest`, `open_archive`: an archive compared with the manifest before it is used
+report.py      `ArchiveReport`, `BackupReport`: the closing report
+throttle.py    `Throttle`: `--bwlimit`
+buffers.py     `shared_pool`: chunk buffers that are used again, the bound on a backup's memory
 """

@@ -91,19 +91,27 @@ async def restore_stream(
     """
     archive = await open_archive(reader, codec, manifest, name)
     with (Progress() if progress is None else progress).task(name, archive.index.size) as task:
+        passed_on = 0
+
+        async def pass_zeros(until: int) -> None:
+            nonlocal passed_on
+            while passed_on < until:
+                await sink(_ZEROS)
+                task.advance(len(_ZEROS))
+                passed_on += 1
 
         async def consume(number: int, data: Buffer | FleeceError) -> None:
+            nonlocal passed_on
             if isinstance(data, FleeceError):
                 raise data
+            await pass_zeros(number)  # the chunks left out before this one
             await sink(data)
             task.advance(len(data))
+            passed_on = number + 1
 
-        for first, last, zero in _runs(archive):
-            if not zero:
-                await fetch(reader, codec, archive, range(first, last), consume, ordered=True)
-                continue
-            for number in range(first, last):
-                await consume(number, _ZEROS)
+        numbers = (number for first, last, zero in _runs(archive) if not zero for number in range(first, last))
+        await fetch(reader, codec, archive, numbers, consume, ordered=True)
+        await pass_zeros(archive.index.count)
 
 
 async def restore_blob(reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str) -> bytes:
