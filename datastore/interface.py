@@ -26,11 +26,12 @@ class PutResult(NamedTuple):
 class ChunkStore(Protocol):
     """Chunks by digest."""
 
-    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True) -> PutResult:
+    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True, folder: str | None = None) -> PutResult:
         """Store the chunk; one that is there is touched and kept.
 
-        `cache` False asks a store with a cache in front not to keep it there. Cancelled or failed, the chunk is there
-        whole or not at all.
+        `cache` False asks a store with a cache in front not to keep it there. `folder` (relative to the store's) takes
+        the temporary file where one is needed: that of a session's snapshot, so that what a killed one leaves goes with
+        the unfinished snapshot. Cancelled or failed, the chunk is there whole or not at all.
 
         Raises:
             StoreError: no space, no rights, or a file that cannot be this chunk is in its place.
@@ -102,7 +103,7 @@ class BlockingChunkStore(Protocol):
         """As `ChunkStore.read`, in the calling worker thread; several threads at a time."""
         ...
 
-    def insert_blocking(self, digest: bytes, blob: Blob) -> PutResult:
+    def insert_blocking(self, digest: bytes, blob: Blob, *, folder: str | None = None) -> PutResult:
         """As `ChunkStore.insert`, in the calling worker thread; several threads at a time."""
         ...
 

@@ -59,9 +59,9 @@ class LocalChunkStore:
         name = digest.hex()
         return f"{self._folder}/{name[:4]}/{name}"
 
-    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True) -> PutResult:
+    async def insert(self, digest: bytes, blob: Blob, *, cache: bool = True, folder: str | None = None) -> PutResult:
         """See `ChunkStore.insert`."""
-        return await in_io_thread(self.insert_blocking, digest, blob)
+        return await in_io_thread(lambda: self.insert_blocking(digest, blob, folder=folder))
 
     async def read(self, digest: bytes, *, origin: bool = False) -> Blob:
         """See `ChunkStore.read`."""
@@ -139,7 +139,7 @@ class LocalChunkStore:
         """See `BlockingChunkStore.blocks_briefly`: not with an fsync for each chunk."""
         return not self._sync
 
-    def insert_blocking(self, digest: bytes, blob: Blob) -> PutResult:
+    def insert_blocking(self, digest: bytes, blob: Blob, *, folder: str | None = None) -> PutResult:
         """See `BlockingChunkStore.insert_blocking`."""
         path = self.path(digest)
         with store_errors("store chunk", path), self._locks.hold(digest):
@@ -151,10 +151,10 @@ class LocalChunkStore:
                         return PutResult(True, found.st_size)
                 except FileNotFoundError:
                     # New, or set aside this very moment by PBS's verify, which does not know our locks.
-                    if self._write_new(path, blob):
+                    if self._write_new(path, blob, folder):
                         return PutResult(False, len(blob))
                     continue  # a writer that does not know our locks was quicker: look at its file
-                self._replace(path, blob)
+                self._replace(path, blob, folder)
                 return PutResult(False, len(blob))
 
     def _keep(self, path: str, found: os.stat_result, blob: Blob) -> bool:
@@ -179,7 +179,7 @@ class LocalChunkStore:
             )
         return True
 
-    def _write_new(self, path: str, blob: Blob) -> bool:
+    def _write_new(self, path: str, blob: Blob, temporary: str | None) -> bool:
         folder = Path(path).parent
         try:
             fd = create_unnamed(folder)
@@ -191,7 +191,7 @@ class LocalChunkStore:
                 "is this a datastore? all of .chunks/0000 to ffff must exist",
             ) from None
         if fd is None:
-            self._replace(path, blob)
+            self._replace(path, blob, temporary)
             return True
         try:
             os.fchmod(fd, FILE_MODE)
@@ -209,10 +209,12 @@ class LocalChunkStore:
             sync_path(folder)
         return True
 
-    def _replace(self, path: str, blob: Blob) -> None:
+    def _replace(self, path: str, blob: Blob, folder: str | None) -> None:
         # Not in .chunks itself: nothing is ever deleted there by its name, so a left-over would stay for ever.
-        make_folders(self._base, ".fleece/tmp", self._owner)
-        temporary = temporary_path(self._base / ".fleece" / "tmp" / os.path.basename(path))  # noqa: PTH119
+        if folder is None:
+            folder = ".fleece/tmp"
+            make_folders(self._base, folder, self._owner)
+        temporary = temporary_path(self._base / folder / os.path.basename(path))  # noqa: PTH119
         replace_file(Path(path), (blob.header, blob.payload), self._owner, sync=self._sync, temporary=temporary)
 
     def read_blocking(self, digest: bytes) -> Blob:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from core.buffers import Buffer
@@ -98,5 +99,6 @@ def _sync_folders(folders: Iterable[Path]) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_file(follow_symlinks=False):
-                    sync_path(Path(entry.path))
+                    with suppress(FileNotFoundError):  # somebody's temporary file, renamed meanwhile
+                        sync_path(Path(entry.path))
         sync_path(folder)

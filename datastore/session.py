@@ -131,7 +131,7 @@ class LocalBackupSession:
     async def put_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
         """See `BackupSession.put_chunk`."""
         self._check_chunk(writer, size, blob)
-        result = await self.store.chunks.insert(digest, blob)
+        result = await self.store.chunks.insert(digest, blob, folder=self.snapshot.path)
         self._known.add(digest, size)
         return result
 
@@ -144,7 +144,7 @@ class LocalBackupSession:
         """See `BlockingPuts.put_chunk_blocking`."""
         self._check_chunk(writer, size, blob)
         assert isinstance(self.store.chunks, BlockingChunkStore)
-        return self.store.chunks.insert_blocking(digest, blob)
+        return self.store.chunks.insert_blocking(digest, blob, folder=self.snapshot.path)
 
     def chunk_was_put(self, digest: bytes, size: int) -> None:
         """See `BlockingPuts.chunk_was_put`."""
@@ -302,7 +302,8 @@ async def open_session(
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            session = LocalBackupSession(store, snapshot, _usable_base(store, base), warnings)
+            usable = await in_io_thread(_usable_base, store, base)
+            session = LocalBackupSession(store, snapshot, usable, warnings)
         except BaseException:
             if new_group:
                 await _remove_group(store, snapshot.group, group_lock)

@@ -11,6 +11,7 @@ from core.errors import UsageError
 from datastore import pbs
 from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
 from datastore.files import Owner, SyncLevel, make_folder, remove_tree
+from datastore.interface import PutResult
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore, SnapshotEntry
@@ -199,6 +200,31 @@ async def test_what_a_killed_backup_left_is_removed_by_the_next_one(store_folder
         await write_snapshot(repo, "vm/100", 1 << 31, FILES)
     assert not left.exists()
     assert (store_folder / busy.path).exists()  # somebody else writes that one
+    repo.close()
+
+
+async def test_a_chunk_that_replaces_another_is_written_in_the_snapshots_folder(
+    store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed backup leaves of it then goes with the unfinished snapshot."""
+    from datastore.codec import ChunkCodec
+
+    data, codec = b"fleece" * 1000, ChunkCodec()
+    repo = await open_local(store_folder)
+    digest, snapshot = codec.digest(data), Group.parse("vm/100").at(1000)
+    await repo.store.chunks.insert(digest, codec.encode(data, compress=False))
+    real, sources = os.rename, []
+
+    def noting(source: Path, target: Path) -> None:
+        sources.append(source.parent)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", noting)
+    async with repo.backup(snapshot) as session:
+        writer = await session.open_index("disk.img.fidx", size=len(data))
+        small = codec.encode(data)
+        assert await session.put_chunk(writer, digest, len(data), small) == PutResult(False, len(small))
+    assert sources == [store_folder / snapshot.path]
     repo.close()
 
 
