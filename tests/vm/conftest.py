@@ -21,6 +21,7 @@ async def nothing_left(fleece: FleeceCommand, tmpfs: Path) -> AsyncIterator[Noth
     left = NothingLeft(fleece, tmpfs / "scratch")
     yield left
     await left.check_host()
+    left.check_chunk_folders()
 
 
 @pytest.fixture

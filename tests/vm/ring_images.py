@@ -14,7 +14,7 @@ import numpy as np
 from tests.support.ring import BLOCK, Ring
 
 #: Bytes of each disk of the ring.
-SIZE: Final = 64 << 20
+SIZE: Final = 32 << 20
 RING: Final = Ring(slots=SIZE // BLOCK)
 
 
