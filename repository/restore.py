@@ -57,7 +57,7 @@ async def restore_disk(
             if not zero:
                 numbers.append(range(first, last))
                 continue
-            offset, end = first * FIXED_CHUNK_SIZE, last * FIXED_CHUNK_SIZE
+            offset, end = index.span(first)[0], sum(index.span(last - 1))
             if not target.reads_zero:
                 for start in range(offset, end, MAX_ZERO):
                     await target.zero(start, min(MAX_ZERO, end - start))

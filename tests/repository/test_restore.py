@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,11 +12,12 @@ from core.errors import FleeceError, FormatError, NotFoundError, TargetError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import ChunkNotFoundError, CorruptChunkError, KeyNeededError
-from datastore.manifest import Manifest
+from datastore.manifest import Manifest, ManifestFile
 from datastore.names import BackupType, Group
 from repository.backup import SnapshotWriter
 from repository.fetch import SLOW_READ_S
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
+from repository.local import open_local
 from repository.restore import load_manifest, restore_blob, restore_disk, restore_stream
 from tests.support.sessions import (
     BlockingMemoryReader,
@@ -77,6 +79,29 @@ async def test_all_zero_disk_is_restored_without_reading_a_chunk() -> None:
         await restore_disk(reader, codec, manifest, FIDX, target)
         assert target.data == bytes(2 * CHUNK)
         assert repository.chunk_reads == []
+
+
+async def test_zeros_at_the_end_of_an_image_of_larger_chunks_are_written_where_they_belong(store_folder: Path) -> None:
+    """Other writers may make chunks of 8 or 16 MiB; then only a short last one is as long as the zero chunk."""
+    codec, repository = ChunkCodec(), await open_local(store_folder)
+    parts = [b"x" * (4 * CHUNK), bytes(CHUNK)]
+    digests = codec.digest_many(parts)
+    manifest = Manifest.new(SNAPSHOT)
+    csum = hashlib.sha256(b"".join(digests)).digest()
+    manifest.add(ManifestFile(FIDX, CryptMode.NONE, 5 * CHUNK, csum))
+    async with repository.backup(SNAPSHOT) as session:
+        writer = await session.open_index(FIDX, size=5 * CHUNK, chunk_size=4 * CHUNK)
+        for part, digest in zip(parts, digests, strict=True):
+            await session.put_chunk(writer, digest, len(part), codec.encode(part))
+        await session.append(writer, [(0, digests[0]), (4 * CHUNK, digests[1])])
+        await session.close_index(writer, 2, 5 * CHUNK, csum)
+        await session.put_blob("index.json.blob", manifest.encode(codec))
+        await session.finish()
+    async with repository.reader(SNAPSHOT) as reader:
+        target = MemoryTarget(5 * CHUNK)
+        await restore_disk(reader, codec, manifest, FIDX, target)
+    repository.close()
+    assert target.data == b"".join(parts)
 
 
 async def test_smaller_target_is_refused_before_anything_is_written() -> None:

@@ -20,9 +20,10 @@ from datastore.blob import Blob
 from datastore.errors import ChunkNotFoundError, SnapshotNotFoundError
 from datastore.fixed_index import FixedHeader, FixedIndex
 from datastore.index import ArchiveIndex
+from datastore.interface import PutResult
 from datastore.manifest import Manifest
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
-from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, PutResult, SnapshotInfo
+from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo
 
 Hook = Callable[[str], None]
 
