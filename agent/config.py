@@ -7,7 +7,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -193,8 +193,3 @@ def load_config(path: Path, *, must_exist: bool) -> Config:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError("read the configuration", f"{path}:{line}", "it is not UTF-8") from None
     return parse_config(text, str(path))
-
-
-def bitmap_policies() -> tuple[str, ...]:
-    """What `bitmap` may be."""
-    return get_args(BitmapPolicy)

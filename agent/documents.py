@@ -6,7 +6,7 @@ from typing import Any
 from core.errors import UsageError
 from core.units import format_size
 from datastore.crypt_mode import CryptMode
-from datastore.names import ArchiveKind, Group, Namespace, Snapshot, archive_kind, strip_archive_type
+from datastore.names import Group, Namespace, Snapshot, strip_archive_type
 from repository.interface import Repository, SnapshotInfo
 
 
@@ -96,11 +96,6 @@ def show_lines(info: SnapshotInfo) -> Iterator[str]:
 def is_archive(filename: str) -> bool:
     """True for the files that hold what was backed up: not the manifest."""
     return filename != "index.json.blob"
-
-
-def is_image(filename: str) -> bool:
-    """True for the index of a disk image."""
-    return archive_kind(filename) is ArchiveKind.FIXED
 
 
 def marks(info: SnapshotInfo) -> Iterator[str]:

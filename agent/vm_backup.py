@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Seconds for what is read while the guest stands still, beside the disks.
 _INSTANT_TIMEOUT_S: Final = 5.0
+#: Seconds to find out whether somebody listens. A full queue of clients takes longer, and answers that too.
+_LOOK_TIMEOUT_S: Final = 1.0
 
 
 async def vm_target(repository: Repository, group: Group) -> str:
@@ -113,7 +115,8 @@ async def is_running(settings: VmSettings) -> bool:
             )  # fmt: skip
         return False
     try:
-        sock = await connect_unix(str(settings.qmp))
+        with trio.move_on_after(_LOOK_TIMEOUT_S):
+            (await connect_unix(str(settings.qmp))).close()
     except (FileNotFoundError, ConnectionRefusedError) as error:
         if settings.section.disks:
             return False
@@ -123,8 +126,7 @@ async def is_running(settings: VmSettings) -> bool:
             f"start it with -qmp unix:{settings.qmp},server=on,wait=off; a VM that does not run needs [vm.NAME.disks]",
         ) from error  # fmt: skip
     except OSError:
-        return True  # its own message comes with the first real connection
-    sock.close()
+        pass  # its own message comes with the first real connection
     return True
 
 
@@ -184,6 +186,7 @@ async def _back_up_running(
             guest_agent=settings.guest_agent,
             at_instant=beside.read,
             on_step=progress.log,
+            on_warning=progress.warn,
         ) as view:
             for left in view.left_out:
                 progress.log(f"{left.device} is left out: {left.reason}")
@@ -198,8 +201,6 @@ async def _back_up_running(
             raise
         # The snapshot is there and whole; what could not be undone is for a person to know.
         progress.warn(str(error))
-    for warning in view.warnings if view is not None else ():
-        progress.warn(warning)
     return view.frozen_s if view is not None else 0.0
 
 

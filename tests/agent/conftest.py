@@ -73,11 +73,11 @@ class Fleece:
         assert (answer.code, answer.err) == (0, ""), answer
         return answer.document
 
-    def start(self, *arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str | Path, stdout: Any = subprocess.PIPE, **options: Any) -> "subprocess.Popen[str]":
         """Start it; the caller ends it."""
         return subprocess.Popen(
             [sys.executable, "-m", "agent.main", *map(str, arguments)],
-            env=self._environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self._environment(), stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
             text=True, **options,
         )  # fmt: skip
 
