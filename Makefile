@@ -42,6 +42,8 @@ format: setup
 	$(PYTHON) -m ruff format .
 
 bench: setup-bench
+	$(PYTHON) bench/primitives.py
+	$(PYTHON) bench/disk_sources.py
 	$(PYTHON) bench/image_backup.py
 
 clean:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from core.units import format_duration, format_size
+from core.units import MIB, format_duration, format_size
 from datastore.names import Snapshot
 
 
@@ -52,6 +52,8 @@ class ArchiveReport:
         }
 
     def __str__(self) -> str:
+        if not self.chunks:
+            return f"{self.name}: {format_size(self.size)}, stored {format_size(self.stored)}"
         how = self.mode.value if self.reason is None else f"{self.mode.value} ({self.reason})"
         return (
             f"{self.name}: {format_size(self.size)}, {how}, read {format_size(self.read)}, "
@@ -83,7 +85,8 @@ class BackupReport:
     def lines(self) -> list[str]:
         """The report for people, one line per archive and a closing one."""
         read = sum(archive.read for archive in self.archives)
-        rate = f", {format_size(read / self.duration_s)}/s" if read and self.duration_s > 0 else ""
+        # Of a few small files a rate would only tell how long the rest took.
+        rate = f", {format_size(read / self.duration_s)}/s" if read >= MIB and self.duration_s > 0 else ""
         lines = [str(archive) for archive in self.archives]
         lines.append(f"{self.snapshot}: read {format_size(read)} in {format_duration(self.duration_s)}{rate}")
         if self.frozen_s:

@@ -35,7 +35,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
 
 
 def test_text_says_how_and_why_each_archive_was_read() -> None:
-    full = ArchiveReport("drive-scsi0.img", 8 << 20, Mode.FULL, "size changed", read=8 << 20)
+    full = ArchiveReport("drive-scsi0.img", 8 << 20, Mode.FULL, "size changed", read=8 << 20, chunks=2)
     report = BackupReport(Group(BackupType.VM, "100").at(1767323045), [full], 2.0, 0.02)
     first, closing, frozen = report.lines()
     assert first.startswith("drive-scsi0.img: 8.00 MiB, full (size changed), read 8.00 MiB")
@@ -46,3 +46,10 @@ def test_text_says_how_and_why_each_archive_was_read() -> None:
 def test_report_without_time_or_data_names_no_rate() -> None:
     report = BackupReport(Group(BackupType.VM, "100").at(1767323045), [], 0.0)
     assert report.lines() == ["vm/100/2026-01-02T03:04:05Z: read 0 B in 0.00 s"]
+
+
+def test_of_small_files_only_their_sizes_are_said() -> None:
+    small = ArchiveReport("vm.conf", 520, Mode.FULL, "small file", read=520, new=520, stored=300)
+    first, closing = BackupReport(Group(BackupType.VM, "100").at(1767323045), [small], 0.2).lines()
+    assert first == "vm.conf: 520 B, stored 300 B"
+    assert closing == "vm/100/2026-01-02T03:04:05Z: read 520 B in 0.20 s"
