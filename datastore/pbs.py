@@ -26,6 +26,7 @@ class PbsStore:
     name: str
     path: str
     maintenance: str = ""  #: `read-only`, `offline`, `delete`, `unmount`, `s3-refresh`, or nothing
+    s3: bool = False  #: the folder is the cache of a bucket: an empty chunk file stands for one that lies there
 
     @property
     def refuses_reading(self) -> bool:
@@ -53,7 +54,10 @@ def read_config(config: Path = CONFIG) -> list[PbsStore]:
             stores[-1].setdefault(option[1], option[2])
     return [
         PbsStore(
-            store["name"], store["path"], re.split("[,;]", store.get("maintenance-mode", ""))[0].removeprefix("type=")
+            store["name"],
+            store["path"],
+            re.split("[,;]", store.get("maintenance-mode", ""))[0].removeprefix("type="),
+            s3="type=s3" in store.get("backend", "").split(","),
         )
         for store in stores
         if "path" in store

@@ -297,12 +297,13 @@ async def open_session(
             base = await in_io_thread(_find_base, store, snapshot)
             if base is not None:
                 await stack.enter_async_context(store.locks.snapshot(base, shared=True))
+            usable = await in_io_thread(_usable_base, store, base)
             lock = await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
+            # No checkpoint from here to the session, which removes the folder if it fails.
             if not await store.meta.make_folders(snapshot.path):
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            usable = await in_io_thread(_usable_base, store, base)
             session = LocalBackupSession(store, snapshot, usable, warnings)
         except BaseException:
             if new_group:

@@ -127,11 +127,15 @@ class Datastore:
         """Open the datastore in the folder `path`; changes nothing.
 
         Raises:
-            StoreError: not a datastore, no rights, or in a maintenance mode of PBS that refuses reading.
+            StoreError: not a datastore, no rights, in a maintenance mode of PBS that refuses reading, or the cache of a
+                bucket of PBS.
         """
         path = await in_io_thread(path.absolute)
         await in_io_thread(_check_layout, path)
         pbs = await in_io_thread(find_store, path)
+        if pbs is not None and pbs.s3:
+            why = "it is PBS's cache of an S3 bucket; chunks that are written here would never reach the bucket"
+            raise StoreError("open datastore", str(path), why, "use this store through PBS")
         if pbs is not None and pbs.refuses_reading:
             raise StoreError("open datastore", str(path), f"PBS has it in maintenance mode {pbs.maintenance!r}")
         return cls(path, sync_level, pbs)

@@ -478,6 +478,15 @@ async def test_a_maintenance_mode_of_pbs_is_respected(
     repo.close()
 
 
+async def test_the_cache_of_a_bucket_of_pbs_is_not_taken_for_a_local_store(
+    known_to_pbs: Path, store_folder: Path
+) -> None:
+    with known_to_pbs.open("a") as file:
+        file.write("\tbackend bucket=b,client=c,type=s3\n")
+    with pytest.raises(StoreError, match="it is PBS's cache of an S3 bucket"):
+        await Datastore.open(store_folder)
+
+
 async def test_the_old_way_of_locking_is_refused(known_to_pbs: Path, store_folder: Path) -> None:
     (known_to_pbs.parent / "old-locking").touch()
     repo = await open_local(store_folder)
