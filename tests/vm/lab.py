@@ -204,6 +204,10 @@ class Lab:
         """What `fleece list` shows, oldest first."""
         return [entry["snapshot"] for entry in await self.fleece.json("list")]
 
+    def manifests(self) -> int:
+        """How many snapshots are finished, by a quick look into the store."""
+        return len(list(self.fleece.repo.glob("vm/*/*/index.json.blob")))
+
     async def restored(self, snapshot: str) -> Path:
         """The folder into which all of `snapshot` was restored; the caller or the end of the test removes it."""
         folder = self.folder / ("restored-" + snapshot.replace("/", "-").replace(":", ""))

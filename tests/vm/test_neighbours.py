@@ -1,6 +1,9 @@
 """Whatever else is in a QEMU, or works on it at the same time, is left alone or is a clear refusal."""
 
+from functools import partial
+
 import pytest
+import trio
 
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import VmDisk
@@ -71,6 +74,25 @@ async def test_a_second_run_on_one_qemu_is_refused_and_the_first_one_finishes(qe
         assert await lab.snapshots() == [report.document["snapshot"]]
         await lab.assert_restores(report, expected)
         await lab.assert_restores(await lab.backup(vm, id="other"), guest.images())
+
+
+async def test_two_vms_are_backed_up_into_one_store_at_the_same_time(qemu: QemuBinary, lab: Lab) -> None:
+    async with (
+        lab.vm(qemu, [VmDisk(lab.raw("a", 24 * MIB), "disk0")]) as one,
+        lab.vm(qemu, [VmDisk(lab.raw("b", 24 * MIB), "disk0")]) as other,
+    ):
+        vms = {"one": one, "other": other}
+        guests = {id: PlayedGuest(vm, {"disk0": 24 * MIB}) for id, vm in vms.items()}
+        for id in vms:
+            lab.arguments(vms[id], id)
+            await guests[id].write("disk0", 0x11, 0, 20 * MIB)  # chunks that both have
+            await guests[id].write("disk0", 0x20 + len(id), 0, 4096)
+        async with trio.open_nursery() as nursery:
+            for id, vm in vms.items():
+                nursery.start_soon(partial(lab.backup, vm, id=id))
+        for id in vms:
+            await lab.assert_restores(f"vm/{id}/latest", guests[id].images())
+        await lab.assert_verifies()
 
 
 async def test_an_nbd_server_of_somebody_else_is_a_refusal_and_goes_on(distribution: QemuBinary, lab: Lab) -> None:

@@ -176,6 +176,37 @@ async def test_a_crash_of_qemu_in_mid_backup_is_a_clear_error_and_the_next_one_r
         await lab.assert_verifies()
 
 
+async def test_a_vm_that_is_shut_down_in_mid_backup_keeps_in_its_image_what_was_counted(
+    qemu: QemuBinary, lab: Lab
+) -> None:
+    disks = await two_kinds(lab, qemu)
+    async with lab.vm(qemu, disks) as vm:
+        guest = PlayedGuest(vm, SIZES)
+        await guest.write("kept", 0x11, 0, 10 * MIB)
+        first = await lab.backup(vm)
+        await guest.write("kept", 0x22, 0, 4096)
+        async with lab.stopped_backup(vm, "read:1") as running:
+            await guest.write("kept", 0x33, 13 * MIB, 4096)  # after the instant
+            await vm.quit()
+            running.go_on()
+            outcome = await running.ended()
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "QEMU" in str(outcome.error), outcome.error
+        assert await lab.snapshots() == [first.document["snapshot"]]
+    await lab.nothing_left.check_host()
+    async with lab.vm(qemu, disks) as vm:
+        guest = PlayedGuest.going_on(vm, guest)
+        recording = sorted(bitmap["recording"] for bitmap in await vm.bitmaps("fmt-kept"))
+        assert recording == [False, True]  # the old one was disabled at the instant, the new one has counted since
+        assert (await lab.show(vm))["drive-kept.img"]["next"] == {
+            "mode": "incremental", "reason": None, "bytes": 2 * CHUNK,
+        }  # fmt: skip
+        report = await lab.backup(vm)
+        assert how(report)["drive-kept.img"] == ("incremental", None)
+        assert report.archives["drive-kept.img"]["dirty"] == 2 * CHUNK
+        await lab.assert_restores(report, guest.images())
+
+
 async def test_a_disk_that_grew_is_read_in_full_and_one_that_grows_meanwhile_keeps_its_size(
     qemu: QemuBinary, lab: Lab
 ) -> None:
