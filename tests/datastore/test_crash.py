@@ -2,11 +2,13 @@
 
 import errno
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from core.errors import FleeceError
 from datastore.files import SyncLevel
@@ -63,3 +65,40 @@ async def test_a_disk_error_at_any_call_is_a_clear_error_and_harms_nothing(store
         await back_up(store_folder, SyncLevel.FILE, ctime + 5)
         assert leftovers(store_folder) == []
     assert failures > 20
+
+
+class Canceller(trio.abc.Instrument):
+    """Cancels `scope` just before the `number`-th step of the running task."""
+
+    def __init__(self, scope: trio.CancelScope, number: int) -> None:
+        self.steps, self._scope, self._number = 0, scope, number
+        self._task = trio.lowlevel.current_task()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self.steps += 1
+            if self.steps == self._number:
+                self._scope.cancel()
+
+
+async def test_cancelled_at_any_checkpoint_a_backup_leaves_nothing(store_folder: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    before, number, cancelled = len(list(descriptors.iterdir())), 0, 0
+    while True:
+        number += 1
+        with trio.CancelScope() as scope:
+            canceller = Canceller(scope, number)
+            trio.lowlevel.add_instrument(canceller)
+            try:
+                await back_up(store_folder, SyncLevel.FILESYSTEM, 1000 + number)
+            finally:
+                trio.lowlevel.remove_instrument(canceller)
+        cancelled += scope.cancelled_caught
+        assert leftovers(store_folder) == []
+        assert list((store_folder / ".fleece/writers").glob("*")) == []
+        assert len(list(descriptors.iterdir())) == before
+        if canceller.steps < number:
+            break
+        shutil.rmtree(store_folder / "vm", ignore_errors=True)
+    assert cancelled > 20
+    assert len(await check(store_folder)) == 1
