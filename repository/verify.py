@@ -166,14 +166,15 @@ class _Check:
 
     def _unseen(self, index: ArchiveIndex, errors: list[str]) -> Iterator[int]:
         """Numbers of chunks that are to be read, each digest once; known faults go to `errors`."""
-        here: set[bytes] = set()
+        here: dict[bytes, int] = {}
         for number in range(index.count):
             digest, (offset, length) = index.digest(number), index.span(number)
             size = self.seen.good.size_of(digest)
+            if size is None:
+                size = here.get(digest)
             if size is None and digest not in self.seen.bad:
-                if digest not in here:
-                    here.add(digest)
-                    yield number
+                here[digest] = length
+                yield number
             elif size is None:
                 errors.append(f"{index.where} at {offset}: {self.seen.bad[digest]}")
             elif size != length:

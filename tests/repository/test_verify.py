@@ -1,12 +1,16 @@
 """What verify finds, and what it leaves alone."""
 
+import hashlib
+from dataclasses import replace
+
 import pytest
 
 from core.errors import FleeceError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import LockedError, StoreError
-from datastore.names import BackupType, Group, Snapshot
+from datastore.manifest import Manifest
+from datastore.names import MANIFEST_NAME, BackupType, Group, Snapshot
 from repository.backup import SnapshotWriter
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.verify import VerifyResult, verify
@@ -98,6 +102,21 @@ async def test_index_and_blob_are_compared_with_the_manifest() -> None:
     assert len(result.errors) == 2
     assert "wrong index checksum" in result.errors[0]
     assert "wrong checksum" in result.errors[1]
+
+
+async def test_chunk_that_an_index_uses_with_two_lengths_is_an_error() -> None:
+    """A restore of this image would stop at its end."""
+    repository = MemoryRepository()
+    snapshot = await store(repository, 1000, chunks_of("a", tail=99))
+    files = repository.stored[snapshot].files
+    digest = ChunkCodec().digest(b"a" * CHUNK)
+    files[FIDX] = files[FIDX][:-32] + digest
+    old = Manifest.parse(files[MANIFEST_NAME], where="")
+    manifest = Manifest.new(snapshot)
+    manifest.add(replace(old.file(FIDX), csum=hashlib.sha256(2 * digest).digest()))
+    files[MANIFEST_NAME] = bytes(manifest.encode())
+    (result,) = await check(repository)
+    assert result.errors == [f"{snapshot}/{FIDX} at {CHUNK}: chunk {digest.hex()} has {CHUNK} bytes, not 99"]
 
 
 async def test_missing_files_are_errors_and_the_others_are_still_checked() -> None:
