@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -378,6 +379,20 @@ def test_an_encrypted_manifest_is_refused() -> None:
 def test_a_manifest_of_absurd_length_is_refused_before_it_is_unpacked() -> None:
     with pytest.raises(FormatError, match=f"at most {MAX_MANIFEST_SIZE} are allowed"):
         parse(b" " * (MAX_MANIFEST_SIZE + 1))
+
+
+def test_a_manifest_of_empty_lists_takes_bounded_memory() -> None:
+    """A blob of a kilobyte; every command that lists snapshots reads it."""
+    text = b'{"x": [' + b"[]," * ((MAX_MANIFEST_SIZE - 10) // 3) + b"0]}"
+    blob = bytes(encode_plain(text))
+    assert len(blob) < 2000
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="'backup-type' is none of"):
+            Manifest.parse(blob, where="vm/100")
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_every_truncation_and_every_flipped_bit_of_the_stored_blob_is_a_format_error() -> None:
