@@ -182,6 +182,7 @@ def leftovers(base: Path) -> list[str]:
         if path.is_dir() and not (path / "index.json.blob").exists()
     ]
     found += [str(path.relative_to(base)) for path in (base / "vm").rglob("*tmp_*")]
+    found += [str(path.relative_to(base)) for path in base.glob(".fleece/[tw]*/*")]  # temporary files, writers
     return found
 
 
