@@ -29,7 +29,7 @@ from hypervisor.block_graph import block_nodes
 from hypervisor.discovery import Capabilities, Disk
 from hypervisor.errors import FleecingError, QmpCommandError, QmpConnectError, QmpError, QmpTimeoutError
 from hypervisor.guest_agent import frozen
-from hypervisor.leftovers import HANGS, Undone, remove_files, undo
+from hypervisor.leftovers import HANGS, Undone, none_ours, remove_files, undo
 from hypervisor.live_source import read_dirty_map
 from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.qmp import Qmp, connect
@@ -294,11 +294,8 @@ class Fleecing:
                 with self.telling_of_a_crash():
                     disk.changed = await read_dirty_map(address, str(name), disk.disk.size, disk.disk.device)
         try:
-            await qmp.poll(
-                "query-block-exports",
-                lambda answer: not any(str(export.get("id")).startswith("fleece-m") for export in answer),
-                timeout_s=_MAP_TIMEOUT_S,
-            )
+            # The maps are the only exports so far.
+            await qmp.poll("query-block-exports", none_ours, timeout_s=_MAP_TIMEOUT_S)
         except QmpTimeoutError as error:
             raise FleecingError("freeze the disks of", self.qmp_path, "QEMU does not let go of the maps") from error
 
@@ -342,7 +339,9 @@ class Fleecing:
         try:
             async with connect(self.qmp_path, timeout_s=_RECONNECT_TIMEOUT_S) as qmp:
                 if qmp.peer == self.run.peer:
-                    await self._step("undo")
+                    # The guest is freed even if the run folder is full: clean-up needs only QEMU.
+                    with contextlib.suppress(FleecingError):
+                        await self._step("undo")
                     await self._undo(qmp, undone, success=success)
                     return True
         except (QmpError, OSError) as error:

@@ -78,7 +78,7 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: flo
         undone.actions.append(f"removed the export {name}")
     if ours:
         try:
-            await qmp.poll("query-block-exports", _none_ours, timeout_s=timeout_s)
+            await qmp.poll("query-block-exports", none_ours, timeout_s=timeout_s)
         except QmpTimeoutError:
             undone.problems.append(f"QEMU still holds the exports {', '.join(ours)}")
             return False
@@ -93,7 +93,8 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: flo
     return True
 
 
-def _none_ours(answer: object) -> bool:
+def none_ours(answer: object) -> bool:
+    """Whether `query-block-exports` lists no export of ours; False too for nonsense."""
     return isinstance(answer, list) and not any(
         isinstance(export, dict) and str(export.get("id")).startswith("fleece-") for export in answer
     )
@@ -127,21 +128,21 @@ async def _free_guest(qmp: Qmp, undone: Undone) -> Mapping[str, str]:
 
 async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
     """Only where the device's root is still ours: an overlay that was put on top must not be thrown away."""
-    refused: dict[str, str] = {}
-    with trio.move_on_after(_UNPLUG_TIMEOUT_S):
-        while True:
-            refused.clear()
-            for device, root in await device_roots(qmp):
-                if root not in below:
-                    continue
-                if error := await _refused(qmp.qom_set(device, "drive", below[root])):
-                    refused[device] = error
-                else:
-                    undone.actions.append(f"set {device} back to {below[root]}")
-            if not refused:
-                return
-            # A device that is being unplugged is listed for a moment although it cannot be reached any more.
-            await trio.sleep(0.1)
+    # The time is for refusals only: on slow storage every switch takes long, and none may be left out.
+    deadline = trio.current_time() + _UNPLUG_TIMEOUT_S
+    while True:
+        refused: dict[str, str] = {}
+        for device, root in await device_roots(qmp):
+            if root not in below:
+                continue
+            if error := await _refused(qmp.qom_set(device, "drive", below[root])):
+                refused[device] = error
+            else:
+                undone.actions.append(f"set {device} back to {below[root]}")
+        if not refused or trio.current_time() > deadline:
+            break
+        # A device that is being unplugged is listed for a moment although it cannot be reached any more.
+        await trio.sleep(0.1)
     undone.problems += [f"could not set {device} back: {error}" for device, error in refused.items()]
 
 
@@ -207,7 +208,10 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
 
 async def remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:
     """Remove the fleecing images of `run`'s QEMU, and its state unless a problem is left."""
-    await in_io_thread(_remove_files, run, state, scratch, undone)
+    try:
+        await in_io_thread(_remove_files, run, state, scratch, undone)
+    except OSError as error:  # a scratch folder whose disk is gone cannot even be looked into
+        undone.problems.append(f"could not remove all files of the run: {os_reason(error)}")
 
 
 def _remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:

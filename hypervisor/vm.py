@@ -13,6 +13,7 @@ from typing import Final
 
 from core.disks import ReadPlan
 from core.errors import FleeceError
+from core.limits import in_io_thread
 from core.nursery import open_nursery
 from hypervisor import bitmaps
 from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Choice, Finished, Situation, choose, our_bitmaps, target_id
@@ -105,12 +106,14 @@ async def frozen_view(
     cbw_timeout_s: int = 45,
     at_instant: Callable[[Qmp], Awaitable[None]] | None = None,
     on_step: Callable[[str], None] = lambda _step: None,
+    on_warning: Callable[[str], None] = lambda _warning: None,
 ) -> AsyncIterator[FrozenView]:
     """The disks of a running VM at one instant, to be read while the block runs; the guest goes on meanwhile.
 
     However the block ends, the VM is as before, but for the bitmaps: with `commit` the next backup counts from
     `new_id`, without it from where this one did. What a killed run has left is removed first. If something could not be
-    undone, an error says so, or (when the block has failed already) a note at the block's error.
+    undone, an error says so, also instead of a cancellation, or (when the block has failed already) a note at the
+    block's error.
 
     Args:
         qmp_path: QMP socket; connected to at the beginning and at the end only.
@@ -127,6 +130,7 @@ async def frozen_view(
         cbw_timeout_s: seconds a guest write may wait for the fleecing image before the view is given up.
         at_instant: called right after the instant, while the guest is frozen.
         on_step: called with a few words before each change.
+        on_warning: called at the end with each sentence for the report, also if the block, or the set-up, failed.
 
     Raises:
         VmStateError: another run works on this QEMU, or the VM's state allows no backup.
@@ -186,7 +190,7 @@ async def frozen_view(
                 if undone.actions
                 else [],
             )
-            teardown = _Teardown(fleecing)
+            teardown = _Teardown(fleecing, on_warning)
             # Armed before the first change, so that a set-up whose answer got lost is undone too.
             stack.push_async_exit(teardown)
             await fleecing.set_up(qmp)
@@ -206,8 +210,8 @@ async def frozen_view(
 class _Teardown:
     """The end of a frozen view, as an exit callback."""
 
-    def __init__(self, fleecing: Fleecing) -> None:
-        self._fleecing = fleecing
+    def __init__(self, fleecing: Fleecing, on_warning: Callable[[str], None]) -> None:
+        self._fleecing, self._on_warning = fleecing, on_warning
         self.view: FrozenView | None = None
 
     async def __call__(
@@ -215,10 +219,12 @@ class _Teardown:
     ) -> bool:
         success = self.view is not None and self.view.committed
         problems = await self._fleecing.tear_down(success=success)
+        for warning in self._fleecing.warnings:
+            self._on_warning(warning)
         if not problems:
             return False
         text = "; ".join(problems)
-        if error is None:
+        if not isinstance(error, Exception):  # none, or a cancellation, which nobody would read the note of
             raise FleecingError("take the frozen view down of", self._fleecing.qmp_path, text, _CLEANUP_HINT)
         error.add_note(f"afterwards the frozen view could not be taken down: {text}; {_CLEANUP_HINT}")
         return False
@@ -359,5 +365,5 @@ async def cleanup(
 async def _clean(qmp: Qmp, run: Run, scratch: Path | None) -> list[str]:
     undone = await clean_killed(qmp, run, scratch)
     _check_clean(undone, qmp.where)
-    stale = [] if scratch is None else remove_stale(scratch)
+    stale = [] if scratch is None else await in_io_thread(remove_stale, scratch)
     return [*undone.actions, *undone.kept, *(f"removed the fleecing image {path}" for path in stale)]

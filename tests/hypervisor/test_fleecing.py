@@ -1,5 +1,6 @@
 """Frozen views of real QEMUs, and everything that may happen to a VM while one is up: the guest never notices."""
 
+import errno
 import os
 import subprocess
 import time
@@ -12,9 +13,12 @@ import pytest
 import trio
 
 from core.errors import SourceError
+from hypervisor import leftovers
 from hypervisor.errors import FleecingError, SnapshotBrokenError, VmStateError, VmUnsupportedError
 from hypervisor.fleecing import Fleecing
+from hypervisor.qmp import Qmp
 from hypervisor.scratch import Scratch
+from hypervisor.state import Run
 from hypervisor.vm import FrozenView
 from tests.hypervisor.fleecing_bench import MIB, Bench, facts, make_qcow2, read_disk
 from tests.support.guest import SmallGuest
@@ -224,6 +228,76 @@ async def test_a_set_up_that_ends_at_any_step_is_undone(
         reads = await bench.backup(vm)
         assert reads[D0].mode == "incremental"
         assert [reads[D0].image[at * MIB] for at in range(number)] == [at + 2 for at in range(number)]
+
+
+async def test_a_run_folder_that_is_full_at_the_end_does_not_keep_the_guest_behind_the_filters(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_run: Run, _text: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with vm_with(qemu, tmpfs) as (vm, bench), bench.view(vm) as view:
+        monkeypatch.setattr(Run, "_save", full)
+        assert await content(view) == b"\x05" * 24 * MIB
+
+
+async def test_slow_switches_of_devices_are_waited_for(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qom_set = Qmp.qom_set
+
+    async def slow(*arguments: Any) -> None:
+        await trio.sleep(0.3)
+        await qom_set(*arguments)
+
+    disks = [VmDisk(tmpfs / f"d{number}", f"d{number}") for number in range(3)]
+    async with vm_with(qemu, tmpfs, *disks) as (vm, bench), bench.view(vm):
+        monkeypatch.setattr(leftovers, "_UNPLUG_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(Qmp, "qom_set", slow)
+
+
+async def test_files_that_cannot_be_removed_are_said(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_run: Run) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with vm_with(qemu, tmpfs) as (vm, bench):
+        with pytest.raises(FleecingError, match="could not remove all files of the run: Input/output error"):
+            async with bench.view(vm) as view:
+                monkeypatch.setattr(Run, "forget", broken)
+                view.commit()
+        monkeypatch.undo()
+        await bench.backup(vm)
+
+
+async def test_what_could_not_be_undone_is_said_to_one_who_cancelled_too(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_qmp: Qmp, undone: leftovers.Undone, _below: object) -> None:
+        undone.problems.append("could not do it")
+
+    async with vm_with(qemu, tmpfs) as (vm, bench):
+        with trio.CancelScope() as scope, pytest.raises(FleecingError, match=r"frozen view down .*could not do it"):
+            async with bench.view(vm):
+                monkeypatch.setattr(leftovers, "_remove_nodes", fail)
+                scope.cancel()
+                await trio.sleep_forever()
+        monkeypatch.undo()
+        await bench.backup(vm)
+
+
+async def test_warnings_are_told_of_a_set_up_that_fails_too(qemu: QemuBinary, tmpfs: Path) -> None:
+    async def fail(_qmp: Qmp) -> None:
+        raise Failure("at the instant")
+
+    warnings: list[str] = []
+    async with vm_with(qemu, tmpfs) as (vm, bench):
+        with pytest.raises(Failure):
+            async with bench.view(vm, guest_agent=tmpfs / "no-agent", at_instant=fail, on_warning=warnings.append):
+                pass
+    (warning,) = warnings
+    assert "no-agent" in warning
 
 
 # -- the scratch folder -----------------------------------------------------------------------------------------------
