@@ -112,20 +112,23 @@ async def _target(qmp: Qmp, memory: int) -> AsyncIterator[None]:
     """The node `_NODE` over our memory while the block runs."""
     filename = await qmp.add_fd(memory, opaque=_JOB)
     try:
-        with suppress(QmpCommandError):  # of a killed run
-            await qmp.execute("blockdev-del", {"node-name": _NODE})
+        await _remove_copy(qmp)  # of a killed run
         await qmp.execute("blockdev-add", {"driver": "file", "node-name": _NODE, "filename": filename})
         yield
     finally:
         with trio.move_on_after(_CLEANUP_TIMEOUT_S, shield=True):
-            for command, arguments in (
-                ("job-cancel", {"id": _JOB}),
-                ("job-dismiss", {"id": _JOB}),
-                ("blockdev-del", {"node-name": _NODE}),
-            ):
-                with suppress(QmpCommandError):  # gone already, in the good case the job
-                    await qmp.execute(command, arguments)
+            await _remove_copy(qmp)
             await qmp.remove_fd_set(filename)
+
+
+async def _remove_copy(qmp: Qmp) -> None:
+    for command, arguments in (
+        ("job-cancel", {"id": _JOB}),
+        ("job-dismiss", {"id": _JOB}),
+        ("blockdev-del", {"node-name": _NODE}),
+    ):
+        with suppress(QmpCommandError):  # gone already, in the good case the job
+            await qmp.execute(command, arguments)
 
 
 async def _copy(qmp: Qmp, node: str) -> None:

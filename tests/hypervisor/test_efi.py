@@ -5,7 +5,7 @@ import pytest
 import trio
 
 from core.errors import SourceError
-from hypervisor.efi import efi_vars
+from hypervisor.efi import efi_vars, find_efi_vars
 from hypervisor.qmp import connect
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu
@@ -72,9 +72,19 @@ async def test_a_file_that_qemu_names_but_does_not_have_open_is_not_read(
 async def test_efi_variables_can_be_read_after_a_killed_run(distribution: QemuBinary, tmp_path: Path) -> None:
     extra, content = await flash(distribution, tmp_path, "qcow2")
     async with RunningQemu.start(distribution, [], extra=extra) as vm, connect(vm.qmp) as qmp:
-        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": "fleece-f9999"})
+        size = len(content)
+        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": "fleece-f9999", "size": size})
         assert await efi_vars(qmp) == content
         assert "fleece-f9999" not in await vm.nodes()
+        # One that had copied them already.
+        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": "fleece-f9999", "size": size})
+        found = await find_efi_vars(qmp)
+        assert found is not None
+        job = {"job-id": "fleece-efi", "device": found.node, "target": "fleece-f9999", "sync": "full"}
+        await qmp.execute("blockdev-backup", {**job, "auto-dismiss": False})
+        await qmp.poll("query-jobs", lambda jobs: jobs[0]["status"] == "concluded", timeout_s=20)
+        assert await efi_vars(qmp) == content
+        assert await vm.execute("query-jobs") == []
 
 
 async def test_cancelled_reading_of_efi_variables_leaves_nothing(distribution: QemuBinary, tmp_path: Path) -> None:
