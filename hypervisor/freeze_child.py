@@ -150,7 +150,9 @@ class Agent:
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(self._sock, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        left_s = deadline - time.monotonic()
+        # The time ends also for one that sends without a pause.
+        if left_s <= 0 or not poll.poll(left_s * 1000):
             raise AgentError("no answer from the agent in time")
 
 

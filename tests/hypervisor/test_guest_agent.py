@@ -1,7 +1,9 @@
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +277,29 @@ async def test_the_child_starts_quickly_and_ends_by_itself() -> None:
         async with frozen(path):
             assert trio.current_time() - began < 2  # 0.03 s on an idle machine
         await agent.until("closed", timeout_s=2)
+
+
+class Chatterbox:
+    """A socket on which there is always something to read, and never what was asked for."""
+
+    def __init__(self) -> None:
+        self._zeros = os.open("/dev/zero", os.O_RDWR)
+        self._ends = time.monotonic() + 20
+
+    def fileno(self) -> int:
+        return self._zeros
+
+    def send(self, data: bytes) -> int:
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        assert time.monotonic() < self._ends, "nobody looks at the clock"
+        return bytes(size)
+
+    def close(self) -> None:
+        os.close(self._zeros)
+
+
+def test_an_agent_that_never_stops_talking_costs_no_more_than_a_silent_one() -> None:
+    with contextlib.closing(Chatterbox()) as agent, pytest.raises(freeze_child.AgentError, match="in time"):
+        freeze_child.Agent(agent).sync(0.2)  # type: ignore[arg-type]  # all that it uses
