@@ -24,7 +24,7 @@ from hypervisor.qmp import Qmp
 #: Bytes one bit stands for: a chunk of a disk image.
 GRANULARITY: Final = 4 * 1024**2
 
-_NAME: Final = re.compile(r"fleece-(?P<target>[0-9a-f]{8})-(?P<disk>[0-9a-f]{8})-(?P<id>0|[1-9][0-9]{0,18})")
+_NAME: Final = re.compile(r"fleece-(?P<target>[0-9a-f]{8})-(?P<disk>[0-9a-f]{8})-(?P<id>0|[1-9][0-9]{0,11})")
 
 
 class BitmapMode(Enum):

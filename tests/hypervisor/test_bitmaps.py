@@ -26,7 +26,7 @@ D0, D1 = "drive-d0.img", "drive-d1.img"
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**32).map(lambda n: f"{n:08x}"[-8:]), st.text(min_size=1), st.integers(0, 2**40))
+@given(st.integers(0, 2**32).map(lambda n: f"{n:08x}"[-8:]), st.text(min_size=1), st.integers(0, 10**12 - 1))
 def test_a_name_reads_back_as_it_was_made(target: str, archive: str, number: int) -> None:
     name = BitmapName(target, disk_id(archive), number)
     assert BitmapName.parse(str(name)) == name
@@ -43,7 +43,7 @@ def test_a_name_reads_back_as_it_was_made(target: str, archive: str, number: int
         "fleece-0badcafe-01234567--1",
         "fleece-0badcafe-01234567-1\n",
         "fleece-0BADCAFE-01234567-1",
-        "fleece-0badcafe-01234567-99999999999999999999",
+        "fleece-0badcafe-01234567-1000000000000",  # no time that a snapshot can have
         "xfleece-0badcafe-01234567-1",
         "libvirt-1",
     ],
