@@ -28,7 +28,8 @@ _POINTER_KEY: Final = re.compile(r".*-secret|keyid|passwordid")
 #: Options whose whole value is text for the guest, not `name=value` of QEMU.
 _GUEST_TEXT: Final = frozenset({"append"})
 
-_URL_PASSWORD: Final = re.compile(r"(?P<head>[A-Za-z][A-Za-z0-9+.-]*://[^/@:%\s]*[:%])[^/\s]*(?=@)")
+#: The scheme is bounded: without that a long argument of letters alone would take hours.
+_URL_PASSWORD: Final = re.compile(r"(?P<head>[A-Za-z][A-Za-z0-9+.-]{0,30}://[^/@:%\s]*[:%])[^/\s]*(?=@)")
 #: `rbd:pool/image:id=admin:key=...`; a colon of the value itself has a backslash in front.
 _COLON_OPTION: Final = re.compile(r"(?P<head>:(?:key|password|secret)=)(?:\\.|[^:\\])*")
 #: SMBIOS strings and kernel arguments by which systemd in the guest takes credentials.

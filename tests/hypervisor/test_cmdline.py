@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ async def test_the_blob_is_the_command_line_of_the_process_behind_the_socket(qem
         assert f"unix:{vm.qmp},server=on,wait=off" in arguments
         assert S.encode() not in blob
     assert COMMAND_LINE_NAME == "qemu-command.json"
+
+
+@pytest.mark.parametrize("part", ["a", "a:", "x://", "x://a:", ":key=", '"key":"', '{"password'])
+def test_a_long_argument_takes_no_long_time(part: str) -> None:
+    long = part * (131_072 // len(part))  # as long as the kernel allows
+    began = time.process_time()
+    masked(["-x", long, "-x", "{" + long])
+    assert time.process_time() - began < 5  # 0.2 s on an idle machine
 
 
 async def test_no_blob_for_a_process_that_is_gone_or_another_one() -> None:
