@@ -26,8 +26,8 @@ class Peer:
     start_time: int | None  #: clock ticks after boot; None if the process has ended or is hidden
 
     def alive(self) -> bool:
-        """Whether that very process still runs (False too if it was never visible)."""
-        return self.start_time is not None and process_start_time(self.pid) == self.start_time
+        """Whether that very process still runs; one that was never visible (in another container) may, so True."""
+        return self.start_time is None or process_start_time(self.pid) == self.start_time
 
 
 def process_start_time(pid: int) -> int | None:

@@ -122,6 +122,12 @@ def test_a_run_folder_that_cannot_be_made_is_said(tmp_path: Path, peer: Peer) ->
         pass
 
 
+def test_a_process_that_cannot_be_seen_does_not_count_as_ended(peer: Peer) -> None:
+    assert peer.alive()
+    assert not Peer(peer.pid, 0, 0, 1).alive()
+    assert Peer(0, 0, 0, None).alive()  # in a container of its own
+
+
 def test_the_start_of_a_process_is_known_in_seconds(peer: Peer) -> None:
     import time
 
