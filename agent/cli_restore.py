@@ -1,6 +1,8 @@
 """`fleece restore`: one archive to a file, device, NBD server or pipe; a whole snapshot to a folder."""
 
+import sys
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +13,8 @@ from agent.invocation import Invocation, command, to_stderr
 from core.errors import TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
     from core.buffers import Buffer
     from core.progress import Progress
     from datastore.codec import ChunkCodec
@@ -187,7 +191,8 @@ class _Job:
         from repository.restore import restore_disk, restore_stream
 
         if target == "-":
-            await restore_stream(self._reader, self._codec, self._manifest, entry.filename, to_stdout, self._progress)
+            async with _standard_output() as write:
+                await restore_stream(self._reader, self._codec, self._manifest, entry.filename, write, self._progress)
             return
         from hypervisor.targets import open_target
 
@@ -199,8 +204,11 @@ class _Job:
         from repository.restore import restore_blob
 
         data = await restore_blob(self._reader, self._codec, self._manifest, entry.filename)
-        if target == "-":
-            await to_stdout(data)
+        if target == "-" and sys.stdout.isatty():
+            await in_io_thread(_to_terminal, data)
+        elif target == "-":
+            async with _standard_output() as write:
+                await write(data)
         else:
             await in_io_thread(write_small_file, Path(target), data, self._force)
         return len(data)
@@ -212,26 +220,29 @@ def _inside_folder(target: str, name: str) -> str:
     return str(Path(target) / name) if is_folder else target
 
 
-async def to_stdout(data: "Buffer") -> None:
-    """Write all of `data` to standard output.
+@asynccontextmanager
+async def _standard_output() -> "AsyncIterator[Callable[[Buffer], Awaitable[None]]]":
+    """What writes to standard output, which is no terminal; a pipe that nobody empties can be given up.
 
     Raises:
-        TargetError: whoever reads it went away, or it cannot be written.
+        TargetError: it is a terminal, whoever reads it went away, or it cannot be written.
     """
-    import os
-    import sys
+    from hypervisor.targets import StreamTarget
 
-    from core.limits import in_io_thread
+    stream = StreamTarget(sys.stdout.fileno(), "standard output")
+    try:
+        yield stream.write
+        await stream.flush()
+    finally:
+        stream.close()
 
-    def write() -> None:
-        left = memoryview(data)
-        try:
-            while left:
-                left = left[os.write(sys.stdout.fileno(), left) :]
-        except OSError as error:
-            raise TargetError("write to", "standard output", os_reason(error)) from error
 
-    await in_io_thread(write)
+def _to_terminal(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except OSError as error:
+        raise TargetError("write to", "standard output", os_reason(error)) from error
 
 
 def _prepare_folder(folder: Path, force: bool) -> None:

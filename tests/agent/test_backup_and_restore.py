@@ -158,7 +158,7 @@ def test_a_restore_into_a_pipe_that_nobody_empties_can_be_ended(
     stored: Fleece, image: Path, ended: Callable[["Popen[str]"], "Popen[str]"]
 ) -> None:
     stored.json("backup", f"disk.img:{image}", "--backup-id", "web")
-    piped = ended(stored.start("restore", "host/web/latest", "disk.img", "-"))
+    piped = ended(stored.start("restore", "host/web/latest", "disk.img", "-", encoding="latin-1"))
     assert piped.stdout is not None
     assert select.select([piped.stdout], [], [], 60)[0]
     time.sleep(0.5)  # until the pipe is full
@@ -169,15 +169,18 @@ def test_a_restore_into_a_pipe_that_nobody_empties_can_be_ended(
 def test_an_image_is_not_restored_to_a_terminal(stored: Fleece, image: Path, conf: Path) -> None:
     stored.json("backup", f"disk.img:{image}", f"vm.conf:{conf}", "--backup-id", "web")
     reader, terminal = pty.openpty()
-    with open(reader, "rb", buffering=0), open(terminal, "wb", buffering=0) as standard_output:
-        refused = stored.start("restore", "host/web/latest", "disk.img", "-", stdout=standard_output)
+    try:
+        refused = stored.start("restore", "host/web/latest", "disk.img", "-", stdout=terminal)
         _, err = refused.communicate(timeout=60)
         assert refused.returncode == 1
         assert "it is a terminal" in err
-        shown = stored.start("restore", "host/web/latest", "vm.conf", "-", stdout=standard_output)
+        shown = stored.start("restore", "host/web/latest", "vm.conf", "-", stdout=terminal)
         shown.communicate(timeout=60)
         assert shown.returncode == 0
         assert conf.read_bytes() in os.read(reader, 65536).replace(b"\r\n", b"\n")
+    finally:
+        os.close(reader)
+        os.close(terminal)
 
 
 def test_an_image_is_restored_sparse_and_never_over_something_without_force(
