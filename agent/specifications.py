@@ -1,6 +1,8 @@
 """What `fleece backup` is told to store: `NAME.img:SOURCE`, `NAME.conf:FILE`."""
 
+import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -80,8 +82,9 @@ def read_small_file(path: Path) -> bytes:
         SourceError: unreadable, no regular file, or more than a blob can hold.
     """
     try:
-        with path.open("rb") as file:
-            if not path.is_file():
+        # O_NONBLOCK: opening a named pipe must not wait for somebody to write into it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise SourceError("store", str(path), "it is no regular file", "a disk is stored as NAME.img:DISK")
             data = file.read(MAX_BLOB_SIZE + 1)
     except OSError as error:

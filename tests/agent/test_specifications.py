@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -55,5 +56,8 @@ def test_a_small_file_is_read_whole_and_a_folder_or_device_is_refused(tmp_path: 
         read_small_file(tmp_path)
     with pytest.raises(SourceError, match="no regular file"):
         read_small_file(Path("/dev/zero"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="no regular file"):
+        read_small_file(tmp_path / "pipe")
     with pytest.raises(SourceError, match="No such file"):
         read_small_file(tmp_path / "y")
