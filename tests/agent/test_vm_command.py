@@ -1,7 +1,10 @@
 """`fleece vm` against a real QEMU: the test plays the guest, the command runs in a process of its own."""
 
+import contextlib
+import errno
 import json
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from subprocess import Popen
@@ -10,6 +13,9 @@ from typing import Any
 import pytest
 import trio
 
+from agent.config import Config
+from agent.vm_backup import is_running
+from agent.vm_settings import VmOptions, resolve_vm
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 from tests.support.scripted_qmp import ScriptedAgent
@@ -218,6 +224,21 @@ async def test_the_guest_stands_still_for_the_instant_only_and_the_report_says_h
         report = await document(configured, "vm", "backup", *target, code=3)
     assert report["frozen-s"] == 0
     assert "agent" in report["warnings"][0]
+
+
+async def test_a_socket_with_too_many_waiting_clients_belongs_to_a_running_vm(tmp_path: Path) -> None:
+    path = tmp_path / "qmp"
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        listener.listen(0)
+        full = False
+        while not full:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            full = client.connect_ex(str(path)) == errno.EAGAIN
+        with trio.fail_after(30):
+            assert await is_running(resolve_vm(Config(), VmOptions(qmp=path, id="web")))
 
 
 @pytest.mark.parametrize(
