@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from core.buffers import Buffer
 from core.limits import in_io_thread
@@ -20,6 +21,9 @@ from datastore.files import (
     unlink_existing,
 )
 from datastore.names import MANIFEST_NAME, Namespace
+
+#: Of the folders that are synced, those that hold files of a snapshot: its own and its group's.
+_FOLDERS_WITH_FILES: Final = 2
 
 
 class LocalMetaStore:
@@ -47,7 +51,11 @@ class LocalMetaStore:
 
         def publish() -> None:
             with store_errors("put in place", path):
-                self._owner.own(tmp)
+                fd = os.open(tmp, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    self._owner.own(fd)
+                finally:
+                    os.close(fd)
                 os.rename(tmp, self._base / path)  # noqa: PTH104 - one system call that the crash tests count
 
         await in_io_thread(publish)
@@ -95,10 +103,12 @@ class LocalMetaStore:
 
 
 def _sync_folders(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_file(follow_symlinks=False):
-                    with suppress(FileNotFoundError):  # somebody's temporary file, renamed meanwhile
-                        sync_path(Path(entry.path))
+    # The snapshot's and its group's files; above them are only folders of ours, and foreign files.
+    for depth, folder in enumerate(folders):
+        if depth < _FOLDERS_WITH_FILES:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        with suppress(FileNotFoundError):  # somebody's temporary file, renamed meanwhile
+                            sync_path(Path(entry.path))
         sync_path(folder)

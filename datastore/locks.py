@@ -247,13 +247,19 @@ def _is_still(fd: int, path: Path) -> bool:
 
 
 def _range_lock(fd: int, kind: int, start: int, length: int) -> bool:
-    """Set an open-file-description lock without waiting; False if somebody else holds it."""
+    """Set an open-file-description lock without waiting; False if somebody else holds it.
+
+    Whole-file record locks, as PBS takes them, are no substitute where these are missing: they belong to the process,
+    so the first session to end would drop those of the others.
+    """
     request = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
+        if error.errno == errno.EINVAL:
+            raise OSError(errno.EINVAL, "the file system has no open-file-description locks") from error
         raise
     return True
 
@@ -374,7 +380,7 @@ class ProcessLocker:
         try:
             give_up = trio.current_time() + wait_s
             with store_errors("lock", path):
-                while not _lock_with_fallback(fd, kind, start, length):
+                while not _range_lock(fd, kind, start, length):
                     if trio.current_time() >= give_up:
                         holders = self._holders(fd, kind, start, length)
                         raise LockedError(what, str(self.base), holders, "try again later")
@@ -390,20 +396,6 @@ class ProcessLocker:
             return f"process {pid} holds its lock (PBS on this host?)"
         writers = ", ".join(map(str, self.writers()))
         return f"its lock is held; running writers: {writers}" if writers else "another garbage collection is running"
-
-
-def _lock_with_fallback(fd: int, kind: int, start: int, length: int) -> bool:
-    try:
-        return _range_lock(fd, kind, start, length)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    # No open-file-description locks here: the whole file, as PBS does it.
-    try:
-        fcntl.lockf(fd, (fcntl.LOCK_SH if kind == fcntl.F_RDLCK else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 def _parse_writer(text: bytes, fd: int) -> Writer:

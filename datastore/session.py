@@ -220,6 +220,12 @@ class LocalBackupSession:
         if self._manifest is None or not self._files:
             raise UsageError("finish", where, "no manifest, or no file, was stored")
         manifest = Manifest.parse(bytes(self._manifest), where=where)
+        if (manifest.type, manifest.id, manifest.ctime) != (
+            self.snapshot.group.type,
+            self.snapshot.group.id,
+            self.snapshot.ctime,
+        ):
+            raise UsageError("finish", where, "the manifest is that of another snapshot")
         for file in manifest.files:
             stored = self._files.get(file.filename)
             if stored is None or (stored.size, stored.csum) != (file.size, file.csum):

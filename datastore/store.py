@@ -306,6 +306,13 @@ class Datastore:
         text = self._text(f"{group.path}/owner")
         return None if text is None else text.partition("\n")[0].rstrip()
 
+    def listed_owner(self, group: Group) -> str | None:
+        """As `group_owner`, but an unreadable file does not spoil a listing: None."""
+        try:
+            return self.group_owner(group)
+        except StoreError:
+            return None
+
     def group_notes(self, group: Group) -> str:
         """The group's notes."""
         return self._text(f"{group.path}/notes") or ""
@@ -355,7 +362,7 @@ class Datastore:
             snapshot,
             finished=MANIFEST_NAME in names,
             protected=PROTECTED_NAME in names,
-            owner=self.group_owner(snapshot.group),
+            owner=self.listed_owner(snapshot.group),
             files=tuple(files),
             manifest=manifest,
         )

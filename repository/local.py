@@ -95,7 +95,7 @@ class LocalRepository:
         finished = self.store.snapshots(group)
         return GroupInfo(
             group,
-            owner=self.store.group_owner(group),
+            owner=self.store.listed_owner(group),
             comment=self.store.group_notes(group),
             count=len(finished),
             latest=finished[-1] if finished else None,

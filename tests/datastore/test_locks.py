@@ -304,3 +304,13 @@ with ChunkLocks(base, Owner.of(base)).hold(bytes.fromhex(sys.argv[2])):
     with locks.hold(digest, wait_s=5):
         pass
     locks.close()
+
+
+async def test_a_file_system_without_such_locks_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, command: int, request: bytes) -> bytes:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    with pytest.raises(StoreError, match="has no open-file-description locks"):
+        async with ProcessLocker(base, Owner.of(base)).writer(wait_s=0):
+            pass

@@ -530,3 +530,30 @@ async def test_an_unfinished_snapshot_is_forgotten_only_while_nobody_writes_its_
     await repo.forget(left)
     assert not (store_folder / "vm/1").exists()
     repo.close()
+
+
+async def test_an_unreadable_owner_does_not_spoil_the_listing(store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    snapshot = await write_snapshot(repo, "vm/1", 1000, FILES)
+    owner = store_folder / "vm/1/owner"
+    owner.unlink()
+    owner.symlink_to("/etc/shadow")
+    assert (await repo.snapshot(snapshot)).owner is None
+    assert [info.owner for info in await repo.groups()] == [None]
+    with pytest.raises(StoreError):
+        await write_snapshot(repo, "vm/1", 2000, FILES)
+    repo.close()
+
+
+async def test_level_file_leaves_foreign_files_above_the_group_alone(
+    store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("datastore.local_meta.sync_path", synced.append)
+    (store_folder / "foreign").touch()
+    repo = await open_local(store_folder, sync_level=SyncLevel.FILE)
+    snapshot = await write_snapshot(repo, "vm/1", 1000, FILES)
+    folder = store_folder / snapshot.path
+    assert [folder / "disk.img.fidx", folder, folder.parent / "owner", folder.parent] == synced[:4]
+    assert [store_folder / "vm", store_folder] == synced[4:]
+    repo.close()

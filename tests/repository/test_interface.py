@@ -323,3 +323,12 @@ async def test_a_base_that_vanishes_under_the_session_fails_it(repo: Repository,
             (store_folder / base.path / MANIFEST_NAME).unlink()
             await session.finish()
     assert [str(info.snapshot) for info in await repo.snapshots()] == []
+
+
+async def test_the_manifest_of_another_snapshot_is_refused(repo: Repository) -> None:
+    async with repo.backup(GROUP.at(1000)) as session:
+        other = Manifest.new(GROUP.at(1001))
+        other.add(await put_file(session, "a.conf.blob", b"text"))
+        await session.put_blob(MANIFEST_NAME, other.encode(CODEC))
+        with pytest.raises(UsageError, match="that of another snapshot"):
+            await session.finish()

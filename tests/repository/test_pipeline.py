@@ -50,7 +50,7 @@ async def back_up(repo: LocalRepository, ctime: int, codec: ChunkCodec, *disks: 
 def change(disk: bytearray, choose: random.Random) -> list[Extent]:
     """Write somewhere; returns the map of a dirty bitmap of 64 KiB, as QEMU would give it."""
     block = 65536
-    dirty = set()
+    dirty: set[int] = set()
     for _ in range(choose.randrange(4)):
         offset = choose.randrange(len(disk))
         data = choose.choice([b"\0", b"x", choose.randbytes(1)]) * choose.choice([1, 4096, CHUNK + 17])
@@ -150,7 +150,7 @@ async def test_damaged_chunk_file_is_found_by_verify_and_stops_a_restore(
         path.unlink()
     else:
         content[-1] ^= 1
-        path.write_bytes({"flip": content, "truncate": content[:20], "empty": b""}[damage])
+        path.write_bytes(bytes({"flip": content, "truncate": content[:20], "empty": b""}[damage]))
     (result,) = await verify(repo, [GROUP.at(1000)], codec)
     assert len(result.errors) == 1
     assert f"at {CHUNK}, chunk {digest}" in result.errors[0]
