@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.disks import DiskSource
 from core.limits import cpu_count
 from core.units import format_size, parse_size
 
@@ -464,7 +465,8 @@ def worker(arguments: Sequence[str]) -> None:
         if latest is not None:
             await trio.sleep(max(0.0, latest.ctime + 1 - time.time()))
         codec = ChunkCodec()
-        async with open_source(path, name) as source:
+        async with open_source(path, name) as opened:
+            source: DiskSource = opened
             if what == "backup-by-bitmap":
                 assert latest is not None
                 source = Unchanged(source, latest.ctime)

@@ -1,5 +1,6 @@
 """`fleece backup`, `list`, `show`, `restore`, `forget`, `verify` on a real datastore, as a person runs them."""
 
+import io
 import os
 import pty
 import select
@@ -145,7 +146,7 @@ def test_standard_output_of_a_restore_to_a_pipe_is_the_archive_and_nothing_else(
 ) -> None:
     stored.json("backup", f"disk.img:{image}", f"vm.conf:{conf}", "--backup-id", "web")
     piped = stored.start("restore", "host/web/latest", "disk.img", "-", umask=0o77)
-    assert piped.stdout is not None
+    assert isinstance(piped.stdout, io.TextIOWrapper)
     assert piped.stdout.buffer.read() == image.read_bytes()
     piped.communicate(timeout=30)
     assert piped.returncode == 0

@@ -33,7 +33,8 @@ def test_the_result_of_the_work_comes_back() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cancels_the_work_and_a_second_one_does_not_break_its_clean_up(number: signal.Signals) -> None:
-    cleaned, said = [], []
+    cleaned: list[bool] = []
+    said: list[str] = []
 
     async def work() -> None:
         os.kill(os.getpid(), number)

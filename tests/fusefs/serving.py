@@ -50,7 +50,7 @@ def main() -> int:
         group = what.removesuffix("/latest")
         archive = OneArchive(Group.parse(group, ns) if what != group else Snapshot.parse(what, ns), name)
     # Tests cannot wait as long as users do.
-    mounting.serve.__kwdefaults__["idle_s"] = arguments.idle
+    mounting.serve.__kwdefaults__ = {**(mounting.serve.__kwdefaults__ or {}), "idle_s": arguments.idle}
     pool.WATCH_S = arguments.watch  # type: ignore[misc]
     try:
         mount(

@@ -8,6 +8,7 @@ begins.
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -54,4 +55,4 @@ async def main(qmp: str, folder: Path, base: str, new_id: int, phase: str, agent
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
+    trio.run(partial(main, sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:]))

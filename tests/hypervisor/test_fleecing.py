@@ -197,7 +197,7 @@ async def test_a_set_up_that_ends_at_any_step_is_undone(
         await vm.qemu_io("d0", "write -P 1 0 1M")
         await bench.backup(vm)
         number = 0
-        phases = []
+        phases: list[str] = []
         while not phases or phases[-1] != "read":
             await vm.qemu_io("d0", f"write -P {number + 2} {number}M 1M")
             before = await vm.bitmaps("fmt-d0"), await vm.bitmaps("fmt-d1")
@@ -307,7 +307,7 @@ async def test_warnings_are_told_of_a_set_up_that_fails_too(qemu: QemuBinary, tm
 def small_file_system(folder: Path, size: int) -> Iterator[Path]:
     """A tmpfs of `size` bytes."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
