@@ -61,6 +61,14 @@ class FleecedDisk:
     changed: list[Extent] | None = None  #: what the old bitmap says, None for a full read
     persistent: bool = False  #: the new bitmap is kept in the image
 
+    def pass_through(self, below: str) -> Mapping[str, object]:
+        """The pass-through node over the node `below`.
+
+        Of fixed size: QEMU refuses `block_resize` then, where it would abort while the map is exported, or as soon as
+        the view is read beyond the end of a disk that became smaller.
+        """
+        return {"driver": "raw", "node-name": f"fleece-p{self.number}", "file": below, "size": self.disk.size}
+
     @property
     def state(self) -> DiskState:
         """What is written down of it."""
@@ -130,7 +138,7 @@ class Fleecing:
                 await self._add_image(qmp, disk)
             await self._step("add the pass-through nodes")
             for disk in self.disks:
-                await self._blockdev_add(qmp, driver="raw", node_name=f"fleece-p{disk.number}", file=disk.disk.node)
+                await qmp.execute("blockdev-add", disk.pass_through(disk.disk.node))
             await self._step("switch the devices to them")
             for disk in self.disks:
                 await qmp.qom_set(disk.disk.qom_path, "drive", f"fleece-p{disk.number}")
@@ -227,10 +235,7 @@ class Fleecing:
 
     async def _set_instant(self, qmp: Qmp) -> None:
         """Step 6: one command switches all disks, at one instant and without a pause."""
-        options = [
-            {"driver": "raw", "node-name": f"fleece-p{disk.number}", "file": f"fleece-c{disk.number}"}
-            for disk in self.disks
-        ]
+        options = [disk.pass_through(f"fleece-c{disk.number}") for disk in self.disks]
         freeze = None
         try:
             async with frozen(self.guest_agent) as freeze:
