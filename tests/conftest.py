@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ from tests.support.cache import ROOT, Unavailable
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
 from tests.support.stores import StorePool
+
+# A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals must not meet.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 T = TypeVar("T")
 _QEMUS: dict[str, Callable[[], QemuBinary]] = {"distribution": distribution_qemu, "backports": backports_qemu}
