@@ -302,7 +302,8 @@ def _missing(disk: Disk, base: BaseInfo, here: Sequence[Bitmap], situation: Situ
             if bitmap.node in roots:
                 return f"another disk: the former one is now {roots[bitmap.node]}"
             return "the disk has a new top image since the previous backup (external snapshot)"
-    if situation.started is not None and situation.started > base.ctime:
+    # A backup time has whole seconds: within that second nobody knows which came first.
+    if situation.started is not None and situation.started >= base.ctime + 1:
         return "VM restarted since the previous backup"
     return "no dirty bitmap yet"
 
