@@ -23,7 +23,7 @@ import trio
 from tests.support.cache import ROOT
 
 #: Seconds for one command, or for a started one to get where it is to stop, on a busy machine.
-PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 60.0
 _PROGRAM: Final = Path(sys.executable).with_name("fleece")
 
 
@@ -86,10 +86,19 @@ class RunningFleece:
         self.process.kill()
         await self.ended()
 
-    async def ended(self) -> Outcome:
-        """Wait until it has ended."""
-        with trio.fail_after(PATIENCE_S):
+    async def ended(self, timeout_s: float = PATIENCE_S) -> Outcome:
+        """Wait until it has ended.
+
+        Raises:
+            AssertionError: not within `timeout_s`; the text says where in the program it hangs.
+        """
+        with trio.move_on_after(timeout_s) as scope:
             await self.process.wait()
+        if scope.cancelled_caught:
+            self.process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER makes it tell
+            with trio.move_on_after(5):
+                await self.process.wait()
+            raise AssertionError(f"it has not ended after {timeout_s:g} s: {self._outcome()}")
         outcome = self._outcome()
         assert "Traceback" not in outcome.err, outcome.err
         return outcome
@@ -122,9 +131,8 @@ class FleeceCommand:
 
     async def run(self, *arguments: str | Path, timeout_s: float = PATIENCE_S) -> Outcome:
         """Run it to its end, with `--output json`."""
-        with trio.fail_after(timeout_s):
-            async with self.start(*arguments) as running:
-                return await running.ended()
+        async with self.start(*arguments) as running:
+            return await running.ended(timeout_s)
 
     async def json(self, *arguments: str | Path, code: int = 0) -> Any:
         """The document it prints; the exit code must be `code`."""
@@ -159,6 +167,7 @@ class FleeceCommand:
         return {
             **clean,
             **kept,
+            "PYTHONFAULTHANDLER": "1",
             "FLEECE_STATE_DIR": str(self.home / "state"),
             "FLEECE_RUN_DIR": str(self.run_dir),
             "FLEECE_CONFIG": str(self.config),

@@ -13,6 +13,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 import trio
 
+from datastore.names import parse_time
 from hypervisor.bitmaps import GRANULARITY, BitmapName
 from tests.support.fleece_command import FleeceCommand, Outcome
 from tests.support.qemu_binaries import QemuBinary
@@ -144,6 +146,7 @@ class Lab:
     fleece: FleeceCommand
     nothing_left: NothingLeft
     _ids: set[str] = field(default_factory=set)
+    _last_backup: float = 0.0  #: backup time of the newest snapshot, Unix seconds
 
     def raw(self, name: str, size: int) -> Path:
         """A sparse raw image of zeros."""
@@ -161,6 +164,8 @@ class Lab:
     @asynccontextmanager
     async def vm(self, binary: QemuBinary, disks: Sequence[VmDisk], **options: Any) -> AsyncIterator[RunningQemu]:
         """As `RunningQemu.start`; if it still runs at the end it must be as it was at the beginning."""
+        # A QEMU that starts within the second of the last backup is not known to have been restarted.
+        await trio.sleep(max(0.0, self._last_backup + 1.1 - time.time()))
         options.setdefault("memory_mib", 256 if options.get("guest") else 64)
         async with RunningQemu.start(binary, disks, **options) as vm:
             before = await self.nothing_left.facts(vm)
@@ -179,7 +184,10 @@ class Lab:
 
     async def try_backup(self, vm: RunningQemu, *more: str | Path, id: str = "web") -> Outcome:
         """`fleece vm backup` to its end, however that is."""
-        return await self.fleece.run("vm", "backup", *self.arguments(vm, id), *more)
+        outcome = await self.fleece.run("vm", "backup", *self.arguments(vm, id), *more)
+        if outcome.out and "--dry-run" not in more:
+            self._last_backup = parse_time(outcome.document["snapshot"].rpartition("/")[2])
+        return outcome
 
     async def backup(self, vm: RunningQemu, *more: str | Path, id: str = "web", code: int = 0) -> Outcome:
         """`fleece vm backup` that must end with `code`, 3 with warnings."""
