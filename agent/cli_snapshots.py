@@ -52,7 +52,9 @@ fleece verify                        everything
 fleece verify vm/100                 all snapshots of a group
 fleece verify vm/100/latest          one snapshot
 fleece verify --output json | jq '.[] | select(.state == "failed")'
+fleece verify --keyfile /etc/fleece/backup.key      also the digests of chunks encrypted with this key
 """,
+        keys="read",
     )(verify)
 
 
@@ -163,6 +165,7 @@ def verify(
 
     ns = invocation.namespace()
     wanted = parse_selection(selection, ns)
+    codec = invocation.codec()
 
     async def chosen(repository: "Repository") -> "list[Snapshot]":
         if isinstance(wanted, str):
@@ -181,7 +184,7 @@ def verify(
 
     async def work(progress: "Progress") -> "list[VerifyResult]":
         async with invocation.repository() as repository:
-            return list(await verify_snapshots(repository, await chosen(repository), invocation.codec(), progress))
+            return list(await verify_snapshots(repository, await chosen(repository), codec, progress))
 
     results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
     document = [{**result.to_json(), "ns": str(result.snapshot.group.ns)} for result in results]

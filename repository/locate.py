@@ -41,6 +41,24 @@ async def load_manifest(reader: Reader, codec: ChunkCodec) -> Manifest:
     return Manifest.parse(await reader.manifest(), where=where, key=codec.key)
 
 
+async def load_readable(reader: Reader, codec: ChunkCodec) -> tuple[Manifest, ChunkCodec]:
+    """The manifest of the snapshot that `reader` reads, and a codec that fits: without the key if that is another's.
+
+    Unlike `load_manifest` it serves those who look at snapshots of many keys: the signature is checked if the key is
+    the snapshot's.
+
+    Raises:
+        FormatError: as `Manifest.parse`.
+    """
+    where = f"{reader.snapshot}/{MANIFEST_NAME}"
+    raw = await reader.manifest()
+    manifest = Manifest.parse(raw, where=where)
+    if codec.key is None or manifest.fingerprint not in (None, codec.key.fingerprint):
+        return manifest, manifest.codec(None)
+    manifest = Manifest.parse(raw, where=where, key=codec.key)
+    return manifest, manifest.codec(codec.key)
+
+
 async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str) -> Archive:
     """Open the index `name` (full file name) and compare its size and checksum with the manifest.
 

@@ -24,7 +24,7 @@ from datastore.manifest import Manifest, ManifestFile
 from datastore.names import ArchiveKind, Snapshot, archive_kind
 from repository.fetch import fetch
 from repository.interface import Reader, Repository
-from repository.locate import Archive, check_index, load_manifest
+from repository.locate import Archive, check_index, load_readable
 
 #: Chunks in a row that the system cannot read before the run stops: it is the disk, not the chunks.
 MAX_SYSTEM_ERRORS: Final = 20
@@ -78,7 +78,7 @@ async def verify_snapshot(
 ) -> VerifyResult:
     """Check one finished snapshot under its shared lock.
 
-    Without the key of an encrypted snapshot only CRCs can be checked, and signatures cannot.
+    Without the key of an encrypted snapshot, or with another one, only CRCs can be checked, and signatures cannot.
 
     Args:
         repository: where it lies.
@@ -95,7 +95,7 @@ async def verify_snapshot(
     try:
         async with repository.reader(snapshot) as reader:
             try:
-                manifest = await load_manifest(reader, codec)
+                manifest, codec = await load_readable(reader, codec)
             except FleeceError as error:
                 result.errors.append(str(error))
                 return result
