@@ -142,9 +142,34 @@ class MetaStore(Protocol):
         """Make the namespace and its parents; one that is there is fine."""
         ...
 
+    async def delete_namespace(self, ns: Namespace) -> bool:
+        """Remove a namespace that holds nothing; False if it holds something and stays. One that is gone is fine.
+
+        Raises:
+            StoreError: no rights.
+        """
+        ...
+
     async def sync(self, folders: Sequence[str]) -> None:
         """Make everything written so far durable, as the store's sync level says.
 
         `folders` are the snapshot's folder and those above it, which level `file` syncs one by one.
+        """
+        ...
+
+
+@runtime_checkable
+class RenamingMetaStore(Protocol):
+    """What a metadata store offers besides, if a folder can get another name at once. Buckets cannot."""
+
+    async def make_folders(self, path: str) -> list[Path]:
+        """See `MetaStore.make_folders`."""
+        ...
+
+    async def rename_folder(self, path: str, target: str) -> None:
+        """Give the folder `path` the path `target`, which is free and whose parent exists.
+
+        Raises:
+            StoreError: it cannot be done; the folder is where it was.
         """
         ...

@@ -3,17 +3,20 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from core.limits import in_io_thread
+from core.progress import Progress
+from datastore import changes
 from datastore.codec import format_fingerprint
 from datastore.errors import SnapshotNotFoundError
 from datastore.files import SyncLevel
 from datastore.names import ROOT, Group, Namespace, Snapshot
+from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
 from datastore.session import LocalBackupSession, open_session
 from datastore.store import Datastore, SnapshotEntry
-from repository.interface import FileInfo, GroupInfo, SnapshotInfo
+from repository.interface import FileInfo, GroupInfo, SnapshotInfo, StoreUsage
 
 #: Seconds a writer waits for a garbage collection that excludes it.
 WRITER_WAIT_S: Final = 60.0
@@ -74,6 +77,47 @@ class LocalRepository:
     async def forget_group(self, group: Group) -> list[Snapshot]:
         """See `Repository.forget_group`."""
         return await self.store.forget_group(group)
+
+    async def prune(
+        self, group: Group, keep: KeepOptions, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> PruneResult:
+        """See `Repository.prune`."""
+        return await prune_group(self.store, group, keep, dry_run=dry_run, progress=progress)
+
+    async def set_notes(self, target: Snapshot | Group, text: str) -> None:
+        """See `Repository.set_notes`."""
+        if isinstance(target, Group):
+            await changes.set_group_notes(self.store, target, text)
+        else:
+            await changes.set_notes(self.store, target, text)
+
+    async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
+        """See `Repository.set_protected`."""
+        return await changes.set_protected(self.store, snapshot, protected=protected)
+
+    async def set_owner(self, group: Group, owner: str) -> None:
+        """See `Repository.set_owner`."""
+        await changes.set_owner(self.store, group, owner)
+
+    async def create_namespace(self, ns: Namespace) -> bool:
+        """See `Repository.create_namespace`."""
+        return await changes.create_namespace(self.store, ns)
+
+    async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> changes.NamespaceRemoval:
+        """See `Repository.delete_namespace`."""
+        return await changes.delete_namespace(self.store, ns, groups=groups)
+
+    async def move_namespace(self, source: Namespace, target: Namespace) -> changes.NamespaceMove:
+        """See `Repository.move_namespace`."""
+        return await changes.move_namespace(self.store, source, target)
+
+    async def usage(self) -> StoreUsage:
+        """See `Repository.usage`."""
+        return StoreUsage(*await in_io_thread(self.store.usage))
+
+    async def gc_status(self) -> dict[str, Any] | None:
+        """See `Repository.gc_status`."""
+        return await in_io_thread(self.store.gc_status)
 
     @asynccontextmanager
     async def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AsyncIterator[LocalBackupSession]:
