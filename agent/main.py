@@ -15,6 +15,7 @@ from agent import (
     cli_backup,
     cli_datastore,
     cli_host,
+    cli_key,
     cli_mount,
     cli_restore,
     cli_snapshots,
@@ -65,6 +66,7 @@ def build() -> typer.Typer:
     cli_restore.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
+    cli_key.add_to(application)
     cli_host.add_to(application)
     return application
 

@@ -42,6 +42,10 @@ MAX_SCRYPT_WORK: Final = 1 << 26
 #: Rounds of PBKDF2, 150 times PBS's own: some seconds.
 MAX_PBKDF2_ROUNDS: Final = 10_000_000
 
+#: The lines around a key file on paper.
+PAPER_BEGIN: Final = b"-----BEGIN PROXMOX BACKUP KEY-----"
+PAPER_END: Final = b"-----END PROXMOX BACKUP KEY-----"
+
 _IV_SIZE: Final = 16
 _TAG_SIZE: Final = 16
 _WRAPPED_SIZE: Final = _IV_SIZE + _TAG_SIZE + KEY_SIZE
@@ -143,6 +147,8 @@ class KeyFile:
         """
         if len(text) > MAX_KEY_FILE_SIZE:
             raise _error(where, f"it has more than {MAX_KEY_FILE_SIZE} bytes")
+        # As it comes back from paper.
+        text = text.strip().removeprefix(PAPER_BEGIN).removesuffix(PAPER_END)
         document = _load(text, where)
         kdf = _kdf(document.get("kdf"), where)
         data = _bytes(document.get("data"), "data", where)
