@@ -399,12 +399,14 @@ class ProcessLocker:
 
 
 def _parse_writer(text: bytes, fd: int) -> Writer:
-    # An entry that is being written, or is nonsense, still stands for a writer: its file's time is the safe start.
+    # Ages of chunks are times of the file system. So is that of the entry, written once; the writer's own clock may be
+    # wrong. An entry that is being written, or is nonsense, still stands for a writer.
+    made = os.fstat(fd).st_mtime
     try:
         fields = json.loads(text)
-        return Writer(int(fields["pid"]), str(fields["host"])[:64], float(fields["start"]))
-    except (ValueError, KeyError, TypeError):
-        return Writer(0, "unknown host", os.fstat(fd).st_ctime)
+        return Writer(int(fields["pid"]), str(fields["host"])[:64], min(float(fields["start"]), made))
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return Writer(0, "unknown host", made)
 
 
 class ChunkLocks:
