@@ -333,14 +333,10 @@ class Datastore:
         )
 
     def gc_status(self) -> dict[str, Any] | None:
-        """What the last garbage collection wrote; None if there is nothing, or nothing that can be read.
-
-        Raises:
-            StoreError: no rights.
-        """
+        """What the last garbage collection wrote; None if there is nothing, or nothing that can be read."""
         try:
             status = json.loads(self._text(".gc-status") or "null")
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, StoreError):
             return None
         return status if isinstance(status, dict) else None
 
@@ -500,6 +496,8 @@ class Datastore:
     def _folders(self, relative: str) -> list[str]:
         with store_errors("list", relative or str(self.base)):
             try:
+                if relative and (self.base / relative).is_symlink():
+                    return []  # what a link leads to is no part of the store
                 with os.scandir(self.base / relative) as entries:
                     return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
             except FileNotFoundError:
