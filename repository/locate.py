@@ -6,8 +6,8 @@ from core.errors import FormatError
 from core.limits import in_cpu_thread
 from datastore.codec import ChunkCodec
 from datastore.crypt_mode import CryptMode
-from datastore.errors import KeyNeededError
 from datastore.index import ArchiveIndex
+from datastore.keyfile import need_key
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import MANIFEST_NAME
 from repository.interface import Reader
@@ -69,7 +69,7 @@ async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, na
     """
     entry = manifest.file(name)
     if entry.crypt_mode is CryptMode.ENCRYPT and codec.key is None:
-        raise KeyNeededError("read", f"{reader.snapshot}/{name}", "it is encrypted", "give its key with --keyfile")
+        raise need_key("read", f"{reader.snapshot}/{name}", manifest.fingerprint, None)
     index = await reader.open_index(name)
     await check_index(index, entry)
     return Archive(index, entry, zero_digest(codec, entry.crypt_mode))
