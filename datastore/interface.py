@@ -5,7 +5,7 @@ collection, verify, prune and sessions are written against these two. One test s
 (`tests/datastore/test_chunk_store.py`) runs over every implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -127,8 +127,21 @@ class ChunkStore(Protocol):
         """
         ...
 
-    async def quarantine(self, digest: bytes) -> str | None:
-        """Set a chunk that was found corrupt aside under a `.bad` name and return that; None if it is not there."""
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
+        """Set a chunk that was found corrupt aside under a `.bad` name.
+
+        Args:
+            digest: the chunk.
+            wrong: says so of what is there now, in a worker thread, while nobody else can change it; what is no blob is
+                wrong in any case. None: it is.
+
+        Returns:
+            its new name; None if it is not there, or not wrong.
+
+        Raises:
+            StoreError: it cannot be read or renamed.
+            LockedError: another process holds the chunk for a minute.
+        """
         ...
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:

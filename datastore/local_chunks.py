@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
@@ -146,9 +146,9 @@ class LocalChunkStore:
         if not dry_run:
             await in_io_thread(self._remove_temporary_files, min_atime)
 
-    async def quarantine(self, digest: bytes) -> str | None:
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
         """See `ChunkStore.quarantine`."""
-        return await in_io_thread(self._quarantine, digest)
+        return await in_io_thread(self._quarantine, digest, wrong)
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `ChunkStore.disk_order`: by inode, as PBS; those that cannot be looked at last."""
@@ -353,9 +353,17 @@ class LocalChunkStore:
     def _bad_names(self, digest: bytes) -> list[str]:
         return [f"{self.path(digest)}.{number}.bad" for number in range(_BAD_NAMES)]
 
-    def _quarantine(self, digest: bytes) -> str | None:
+    def _quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None) -> str | None:
         path = self.path(digest)
         with store_errors("set the corrupt chunk aside", path), self._locks.hold(digest):
+            if wrong is not None:
+                try:
+                    if not wrong(self.read_blocking(digest)):
+                        return None
+                except ChunkNotFoundError:
+                    return None
+                except FormatError:
+                    pass  # no blob at all
             names = self._bad_names(digest)
             bad = next((name for name in names if not os.path.lexists(name)), names[-1])
             try:

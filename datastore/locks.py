@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from struct import Struct
 from typing import Final
@@ -365,6 +365,7 @@ class ProcessLocker:
                 os.fchmod(fd, FILE_MODE)
                 self.owner.own(fd)
                 os.write(fd, text.encode())
+                writer = replace(writer, start=min(writer.start, os.fstat(fd).st_mtime))
             except BaseException:
                 unlink_quietly(path)
                 os.close(fd)

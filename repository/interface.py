@@ -4,7 +4,7 @@
 suite (`tests/repository/test_interface.py`) runs over every implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from core.progress import Progress
 from datastore.blob import Blob
 from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.crypt_mode import CryptMode
+from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.names import ROOT, Group, Namespace, Snapshot
@@ -222,6 +223,33 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class VerifyRecorder(Protocol):
+    """What a `Repository` offers besides, if a verification can change it. A server verifies by itself."""
+
+    async def why_not_recording(self) -> str:
+        """Why nothing can be recorded now (read-only, no rights, maintenance); empty if it can."""
+        ...
+
+    async def record_verification(self, snapshot: Snapshot, state: str, upid: str) -> None:
+        """Write the result (`ok` or `failed`) into the manifest; the caller may hold the snapshot's shared lock.
+
+        Raises:
+            SnapshotNotFoundError: it is gone.
+            LockedError: its manifest is held by somebody else for 5 seconds.
+            FleeceError: it cannot be written.
+        """
+        ...
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
+        """Set a chunk aside if `wrong` says so of what is there now; see `ChunkStore.quarantine`.
+
+        Returns:
+            its new name; None if it stayed or is gone.
+        """
+        ...
+
+
+@runtime_checkable
 class BlockingReads(Protocol):
     """What a `Reader` offers besides, if chunks are read by a few system calls.
 
@@ -348,6 +376,17 @@ class Repository(Protocol):
 
     async def usage(self) -> StoreUsage:
         """How full the place is where the datastore lies."""
+        ...
+
+    async def collect_garbage(
+        self,
+        *,
+        cutoff_s: int = DEFAULT_CUTOFF_S,
+        lock_wait_s: float = LOCK_WAIT_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        """Remove the chunks that no snapshot uses any more; as `datastore.gc.collect_garbage`."""
         ...
 
     async def gc_status(self) -> dict[str, Any] | None:

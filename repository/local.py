@@ -1,6 +1,7 @@
 """A local datastore as a repository."""
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -8,9 +9,11 @@ from typing import Any, Final
 from core.limits import in_io_thread
 from core.progress import Progress
 from datastore import changes
+from datastore.blob import Blob
 from datastore.codec import format_fingerprint
-from datastore.errors import SnapshotNotFoundError
+from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import SyncLevel
+from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport, collect_garbage
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
@@ -114,6 +117,36 @@ class LocalRepository:
     async def usage(self) -> StoreUsage:
         """See `Repository.usage`."""
         return StoreUsage(*await in_io_thread(self.store.usage))
+
+    async def collect_garbage(
+        self,
+        *,
+        cutoff_s: int = DEFAULT_CUTOFF_S,
+        lock_wait_s: float = LOCK_WAIT_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        """See `Repository.collect_garbage`."""
+        return await collect_garbage(
+            self.store, cutoff_s=cutoff_s, lock_wait_s=lock_wait_s, dry_run=dry_run, progress=progress
+        )
+
+    async def why_not_recording(self) -> str:
+        """See `VerifyRecorder.why_not_recording`."""
+        try:
+            self.store.check_writable()
+        except StoreError as error:
+            return error.why
+        writable = await in_io_thread(os.access, self.store.base / ".chunks", os.W_OK)
+        return "" if writable else "it is read-only, or this user has no right to write to it"
+
+    async def record_verification(self, snapshot: Snapshot, state: str, upid: str) -> None:
+        """See `VerifyRecorder.record_verification`."""
+        await changes.update_manifest(self.store, snapshot, {"verify_state": {"state": state, "upid": upid}})
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
+        """See `VerifyRecorder.quarantine`."""
+        return await self.store.chunks.quarantine(digest, wrong)
 
     async def gc_status(self) -> dict[str, Any] | None:
         """See `Repository.gc_status`."""
