@@ -14,11 +14,13 @@ import typer
 from agent import (
     cli_backup,
     cli_datastore,
+    cli_gc,
     cli_host,
     cli_key,
     cli_mount,
     cli_restore,
     cli_snapshots,
+    cli_verify,
     cli_vm,
 )
 from agent.invocation import general_options, to_stderr
@@ -63,6 +65,8 @@ def build() -> typer.Typer:
     cli_vm.add_to(application)
     cli_backup.add_to(application)
     cli_snapshots.add_to(application)
+    cli_verify.add_to(application)
+    cli_gc.add_to(application)
     cli_restore.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
