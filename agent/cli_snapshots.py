@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.invocation import Invocation, command
-from core.errors import FleeceError, UsageError
+from core.errors import UsageError
 
 if TYPE_CHECKING:
     from core.progress import Progress
