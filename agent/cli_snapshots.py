@@ -1,6 +1,6 @@
 """`fleece list`, `show`, `forget`: looking at snapshots and after them."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,8 @@ def add_to(application: typer.Typer) -> None:
         examples="""
 fleece list
 fleece list vm/100
+fleece list --sort verified                   damaged ones first
+fleece list --sort size --reverse
 fleece list --recursive --output json | jq '.[].snapshot'
 """,
     )(list_snapshots)
@@ -53,9 +55,14 @@ def list_snapshots(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Also what is being written or was cut off.")
     ] = False,
+    sort: Annotated[
+        Literal["group", "time", "size", "owner", "verified", "protected"],
+        typer.Option("--sort", help="verified: failed, then never verified, then ok."),
+    ] = "group",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
 ) -> None:
-    """List the snapshots of a repository, by group, oldest first."""
-    from agent.documents import snapshot_document, snapshot_lines
+    """List the snapshots of a repository, by group, oldest first, with their verify state and protection."""
+    from agent.documents import snapshot_document, snapshot_lines, sorted_snapshots
     from datastore.names import Group
 
     ns = invocation.namespace()
@@ -69,7 +76,8 @@ def list_snapshots(
                 found += await repository.snapshots(namespace, selected, unfinished=unfinished)
         return found
 
-    infos = invocation.run(work, what="list", where=group or invocation.repository_spec())
+    found = invocation.run(work, what="list", where=group or invocation.repository_spec())
+    infos = sorted_snapshots(found, sort, reverse=reverse)
     invocation.emit([snapshot_document(info) for info in infos], lambda: snapshot_lines(infos))
 
 

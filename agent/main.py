@@ -18,6 +18,8 @@ from agent import (
     cli_host,
     cli_key,
     cli_mount,
+    cli_notes,
+    cli_prune,
     cli_restore,
     cli_snapshots,
     cli_verify,
@@ -67,6 +69,8 @@ def build() -> typer.Typer:
     cli_snapshots.add_to(application)
     cli_verify.add_to(application)
     cli_gc.add_to(application)
+    cli_prune.add_to(application)
+    cli_notes.add_to(application)
     cli_restore.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
