@@ -20,14 +20,14 @@ def add_to(application: typer.Typer) -> None:
         application,
         "verify",
         examples="""
-fleece verify                                          everything that was not found to be sound before
-fleece verify --all                                    everything
-fleece verify --outdated-after 30                      also what was verified more than 30 days ago
+fleece verify                                          everything
+fleece verify --ignore-verified                        what was not found to be sound before
+fleece verify --outdated-after 30                      and what was more than 30 days ago
 fleece verify --outdated-after 30 --max-duration 4h    the rest the next night
 fleece verify vm/100                                   all snapshots of a group
 fleece verify vm/100/latest                            one snapshot
 fleece verify --ns customers/a                         a namespace and those below it
-fleece verify --all --no-record                        only look: nothing in the datastore changes
+fleece verify --no-record                              only look: nothing in the datastore changes
 fleece verify --output json | jq '.[] | select(.state == "failed")'
 fleece verify --keyfile /etc/fleece/backup.key         also the digests of chunks encrypted with this key
 """,
@@ -44,7 +44,7 @@ def verify(
         bool | None,
         typer.Option(
             "--ignore-verified/--all",
-            help="Pass over snapshots that were found to be sound before (default, but for a single SNAPSHOT).",
+            help="Pass over snapshots that were found to be sound before (default with --outdated-after).",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +52,7 @@ def verify(
         int | None,
         typer.Option(
             "--outdated-after", metavar="DAYS", min=0, show_default=False,
-            help="Do not pass over them if that is more than DAYS full days ago.",
+            help="Pass over them unless that is more than DAYS full days ago.",
         ),
     ] = None,
     max_duration: Annotated[
@@ -87,9 +87,9 @@ def verify(
     from repository.verify import VerifyOptions
     from repository.verify import verify as verify_snapshots
 
-    wanted = parse_selection(selection, invocation.namespace())
+    parse_selection(selection, invocation.namespace())
     options = VerifyOptions(
-        ignore_verified=not isinstance(wanted, str) if ignore_verified is None else ignore_verified,
+        ignore_verified=outdated_after is not None if ignore_verified is None else ignore_verified,
         outdated_after=outdated_after,
         max_duration_s=None if max_duration is None else parse_duration(max_duration),
         max_bytes=None if max_bytes is None else parse_size(max_bytes),

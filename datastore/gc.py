@@ -187,7 +187,7 @@ async def _collect(
         guard.allow()
     if report.missing_count:
         named = ", ".join(one.hex() for one in report.missing[:3]) + (", ..." if report.missing_count > 3 else "")
-        hint = "'fleece verify --all' names the snapshots"
+        hint = "'fleece verify' names the snapshots"
         progress.warn(f"{report.missing_count} chunks are used, but not there ({named}); {hint}")
 
 
