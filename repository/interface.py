@@ -46,6 +46,7 @@ class SnapshotInfo:
     verification: dict[str, Any] | None  #: `{"state": "ok"|"failed", "upid": ...}` as in the manifest
     fingerprint: str | None  #: of the key, colon-separated hex
     size: int | None  #: sum of the file sizes, the manifest's included
+    added: int | None = None  #: bytes of new chunks that its backup stored, as far as its manifest tells
 
 
 @dataclass(frozen=True, slots=True)

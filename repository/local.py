@@ -14,6 +14,7 @@ from datastore.codec import format_fingerprint
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import SyncLevel
 from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport, collect_garbage
+from datastore.manifest import Manifest
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
@@ -214,4 +215,14 @@ def _info(entry: SnapshotEntry) -> SnapshotInfo:
         verification=None if manifest is None else manifest.verify_state,
         fingerprint=None if fingerprint is None else format_fingerprint(fingerprint),
         size=None if manifest is None else sum(file.size or 0 for file in files),
+        added=None if manifest is None else _added(manifest),
     )
+
+
+def _added(manifest: Manifest) -> int | None:
+    """PBS counts chunks that were there already in its sum of stored bytes: their share is taken off."""
+    stats = manifest.chunk_upload_stats or {}
+    stored, count, duplicates = (stats.get(name) for name in ("compressed_size", "count", "duplicates"))
+    if not isinstance(stored, int) or not isinstance(count, int) or not isinstance(duplicates, int):
+        return None
+    return stored * (count - duplicates) // count if 0 <= duplicates <= count and count else 0
