@@ -101,7 +101,7 @@ def backup(
     rate = parse_rate(bwlimit, invocation.config.bwlimit)
     ctime = parse_backup_time(backup_time) if backup_time is not None else None
     group_owner = invocation.owner(owner)
-    keys = invocation.backup_keys
+    keys = invocation.backup_keys()
 
     if dry_run:
 

@@ -70,7 +70,7 @@ def mount(
     mount_on(
         invocation.repository,
         mountpoint,
-        key=invocation.reading_key.key,
+        key=invocation.reading_key().key,
         ns=ns,
         archive=_one_archive(arguments[:-1], invocation),
         options=MountOptions.parse(*(options or [])),

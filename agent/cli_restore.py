@@ -88,7 +88,7 @@ def restore(
             "leave out --output, or restore to a file",
         )  # fmt: skip
     ns = invocation.namespace()
-    reading_key = invocation.reading_key
+    reading_key = invocation.reading_key()
     started = time.monotonic()
 
     async def work(progress: "Progress") -> tuple[str, list[Restored]]:

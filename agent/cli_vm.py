@@ -127,7 +127,7 @@ def backup(
     group_owner = invocation.owner(owner, section.owner, repository=section.repository)
     rate = parse_rate(bwlimit, section.bwlimit, invocation.config.bwlimit)
     ctime = parse_backup_time(backup_time) if backup_time is not None else None
-    keys = invocation.backup_keys
+    keys = invocation.backup_keys(section, repository=section.repository)
 
     if dry_run:
 
@@ -185,7 +185,7 @@ def show(
         known = True
     except UsageError:
         known = False
-    codec = invocation.backup_keys.codec
+    codec = invocation.backup_keys(section, repository=section.repository).codec
 
     async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str]":
         from contextlib import AsyncExitStack

@@ -68,7 +68,15 @@ class _Section(BaseModel):
     )
 
 
-class RepositorySection(_Section):
+class KeySettings(_Section):
+    """What a section may say about keys; the command line comes first."""
+
+    keyfile: AbsolutePath | None = None  #: key in place of the default one
+    master_pubkey_file: AbsolutePath | None = None  #: public master key in place of the default one
+    crypt_mode: Literal["encrypt", "sign-only", "none"] | None = None  #: of backups
+
+
+class RepositorySection(KeySettings):
     """`[repository.NAME]`: a datastore with a name of its own."""
 
     path: AbsolutePath  #: the datastore's folder
@@ -77,7 +85,7 @@ class RepositorySection(_Section):
     sync_level: SyncLevel | None = None  #: how chunks reach the disk; None leaves it to the datastore
 
 
-class VmSection(_Section):
+class VmSection(KeySettings):
     """`[vm.NAME]`: one virtual machine."""
 
     id: BackupId | None = None  #: backup id, NAME if not given
@@ -107,7 +115,7 @@ class JobSection(BaseModel):
     schedule: str | None = None
 
 
-class Config(_Section):
+class Config(KeySettings):
     """The whole file."""
 
     default_repository: str | None = None

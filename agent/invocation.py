@@ -22,7 +22,7 @@ import typer
 from core.errors import ExitCode, FleeceError, UsageError
 
 if TYPE_CHECKING:
-    from agent.config import Config
+    from agent.config import Config, KeySettings
     from agent.keys import BackupKeys, KeyOptions, ReadingKey
     from agent.registry import Registry
     from core.progress import Progress
@@ -152,27 +152,39 @@ class Invocation:
                 return check_owner(text)
         return DEFAULT_OWNER
 
-    @property
-    def key_options(self) -> "KeyOptions":
-        """What the command line says about keys."""
+    def key_options(self, section: "KeySettings | None" = None, *, repository: str | None = None) -> "KeyOptions":
+        """What the command line says about keys, and behind it the configuration.
+
+        Args:
+            section: the VM's.
+            repository: the repository that the VM's section names.
+        """
         from agent.keys import KeyOptions
 
-        return KeyOptions(**self.key_values)
+        try:
+            of_repository = self.config.repository.get(self.repository_spec(repository))
+        except UsageError:
+            of_repository = None  # `vm show` needs none
+        levels = [level for level in (section, of_repository, self.config) if level is not None]
+        return KeyOptions(
+            **self.key_values,
+            default_keyfile=next((level.keyfile for level in levels if level.keyfile), None),
+            default_master=next((level.master_pubkey_file for level in levels if level.master_pubkey_file), None),
+            default_mode=next((level.crypt_mode for level in levels if level.crypt_mode), None),
+        )
 
-    @cached_property
-    def backup_keys(self) -> "BackupKeys":
+    def backup_keys(self, section: "KeySettings | None" = None, *, repository: str | None = None) -> "BackupKeys":
         """How a backup is written: mode, key, and the key under the master key. May ask for a passphrase.
 
-        To be used before the work starts, which keeps the terminal busy.
+        To be called before the work starts, which keeps the terminal busy. Arguments as `key_options`.
 
         Raises:
             UsageError, FleeceError: as `agent.keys.backup_keys`.
         """
         from agent.keys import backup_keys
 
-        return backup_keys(self.key_options, self.say)
+        return backup_keys(self.key_options(section, repository=repository), self.say)
 
-    @cached_property
     def reading_key(self) -> "ReadingKey":
         """The key to read snapshots with, if there is one. May ask for a passphrase, so before the work starts.
 
@@ -181,7 +193,7 @@ class Invocation:
         """
         from agent.keys import reading_key
 
-        return reading_key(self.key_options)
+        return reading_key(self.key_options())
 
     def codec(self) -> "ChunkCodec":
         """What reads snapshots of any key as far as the key at hand goes; asks for no default key's passphrase.
@@ -191,7 +203,7 @@ class Invocation:
         """
         from agent.keys import reading_key
 
-        return reading_key(self.key_options, may_ask=False).codec()
+        return reading_key(self.key_options(), may_ask=False).codec()
 
     def say(self, text: str) -> None:
         """One line for people, on standard error, unless quiet or JSON is asked for."""

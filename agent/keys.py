@@ -52,6 +52,9 @@ class KeyOptions:
     crypt_mode: CryptModeText | None = None
     master_pubkey_file: Path | None = None
     master_pubkey_fd: int | None = None
+    default_keyfile: Path | None = None  #: in place of the default file, from the configuration
+    default_master: Path | None = None  #: likewise
+    default_mode: CryptModeText | None = None  #: of backups, from the configuration
 
     def check(self) -> None:
         """Refuse options that exclude each other.
@@ -309,7 +312,7 @@ def _find_key(options: KeyOptions) -> _Found | None:
         where = f"file descriptor {options.keyfd}"
         text = _read_descriptor(options.keyfd, "--keyfd", MAX_KEY_FILE_SIZE)
         return _Found(KeyFile.parse(text, where=where), where, False)
-    path = default_file(KEY_NAME)
+    path = options.default_keyfile or default_file(KEY_NAME)
     return None if path is None else _Found(read_key_file(path), str(path), True)
 
 
@@ -317,7 +320,7 @@ def _find_master(options: KeyOptions) -> MasterPublicKey | None:
     if options.master_pubkey_fd is not None:
         pem = _read_descriptor(options.master_pubkey_fd, "--master-pubkey-fd", MAX_KEY_FILE_SIZE)
         return MasterPublicKey.parse(pem, where=f"file descriptor {options.master_pubkey_fd}")
-    path = options.master_pubkey_file or default_file(MASTER_PUBLIC_NAME)
+    path = options.master_pubkey_file or options.default_master or default_file(MASTER_PUBLIC_NAME)
     if path is None:
         return None
     return MasterPublicKey.parse(read_small(path, what="read the master public key"), where=str(path))
@@ -337,12 +340,15 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
         FleeceError: a key cannot be read or unlocked.
     """
     options.check()
-    if options.crypt_mode == "none":
+    named = options.keyfile is not None or options.keyfd is not None
+    # A key that is named outweighs a configured mode without one.
+    wanted = options.crypt_mode or (None if named and options.default_mode == "none" else options.default_mode)
+    if wanted == "none":
         return BackupKeys(ChunkCodec())
     found = _find_key(options)
     if found is None:
         for option, given in (
-            ("--crypt-mode " + (options.crypt_mode or ""), options.crypt_mode is not None),
+            (f"crypt mode {wanted}", wanted is not None),
             ("--master-pubkey-file", options.master_pubkey_file is not None),
             ("--master-pubkey-fd", options.master_pubkey_fd is not None),
         ):
@@ -352,7 +358,7 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
                     "name one with --keyfile, or make a default one with 'fleece key create'",
                 )  # fmt: skip
         return BackupKeys(ChunkCodec())
-    mode = CryptMode(options.crypt_mode or CryptMode.ENCRYPT.value)
+    mode = CryptMode(wanted or CryptMode.ENCRYPT.value)
     master = _find_master(options)
     key = unlock(found.file, found.where)
     verb = "encrypting" if mode is CryptMode.ENCRYPT else "signing"

@@ -157,6 +157,35 @@ def test_options_that_need_a_key_or_exclude_each_other_are_wrong_usage(config_ho
         backup_keys(options)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, CryptMode.ENCRYPT),
+        ({"default_mode": "sign-only"}, CryptMode.SIGN_ONLY),
+        ({"default_mode": "none"}, CryptMode.NONE),
+        ({"default_mode": "none", "crypt_mode": "encrypt"}, CryptMode.ENCRYPT),
+        ({"default_mode": "sign-only", "crypt_mode": "none"}, CryptMode.NONE),
+    ],
+)
+def test_the_configuration_replaces_the_defaults_and_the_command_line_comes_first(
+    config_home: Path, key: Path, other_key: Path, options: dict[str, Any], expected: CryptMode
+) -> None:
+    keys = backup_keys(KeyOptions(default_keyfile=key, **options))
+    assert keys.codec.mode is expected
+    assert keys.codec.key == (None if expected is CryptMode.NONE else KEY)
+    if options.get("crypt_mode") != "none":
+        named = backup_keys(KeyOptions(keyfile=other_key, default_keyfile=key, **options)).codec
+        assert named.key == OTHER
+        assert named.mode is (CryptMode.ENCRYPT if expected is CryptMode.NONE else expected)
+
+
+def test_a_configured_key_that_is_gone_or_a_mode_without_a_key_is_no_plain_backup(config_home: Path) -> None:
+    with pytest.raises(NotFoundError):
+        backup_keys(KeyOptions(default_keyfile=Path("/nonexistent")))
+    with pytest.raises(UsageError, match="crypt mode sign-only"):
+        backup_keys(KeyOptions(default_mode="sign-only"))
+
+
 def test_default_keys_are_found_in_both_programs_places_fleeces_first(config_home: Path) -> None:
     assert default_file(KEY_NAME) is None
     theirs = key_file(config_home / "proxmox-backup" / KEY_NAME)
@@ -629,6 +658,24 @@ def test_a_default_key_encrypts_unless_it_is_told_not_to(stored: Fleece, small: 
     assert files(stored, "host/b/latest")["vm.conf.blob"] == "none"
     for name in ("a", "b"):
         assert stored("restore", f"host/{name}/latest", "vm.conf", "-").out == small.read_text()
+
+
+def test_the_configuration_names_key_mode_and_master_key(
+    stored: Fleece, small: Path, key: Path, other_key: Path, master: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "m.pem").write_bytes(master[1])
+    (tmp_path / "fleece.toml").write_text(
+        f'keyfile = "{key}"\nmaster-pubkey-file = "{tmp_path}/m.pem"\n'
+        f'[repository.secret]\npath = "{stored.repo}"\nkeyfile = "{other_key}"\ncrypt-mode = "sign-only"\n'
+    )
+    stored.json("backup", f"vm.conf:{small}", "--backup-id", "a")
+    stored.json("backup", f"vm.conf:{small}", "--backup-id", "b", "--repo", "secret")
+    a, b = (stored.json("show", f"host/{name}/latest") for name in "ab")
+    assert (a["fingerprint"], b["fingerprint"]) == (KEY.fingerprint_text, OTHER.fingerprint_text)
+    assert files(stored, "host/a/latest")["rsa-encrypted.key.blob"] == "encrypt"
+    assert files(stored, "host/b/latest")["vm.conf.blob"] == "sign-only"
+    assert stored("restore", "host/b/latest", "vm.conf", "-", "--repo", "secret").out == small.read_text()
+    failed(stored("restore", "host/b/latest", "vm.conf", "-"), OTHER_SHORT)
 
 
 def test_a_locked_default_key_does_not_stand_in_the_way_of_plain_snapshots(
