@@ -141,7 +141,7 @@ def status(
         str | None, typer.Argument(metavar="[NAME|PATH]", help="Else that of --repo, the environment, ...")
     ] = None,
 ) -> None:
-    """Show how full a datastore is, what is in it, its deduplication, verify states, last garbage collection and growth."""
+    """Show how full a datastore is, and how it is deduplicated, verified, collected and growing."""
     from agent.store_status import look, status_document, status_lines
 
     if place is not None and invocation.repo is not None:

@@ -155,7 +155,7 @@ def owner(
     new: Annotated[str | None, typer.Argument(metavar="[AUTHID]", help="user@realm or user@realm!token.")] = None,
 ) -> None:
     """Show who may write a group, or give it to somebody else."""
-    from agent.config import check_owner
+    from agent.config_types import check_owner
     from datastore.names import Group
 
     ns = invocation.namespace()

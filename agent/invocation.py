@@ -144,7 +144,7 @@ class Invocation:
         Raises:
             UsageError: no owner's form.
         """
-        from agent.config import check_owner
+        from agent.config_types import check_owner
 
         section = self.config.repository.get(self.repository_spec(repository))
         for text in (named, configured, section.owner if section else None, self.config.owner):
@@ -193,7 +193,12 @@ class Invocation:
         """
         from agent.keys import reading_key
 
-        return reading_key(self.key_options())
+        return self._told(reading_key(self.key_options()))
+
+    def _told(self, found: "ReadingKey") -> "ReadingKey":
+        if found.note and not found.unchecked:
+            self.say(found.note)
+        return found
 
     def codec(self) -> "ChunkCodec":
         """What reads snapshots of any key as far as the key at hand goes; asks for no default key's passphrase.
@@ -203,7 +208,7 @@ class Invocation:
         """
         from agent.keys import reading_key
 
-        return reading_key(self.key_options(), may_ask=False).codec()
+        return self._told(reading_key(self.key_options(), may_ask=False)).codec()
 
     def say(self, text: str) -> None:
         """One line for people, on standard error, unless quiet or JSON is asked for."""

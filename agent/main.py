@@ -16,6 +16,7 @@ from agent import (
     cli_datastore,
     cli_gc,
     cli_host,
+    cli_job,
     cli_key,
     cli_mount,
     cli_notes,
@@ -75,6 +76,7 @@ def build() -> typer.Typer:
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
     cli_key.add_to(application)
+    cli_job.add_to(application)
     cli_host.add_to(application)
     return application
 
