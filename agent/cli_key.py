@@ -351,7 +351,8 @@ def _lines(file: "KeyFile", path: Path) -> list[str]:
         lines.append(f"  fingerprint: {format_fingerprint(file.fingerprint)}")
     lines.append(f"  protected by: {'nothing' if file.kdf is None else f'a passphrase ({file.kdf.name})'}")
     if file.hint is not None:
-        lines.append(f"  hint: {file.hint}")
+        # A foreign file may try to talk to the terminal.
+        lines.append(f"  hint: {file.hint if file.hint.isprintable() else ascii(file.hint)}")
     lines.append(f"  created: {file.created.isoformat(timespec='seconds')}")
     lines.append(f"  modified: {file.modified.isoformat(timespec='seconds')}")
     return lines

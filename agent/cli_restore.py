@@ -137,11 +137,11 @@ async def _opened(
         FormatError: it is broken or altered.
     """
     from datastore.codec import ChunkCodec
-    from datastore.names import strip_archive_type
+    from datastore.names import MASTER_KEY_NAME, strip_archive_type
     from repository.restore import load_manifest
 
     manifest = await load_manifest(reader, ChunkCodec())
-    if archive is not None and strip_archive_type(archive) == "rsa-encrypted.key":
+    if archive is not None and strip_archive_type(archive) == strip_archive_type(MASTER_KEY_NAME):
         # It is what leads to the key, and never encrypted with it.
         return ChunkCodec(), manifest
     codec = reading_key.codec_for(manifest, str(reader.snapshot))

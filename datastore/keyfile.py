@@ -164,6 +164,8 @@ class KeyFile:
         hint = document.get("hint")
         if hint is not None and (not isinstance(hint, str) or not 1 <= len(hint) <= MAX_HINT):
             raise _error(where, f"'hint' is no text of 1 to {MAX_HINT} characters")
+        if hint is not None and any("\ud800" <= letter <= "\udfff" for letter in hint):
+            raise _error(where, "'hint' is no Unicode")
         return cls(
             kdf, _time(document, "created", where), _time(document, "modified", where), data, fingerprint, hint
         )  # fmt: skip

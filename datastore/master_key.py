@@ -19,8 +19,6 @@ from datastore.keyfile import KeyFile, check_passphrase
 
 #: Bits of a new pair's modulus, PBS's size.
 MASTER_KEY_BITS: Final = 4096
-#: The name under which snapshots hold the wrapped key.
-WRAPPED_KEY_NAME: Final = "rsa-encrypted.key.blob"
 
 #: Bytes that PKCS #1 v1.5 adds at least.
 _PADDING: Final = 11

@@ -14,8 +14,15 @@ from core.progress import Progress
 from datastore.blob import MAX_BLOB_SIZE, MAX_ENCODED_CHUNK
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest, ManifestFile
-from datastore.master_key import WRAPPED_KEY_NAME, wrapped_key_blob
-from datastore.names import MANIFEST_NAME, ArchiveKind, archive_kind, complete_archive_name, strip_archive_type
+from datastore.master_key import wrapped_key_blob
+from datastore.names import (
+    MANIFEST_NAME,
+    MASTER_KEY_NAME,
+    ArchiveKind,
+    archive_kind,
+    complete_archive_name,
+    strip_archive_type,
+)
 from repository.buffers import shared_pool
 from repository.interface import BackupSession
 from repository.pipeline import DiskBackup, Pipeline, UploadStats
@@ -93,7 +100,7 @@ class SnapshotWriter:
             FleeceError: more than 128 MiB, or more than 16 MiB encoded (the backup protocol takes no more).
         """
         filename = complete_archive_name(name)
-        if archive_kind(filename) is not ArchiveKind.BLOB or filename in (MANIFEST_NAME, WRAPPED_KEY_NAME):
+        if archive_kind(filename) is not ArchiveKind.BLOB or filename in (MANIFEST_NAME, MASTER_KEY_NAME):
             raise UsageError(
                 "store the file as", repr(name), "the name of a small file ends in .conf, .json, .log or .blob"
             )
@@ -138,10 +145,10 @@ class SnapshotWriter:
 
     async def _put_wrapped_key(self, wrapped_key: bytes) -> None:
         raw = wrapped_key_blob(wrapped_key)
-        await self.session.put_blob(WRAPPED_KEY_NAME, raw)
+        await self.session.put_blob(MASTER_KEY_NAME, raw)
         # Listed with the backup's mode, as PBS does, although the blob is plain.
         csum = hashlib.sha256(raw).digest()
-        self._manifest.add(ManifestFile(WRAPPED_KEY_NAME, self.codec.mode, len(raw), csum))
+        self._manifest.add(ManifestFile(MASTER_KEY_NAME, self.codec.mode, len(raw), csum))
         self._stats.size += len(raw)
 
     def _encoded_blob(self, data: bytes) -> tuple[bytes, bytes]:

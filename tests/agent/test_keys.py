@@ -394,6 +394,16 @@ def test_json_has_the_warning_but_no_secret(fleece: Fleece, tmp_path: Path) -> N
     assert "protected by: nothing" in shown.out
 
 
+def test_a_hint_does_not_talk_to_the_terminal(fleece: Fleece, locked_key: Path) -> None:
+    document = json.loads(locked_key.read_text()) | {"hint": "\x1b[2Jred"}
+    locked_key.write_text(json.dumps(document))
+    fleece.environment["PBS_ENCRYPTION_PASSWORD"] = "wrong passphrase"
+    for command in ("show", "change-passphrase"):
+        answer = fleece("key", command, locked_key)
+        assert "\x1b" not in answer.out + answer.err
+        assert "x1b[2Jred" in answer.out + answer.err
+
+
 def test_a_hint_needs_a_passphrase(fleece: Fleece, tmp_path: Path) -> None:
     failed(fleece("key", "create", tmp_path / "n.key", "--kdf", "none", "--hint", "x"), "--hint", code=2)
 

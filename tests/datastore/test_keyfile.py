@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import FleeceError, FormatError, NotFoundError, UsageError
@@ -27,6 +27,8 @@ from datastore.keyfile import (
     write_new,
 )
 
+# On a busy machine the first text that hypothesis makes takes seconds.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RAW = bytes(range(32))
 KEY = CryptKey.from_raw(RAW)
 FINGERPRINT = "0e:ab:d4:46:0b:6e:b9:ca:34:50:23:de:e2:b7:78:c7:90:e5:4a:16:83:b9:65:9c:0a:57:ae:19:90:90:15:9b"
@@ -102,6 +104,7 @@ def test_files_that_pbs_wrote(golden: Path) -> None:
 # ---- round trips ----
 
 
+@UNHURRIED
 @given(raw=st.binary(min_size=32, max_size=32), hint=st.none() | st.text("abc ü", min_size=1, max_size=64))
 def test_a_file_holds_what_it_was_made_with(raw: bytes, hint: str | None) -> None:
     key = CryptKey.from_raw(raw)
@@ -221,6 +224,42 @@ def test_pbkdf2_rounds_beyond_the_bounds_are_refused(rounds: int) -> None:
 def test_what_no_writer_makes_is_refused_with_its_reason(content: bytes, why: str) -> None:
     with pytest.raises(FormatError, match=why):
         KeyFile.parse(content, where="x.key")
+
+
+@UNHURRIED
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(["kdf", "created", "modified", "data", "fingerprint", "hint"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(WRAPPED),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["Scrypt", "PBKDF2", "n", "r", "p", "iter", "salt"]), inner, max_size=4
+                )
+            ),
+            max_leaves=6,
+        ),
+    )
+)
+def test_any_other_content_is_read_or_refused_and_what_is_read_can_be_written(changes: dict[str, Any]) -> None:
+    try:
+        file = KeyFile.parse(text(**changes), where="x")
+    except FormatError:
+        return
+    assert KeyFile.parse(file.encode(), where="x").data == file.data
+
+
+@UNHURRIED
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(FormatError):
+        KeyFile.parse(content, where="x")
+
+
+def test_a_hint_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(FormatError, match="no Unicode"):
+        KeyFile.parse(text(hint="\ud800"), where="x")
 
 
 def test_a_fingerprint_of_another_key_is_refused() -> None:
@@ -348,6 +387,17 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
         replace(path, b"new", what="change")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.key"]
+
+
+@pytest.mark.parametrize("call", ["fchmod", "fsync", "link"])
+def test_a_full_disk_leaves_no_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(FleeceError, match="No space left"):
+        write_new(tmp_path / "a.key", b"new", what="create")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_endless_files_are_told_apart(tmp_path: Path) -> None:
