@@ -21,6 +21,7 @@ from datastore.codec import ChunkCodec
 from datastore.errors import LockedError, StoreError
 from datastore.gc import DEFAULT_CUTOFF_S, GcReport, collect_garbage, list_indexes
 from datastore.gc_status import GcStatus, read_status
+from datastore.marked import MarkedDigests
 from datastore.names import Snapshot
 from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
@@ -319,6 +320,11 @@ class TestWritersBeside:
             assert (await collect_garbage(repo.store, lock_wait_s=20)).status.disk_chunks == 1
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 class TestIndexes:
     """One that cannot be read means that nothing is removed; one in a strange place counts."""
 
@@ -337,7 +343,7 @@ class TestIndexes:
             lambda path: path.write_bytes(b"x" * 5000),
             lambda path: (path.unlink(), path.mkdir()),
             lambda path: (path.unlink(), path.symlink_to("/nowhere")),
-            lambda path: (path.unlink(), os.mkfifo(path)),
+            make_pipe,
             lambda path: path.rename(path.with_suffix(".didx")),
         ],
         ids=["truncated", "empty", "foreign", "a folder", "a dead link", "a pipe", "of the other kind"],
@@ -504,14 +510,14 @@ class TestClocks:
         await repo.forget(await write(repo, 1000, image(1)))
         age(repo.store.base, 3 * DAY)
         before = chunks(repo.store.base)
-        real_time, real_take, moved = time.time, gc.MarkedDigests.take, [0]
+        real_time, real_take, moved = time.time, MarkedDigests.take, [0]
 
-        def set_clock(self: gc.MarkedDigests) -> bytes:
+        def set_clock(self: MarkedDigests) -> bytes:
             moved[0] = jump
             return real_take(self)
 
-        monkeypatch.setattr(gc.MarkedDigests, "take", set_clock)
-        monkeypatch.setattr(gc.time, "time", lambda: real_time() + moved[0])
+        monkeypatch.setattr(MarkedDigests, "take", set_clock)
+        monkeypatch.setattr(time, "time", lambda: real_time() + moved[0])
         with pytest.raises(StoreError, match="the clock was set by"):
             await collect_garbage(repo.store)
         assert before <= chunks(repo.store.base)
@@ -526,7 +532,7 @@ class TestClocks:
         await repo.forget(await write(repo, 1000, image("young"), "vm/2"))
         age(base, DAY // 2)
         real = time.time
-        monkeypatch.setattr(gc.time, "time", lambda: real() + off)
+        monkeypatch.setattr(time, "time", lambda: real() + off)
         report = await collect_garbage(repo.store)
         assert {digest.hex() for digest in digests_of(image("used"))} <= chunks(base)
         assert report.status.removed_chunks == 0, "12 hours old by the clock that counts"
