@@ -1,6 +1,7 @@
 """Running jobs of the configuration: each type does what its command does, by the same functions."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import trio
@@ -158,7 +159,9 @@ async def _execute(
     ns = Namespace.parse(section.ns if section.ns is not None else configured.ns if configured is not None else "")
     if isinstance(section, PruneJob):
         return await _prune(section, ns, repository, progress)
-    return await _verify(section, ns, repository, progress)
+    levels = [level for level in (section, configured, config) if level is not None]
+    keyfile = next((level.keyfile for level in levels if level.keyfile), None)
+    return await _verify(section, ns, repository, keyfile, progress)
 
 
 async def _prune(section: PruneJob, ns: Namespace, repository: Repository, progress: Progress) -> dict[str, Any]:
@@ -183,7 +186,9 @@ async def _prune(section: PruneJob, ns: Namespace, repository: Repository, progr
     }
 
 
-async def _verify(section: VerifyJob, ns: Namespace, repository: Repository, progress: Progress) -> dict[str, Any]:
+async def _verify(
+    section: VerifyJob, ns: Namespace, repository: Repository, keyfile: Path | None, progress: Progress
+) -> dict[str, Any]:
     from agent.cli_verify import parse_duration
     from agent.documents import in_namespace
     from agent.keys import KeyOptions, reading_key
@@ -196,7 +201,10 @@ async def _verify(section: VerifyJob, ns: Namespace, repository: Repository, pro
         max_duration_s=None if section.max_duration is None else parse_duration(section.max_duration),
         max_bytes=None if section.max_bytes is None else parse_size(section.max_bytes),
     )
-    codec = reading_key(KeyOptions(keyfile=section.keyfile), may_ask=False).codec()
+    key = reading_key(KeyOptions(keyfile=section.keyfile, default_keyfile=keyfile), may_ask=False)
+    if key.note:
+        progress.log(key.note)
+    codec = key.codec()
     results = await verify(repository, await choose(repository, ns), codec, progress, options)
     for one in results:
         skipped = f", not looked at: {one.skipped}" if one.skipped else ""

@@ -22,6 +22,8 @@ def test_help_teaches_by_example_and_lists_every_verb(fleece: Fleece) -> None:
 
 VERBS = [
     "vm backup", "vm show", "vm cleanup", "backup", "list", "show", "restore", "mount", "forget", "verify", "gc",
+    "prune", "protect", "unprotect", "notes", "owner", "namespace create", "namespace list", "namespace delete",
+    "namespace move", "job list", "job run", "job history", "job log", "datastore status",
     "datastore create", "datastore list", "datastore remove", "doctor", "benchmark", "completion", "version",
 ]  # fmt: skip
 
