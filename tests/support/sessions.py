@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from typing import Any
 
 import trio
 
@@ -24,14 +23,12 @@ from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.errors import ChunkNotFoundError, SnapshotNotFoundError
 from datastore.fixed_index import FixedHeader, FixedIndex
 from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
-from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.manifest import Manifest
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult
-from datastore.prune import KeepOptions, PruneResult
-from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo, StoreUsage, StoreUsage
+from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo, StoreUsage
 
 Hook = Callable[[str], None]
 
