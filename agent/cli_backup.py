@@ -52,7 +52,10 @@ fleece backup root.img:/dev/vg/root --backup-id db1
 fleece backup disk.img:/var/lib/vm/web.qcow2 vm.conf:/etc/vm/web.conf --backup-type vm --backup-id web
 fleece backup disk.img:nbd://storage/web --backup-id web --bwlimit 100M
 fleece backup disk.img:/dev/vg/root --dry-run
+fleece backup root.img:/dev/vg/root --keyfile /etc/fleece/backup.key
+fleece backup root.img:/dev/vg/root --keyfile /etc/fleece/backup.key --master-pubkey-file master-public.pem
 """,
+        keys="write",
     )(backup)
 
 
@@ -98,6 +101,7 @@ def backup(
     rate = parse_rate(bwlimit, invocation.config.bwlimit)
     ctime = parse_backup_time(backup_time) if backup_time is not None else None
     group_owner = invocation.owner(owner)
+    keys = invocation.backup_keys()
 
     if dry_run:
 
@@ -109,7 +113,7 @@ def backup(
                 open_images(parsed, progress, image_format=image_format, force=force) as sources,
             ):
                 await read_small_files(parsed)
-                return await plan_disks(repository, group, sources, invocation.codec())
+                return await plan_disks(repository, group, sources, keys.codec)
 
         show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
         return
@@ -128,7 +132,7 @@ def backup(
                 repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
             ) as session,
         ):
-            writer = SnapshotWriter(session, invocation.codec(), progress)
+            writer = SnapshotWriter(session, keys.codec, progress, wrapped_key=keys.wrapped_key)
             async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
                 if sources:
                     await writer.add_disks(sources, bwlimit=rate)

@@ -1,4 +1,4 @@
-"""`fleece datastore`: making, listing and forgetting datastores."""
+"""`fleece datastore`: making, listing, looking at and forgetting datastores."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,12 +9,13 @@ from agent.invocation import Invocation, command
 from core.errors import FleeceError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from agent.store_status import StoreStatus
     from core.progress import Progress
 
 
 def add_to(application: typer.Typer) -> None:
     """Register the verbs."""
-    group = typer.Typer(no_args_is_help=True, help="Make, list and forget datastores.", rich_markup_mode=None)
+    group = typer.Typer(no_args_is_help=True, help="Make, list, look at and forget datastores.", rich_markup_mode=None)
     application.add_typer(group, name="datastore")
     command(
         group,
@@ -27,6 +28,15 @@ fleece datastore create /backup/main --reuse            register one that is the
 """,
     )(create)
     command(group, "list", repository=False, examples="fleece datastore list --output json")(list_datastores)
+    command(
+        group,
+        "status",
+        examples="""
+fleece datastore status                                 of the repository that --repo or the configuration names
+fleece datastore status main
+fleece datastore status main --output json | jq '."deduplication-factor"'
+""",
+    )(status)
     command(
         group,
         "remove",
@@ -123,6 +133,27 @@ def list_datastores(invocation: Invocation) -> None:
         return list(table(("name", "path", "known from"), rows)) if rows else ["No datastores."]
 
     invocation.emit(found, lines)
+
+
+def status(
+    invocation: Invocation,
+    place: Annotated[
+        str | None, typer.Argument(metavar="[NAME|PATH]", help="Else that of --repo, the environment, ...")
+    ] = None,
+) -> None:
+    """Show how full a datastore is, and how it is deduplicated, verified, collected and growing."""
+    from agent.store_status import look, status_document, status_lines
+
+    if place is not None and invocation.repo is not None:
+        raise UsageError("show the status", place, "the datastore is named twice", "leave out --repo")
+    invocation.repo = place or invocation.repo
+
+    async def work(progress: "Progress") -> "StoreStatus":
+        async with invocation.repository() as repository:
+            return await look(repository)
+
+    found = invocation.run(work, what="show the status", where=invocation.repository_spec())
+    invocation.emit(status_document(found), lambda: status_lines(found))
 
 
 def remove(

@@ -22,8 +22,10 @@ def add_to(application: typer.Typer) -> None:
 fleece mount /mnt/backup                                        every snapshot, as TYPE/ID/TIME/...
 fleece mount vm/100/latest drive-scsi0.img /mnt/disk            one archive
 fleece mount /mnt/backup --foreground -o allow_other,cache=512M
+fleece mount /mnt/backup --keyfile /etc/fleece/backup.key        encrypted archives too
 umount /mnt/backup                                              or: fusermount3 -u /mnt/backup
 """,
+        keys="read",
     )(mount)
 
 
@@ -49,7 +51,7 @@ def mount(
 
     Disk images are files, small files lie decoded beside them, 'latest' beside the snapshots is a link to the newest. A
     snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM ends
-    the mount.
+    the mount. Encrypted archives are shown if their key is given.
     """
     from agent.repositories import local_store
     from fusefs.mount import mount as mount_on
@@ -68,6 +70,7 @@ def mount(
     mount_on(
         invocation.repository,
         mountpoint,
+        key=invocation.reading_key().key,
         ns=ns,
         archive=_one_archive(arguments[:-1], invocation),
         options=MountOptions.parse(*(options or [])),

@@ -15,6 +15,7 @@ from core.errors import TargetError, UsageError, os_reason
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from agent.keys import ReadingKey
     from core.buffers import Buffer
     from core.progress import Progress
     from datastore.codec import ChunkCodec
@@ -34,7 +35,10 @@ fleece restore vm/100/latest drive-scsi0.img nbd://storage/web
 fleece restore vm/100/latest drive-scsi0.img - | ssh other 'dd of=/dev/vg/web bs=4M'
 fleece restore vm/100/latest qemu-command.json -
 fleece restore vm/100/2026-01-02T03:04:05Z --all /tmp/everything
+fleece restore vm/100/latest drive-scsi0.img new.raw --keyfile /etc/fleece/backup.key
+fleece restore vm/100/latest rsa-encrypted.key rsa-encrypted.key    for 'fleece key import-with-master-key'
 """,
+        keys="read",
     )(restore)
 
 
@@ -84,17 +88,16 @@ def restore(
             "leave out --output, or restore to a file",
         )  # fmt: skip
     ns = invocation.namespace()
+    reading_key = invocation.reading_key()
     started = time.monotonic()
 
     async def work(progress: "Progress") -> tuple[str, list[Restored]]:
         from agent.documents import find_snapshot
-        from repository.restore import load_manifest
 
-        codec = invocation.codec()
         async with invocation.repository() as repository:
             found = await find_snapshot(repository, snapshot, ns)
             async with repository.reader(found) as reader:
-                manifest = await load_manifest(reader, codec)
+                codec, manifest = await _opened(reader, reading_key, archive, progress)
                 job = _Job(reader, codec, manifest, force, image_format, progress)
                 if everything is not None:
                     return str(found), await job.all_to_folder(everything)
@@ -122,6 +125,31 @@ def restore(
         "warnings": invocation.warnings,
     }
     invocation.emit(document, lines)
+
+
+async def _opened(
+    reader: "Reader", reading_key: "ReadingKey", archive: str | None, progress: "Progress"
+) -> "tuple[ChunkCodec, Manifest]":
+    """The manifest of the snapshot, its signature checked if it has one, and what reads its archives.
+
+    Raises:
+        KeyNeededError: it was made with another key than the one at hand.
+        FormatError: it is broken or altered.
+    """
+    from datastore.codec import ChunkCodec
+    from datastore.names import MASTER_KEY_NAME, strip_archive_type
+    from repository.restore import load_manifest
+
+    manifest = await load_manifest(reader, ChunkCodec())
+    if archive is not None and strip_archive_type(archive) == strip_archive_type(MASTER_KEY_NAME):
+        # It is what leads to the key, and never encrypted with it.
+        return ChunkCodec(), manifest
+    codec = reading_key.codec_for(manifest, str(reader.snapshot))
+    if codec.key is not None:
+        manifest = await load_manifest(reader, codec)
+    elif manifest.fingerprint is not None:
+        progress.warn(f"the signature of {reader.snapshot} was not checked")
+    return codec, manifest
 
 
 class _Job:

@@ -1,11 +1,11 @@
-"""`fleece list`, `show`, `forget`, `verify`: looking at snapshots and after them."""
+"""`fleece list`, `show`, `forget`: looking at snapshots and after them."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from agent.invocation import Invocation, command
-from core.errors import FleeceError, UsageError
+from core.errors import UsageError
 
 if TYPE_CHECKING:
     from core.progress import Progress
@@ -24,6 +24,8 @@ def add_to(application: typer.Typer) -> None:
         examples="""
 fleece list
 fleece list vm/100
+fleece list --sort verified                   damaged ones first
+fleece list --sort size --reverse
 fleece list --recursive --output json | jq '.[].snapshot'
 """,
     )(list_snapshots)
@@ -44,16 +46,6 @@ fleece forget --group vm/100
 fleece forget --group vm/100 --dry-run
 """,
     )(forget)
-    command(
-        application,
-        "verify",
-        examples="""
-fleece verify                        everything
-fleece verify vm/100                 all snapshots of a group
-fleece verify vm/100/latest          one snapshot
-fleece verify --output json | jq '.[] | select(.state == "failed")'
-""",
-    )(verify)
 
 
 def list_snapshots(
@@ -63,9 +55,14 @@ def list_snapshots(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Also what is being written or was cut off.")
     ] = False,
+    sort: Annotated[
+        Literal["group", "time", "size", "owner", "verified", "protected"],
+        typer.Option("--sort", help="verified: failed, then never verified, then ok."),
+    ] = "group",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
 ) -> None:
-    """List the snapshots of a repository, by group, oldest first."""
-    from agent.documents import snapshot_document, snapshot_lines
+    """List the snapshots of a repository, by group, oldest first, with their verify state and protection."""
+    from agent.documents import snapshot_document, snapshot_lines, sorted_snapshots
     from datastore.names import Group
 
     ns = invocation.namespace()
@@ -79,7 +76,8 @@ def list_snapshots(
                 found += await repository.snapshots(namespace, selected, unfinished=unfinished)
         return found
 
-    infos = invocation.run(work, what="list", where=group or invocation.repository_spec())
+    found = invocation.run(work, what="list", where=group or invocation.repository_spec())
+    infos = sorted_snapshots(found, sort, reverse=reverse)
     invocation.emit([snapshot_document(info) for info in infos], lambda: snapshot_lines(infos))
 
 
@@ -145,60 +143,3 @@ def forget(
 
     document = {"removed": [str(one) for one in removed], "kept": [str(one) for one in kept], "dry-run": dry_run}
     invocation.emit(document, lines)
-
-
-def verify(
-    invocation: Invocation,
-    selection: Annotated[
-        str | None, typer.Argument(metavar="GROUP|SNAPSHOT", help="Only this group or snapshot.")
-    ] = None,
-) -> None:
-    """Read snapshots and check manifest, indexes, and the CRC and digest of every chunk.
-
-    Nothing in the datastore is changed. Ends with 1 if a snapshot is damaged.
-    """
-    from agent.documents import find_snapshot, in_namespace, parse_selection
-    from repository.verify import VerifyResult
-    from repository.verify import verify as verify_snapshots
-
-    ns = invocation.namespace()
-    wanted = parse_selection(selection, ns)
-
-    async def chosen(repository: "Repository") -> "list[Snapshot]":
-        if isinstance(wanted, str):
-            return [await find_snapshot(repository, wanted, ns)]
-        if wanted is not None:
-            found = [info.snapshot for info in await repository.snapshots(ns, wanted)]
-            if not found:
-                from core.errors import NotFoundError
-
-                raise NotFoundError("verify", str(wanted), "the group has no finished snapshot")
-            return found
-        everything = []
-        for namespace in await repository.namespaces(ns):
-            everything += [info.snapshot for info in await repository.snapshots(namespace)]
-        return everything
-
-    async def work(progress: "Progress") -> "list[VerifyResult]":
-        async with invocation.repository() as repository:
-            return list(await verify_snapshots(repository, await chosen(repository), invocation.codec(), progress))
-
-    results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
-    document = [{**result.to_json(), "ns": str(result.snapshot.group.ns)} for result in results]
-
-    def lines() -> list[str]:
-        text = []
-        for result in results:
-            skipped = f", not looked at: {result.skipped}" if result.skipped else ""
-            text.append(f"{in_namespace(result.snapshot)}: {result.state}{skipped}")
-            text += [f"  {error}" for error in result.errors]
-        return text or ["No snapshots."]
-
-    invocation.emit(document, lines)
-    failed = [str(result.snapshot) for result in results if result.state != "ok"]
-    if failed:
-        raise FleeceError(
-            "vouch for", ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""),
-            "damaged; the errors are listed above" if not invocation.is_json else "damaged",
-            "the other snapshots are whole; a new backup stores damaged chunks of unchanged data again",
-        )  # fmt: skip

@@ -67,7 +67,9 @@ fleece vm backup --qmp /run/web.qmp --id web
 fleece vm backup web --dry-run                           what would be read, and why
 fleece vm backup web --exclude 'swap*' --bwlimit 200M
 fleece vm backup --qmp /run/web.qmp --id web --guest-agent /run/web.qga --scratch /scratch
+fleece vm backup web --keyfile /etc/fleece/backup.key    encrypted on this host
 """,
+        keys="write",
     )(backup)
     command(
         group,
@@ -76,6 +78,7 @@ fleece vm backup --qmp /run/web.qmp --id web --guest-agent /run/web.qga --scratc
 fleece vm show web
 fleece vm show --qmp /run/web.qmp --id web --output json | jq '.disks[].next'
 """,
+        keys="write",
     )(show)
     command(
         group,
@@ -124,6 +127,7 @@ def backup(
     group_owner = invocation.owner(owner, section.owner, repository=section.repository)
     rate = parse_rate(bwlimit, section.bwlimit, invocation.config.bwlimit)
     ctime = parse_backup_time(backup_time) if backup_time is not None else None
+    keys = invocation.backup_keys(section, repository=section.repository)
 
     if dry_run:
 
@@ -131,7 +135,7 @@ def backup(
             from agent.vm_backup import plan_vm
 
             async with invocation.repository(section.repository) as repository:
-                return await plan_vm(settings, repository, group, invocation.codec(), progress)
+                return await plan_vm(settings, repository, group, keys.codec, progress)
 
         show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
         return
@@ -147,7 +151,14 @@ def backup(
             ) as session,
         ):
             return await back_up_vm(
-                settings, repository, session, invocation.codec(), progress, bwlimit=rate, notes=notes
+                settings,
+                repository,
+                session,
+                keys.codec,
+                progress,
+                bwlimit=rate,
+                notes=notes,
+                wrapped_key=keys.wrapped_key,
             )
 
     show_report(invocation, invocation.run(work, what="back up", where=str(group)))
@@ -174,6 +185,7 @@ def show(
         known = True
     except UsageError:
         known = False
+    codec = invocation.backup_keys(section, repository=section.repository).codec
 
     async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str]":
         from contextlib import AsyncExitStack
@@ -194,7 +206,7 @@ def show(
                 repository = await stack.enter_async_context(invocation.repository(section.repository))
             qmp_session = await stack.enter_async_context(connect(str(settings.qmp)))
             left_out = (await settings.selection.survey(qmp_session)).left_out
-            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), invocation.codec())
+            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), codec)
             return disks, left_out, ".".join(map(str, qmp_session.version))
 
     disks, left_out, version = invocation.run(work, what="show", where=settings.label)

@@ -7,68 +7,38 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from agent.config_types import (
+    AbsolutePath,
+    BackupId,
+    BitmapPolicy,
+    NamespaceText,
+    Owner,
+    RepositoryName,
+    Section,
+    Size,
+    SyncLevel,
+)
+from agent.job_sections import JOB_MODELS, JobName, JobSection
 from agent.toml_lines import find_line
-from core.errors import FleeceError, UsageError, os_reason
-from core.units import parse_size
-from datastore.names import BackupType, Group, Namespace, check_store_name
+from core.errors import UsageError, os_reason
 
 #: Bytes; a configuration is read whole.
 MAX_CONFIG_SIZE: Final = 1 << 20
 
-_AUTH_ID: Final = re.compile(r"[^\s:/\x00-\x1f\x7f]+@[A-Za-z0-9_][A-Za-z0-9._\-]*(![A-Za-z0-9_][A-Za-z0-9._\-]*)?")
+
+class KeySettings(Section):
+    """What a section may say about keys; the command line comes first."""
+
+    keyfile: AbsolutePath | None = None  #: key in place of the default one
+    master_pubkey_file: AbsolutePath | None = None  #: public master key in place of the default one
+    crypt_mode: Literal["encrypt", "sign-only", "none"] | None = None  #: of backups
 
 
-def check_owner(text: str) -> str:
-    """Return `text` if it is an auth id such as `root@pam` or `backup@pbs!host1`.
-
-    Raises:
-        UsageError: another form.
-    """
-    if _AUTH_ID.fullmatch(text) is None or not 3 <= len(text) <= 64:
-        raise UsageError("use the owner", repr(text), "it is not of the form user@realm or user@realm!token")
-    return text
-
-
-def _checked(check: Any) -> AfterValidator:
-    """A validator from one of our own parsers, whose errors are FleeceErrors."""
-
-    def validate(value: Any) -> Any:
-        try:
-            check(value)
-        except FleeceError as error:
-            raise ValueError(error.why) from error
-        return value
-
-    return AfterValidator(validate)
-
-
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise ValueError("a path in the configuration begins with a /")
-    return path
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Owner = Annotated[str, _checked(check_owner)]
-Size = Annotated[str, _checked(parse_size)]
-NamespaceText = Annotated[str, _checked(Namespace.parse)]
-BackupId = Annotated[str, _checked(lambda text: Group.parse(f"{BackupType.VM.value}/{text}"))]
-RepositoryName = Annotated[str, _checked(check_store_name)]
-SyncLevel = Literal["filesystem", "file", "none"]
-BitmapPolicy = Literal["persistent", "transient", "none"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-"), populate_by_name=False
-    )
-
-
-class RepositorySection(_Section):
+class RepositorySection(KeySettings):
     """`[repository.NAME]`: a datastore with a name of its own."""
 
     path: AbsolutePath  #: the datastore's folder
@@ -77,7 +47,7 @@ class RepositorySection(_Section):
     sync_level: SyncLevel | None = None  #: how chunks reach the disk; None leaves it to the datastore
 
 
-class VmSection(_Section):
+class VmSection(KeySettings):
     """`[vm.NAME]`: one virtual machine."""
 
     id: BackupId | None = None  #: backup id, NAME if not given
@@ -87,56 +57,64 @@ class VmSection(_Section):
     scratch: AbsolutePath | None = None  #: folder of the fleecing images
     scratch_beside_disks: bool = False  #: allow a scratch folder on a file system that holds a disk of this VM
     bitmap: BitmapPolicy = "persistent"
-    include: list[str] = []  #: disks to back up; empty: all
-    exclude: list[str] = []
-    names: dict[str, str] = {}  #: device, node or file name -> name of the disk
-    files: list[str] = []  #: NAME.conf:FILE, stored as blobs beside the disks
-    disks: dict[str, AbsolutePath] = {}  #: name of the disk -> file or device, for when QEMU does not run
+    include: list[str] = Field(default_factory=list)  #: disks to back up; empty: all
+    exclude: list[str] = Field(default_factory=list)
+    names: dict[str, str] = Field(default_factory=dict)  #: device, node or file name -> name of the disk
+    files: list[str] = Field(default_factory=list)  #: NAME.conf:FILE, stored as blobs beside the disks
+    disks: dict[str, AbsolutePath] = Field(
+        default_factory=dict
+    )  #: name of the disk -> file or device, for when QEMU does not run
     repository: str | None = None
     ns: NamespaceText | None = None
     owner: Owner | None = None
     bwlimit: Size | None = None
 
 
-class JobSection(BaseModel):
-    """`[job.NAME]`: work by schedule. Its options are those of the command, checked when the job runs."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    type: Literal["backup", "prune", "verify", "gc", "sync", "test-boot"]
-    schedule: str | None = None
-
-
-class Config(_Section):
+class Config(KeySettings):
     """The whole file."""
 
     default_repository: str | None = None
     owner: Owner | None = None
     scratch: AbsolutePath | None = None
     bwlimit: Size | None = None
-    repository: dict[RepositoryName, RepositorySection] = {}
-    vm: dict[str, VmSection] = {}
-    job: dict[str, JobSection] = Field(default={})
+    repository: dict[RepositoryName, RepositorySection] = Field(default_factory=dict)
+    vm: dict[str, VmSection] = Field(default_factory=dict)
+    job: dict[JobName, JobSection] = Field(default_factory=dict)
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that may stand beside the last one of `location`."""
-    sections: dict[str, type[BaseModel]] = {"repository": RepositorySection, "vm": VmSection, "job": JobSection}
+def _location(error: Any) -> tuple[str | int, ...]:
+    """The path of keys in the file: pydantic puts a job's type between its name and its options."""
+    location = tuple(part for part in error["loc"] if part != "[key]")
+    if location[:1] == ("job",) and len(location) > 2:
+        return location[:2] + location[3:]
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return (*location, "type")
+    return location
+
+
+def _known_keys(error: Any) -> list[str]:
+    """The keys that may stand beside the one at fault."""
+    location = tuple(error["loc"])
+    sections: dict[str, type[BaseModel]] = {"repository": RepositorySection, "vm": VmSection}
     model = Config if len(location) == 1 else sections.get(str(location[0]), Config)
+    if location[:1] == ("job",) and len(location) > 2:
+        model = JOB_MODELS.get(str(location[2]), Config)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _words(error: Any) -> str:
     """One of pydantic's error records in our words."""
-    location = tuple(error["loc"])
-    name = ".".join(str(part) for part in location if part != "[key]")
+    location = _location(error)
+    name = ".".join(map(str, location))
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key = str(location[-1])
-        near = difflib.get_close_matches(key, _known_keys(location), n=1)
+        near = difflib.get_close_matches(key, _known_keys(error), n=1)
         return f"{name} is no known option" + (f" (did you mean {near[0]!r}?)" if near else "")
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         return f"{name} is missing"
+    if kind == "union_tag_invalid":
+        return f"{name} must be one of {context['expected_tags']}"
     if kind == "literal_error":
         return f"{name} must be {context['expected']}"
     if kind == "value_error":
@@ -161,10 +139,7 @@ def parse_config(text: str, where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        faults = sorted(
-            (find_line(text, [part for part in fault["loc"] if part != "[key]"]) or 1, _words(fault))
-            for fault in error.errors()
-        )
+        faults = sorted((find_line(text, _location(fault)) or 1, _words(fault)) for fault in error.errors())
     (line, why), *more = faults
     why += "".join(f"; line {number}: {words}" for number, words in more)
     raise UsageError("use the configuration", f"{where}:{line}", why, "docs/configuration.md has all options")

@@ -282,10 +282,12 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
     else:
         sections = f"{len(config.repository)} repositories, {len(config.vm)} virtual machines"
         yield Check("configuration", State.OK, f"{path}: {sections}")
-    if config.job:
-        yield Check(
-            "jobs", State.WARNING, "this version does not run [job.NAME] sections", "use systemd timers or cron"
-        )
+    from agent.job_sections import LATER_TYPES
+
+    later = sorted(name for name, job in config.job.items() if job.type in LATER_TYPES)
+    if later:
+        why = f"this version does not run {', '.join(later)}: it knows the types prune, verify and gc"
+        yield Check("jobs", State.WARNING, why, "use systemd timers or cron with the commands")
     for name, vm in config.vm.items():
         if vm.qmp is None:
             continue

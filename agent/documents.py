@@ -1,7 +1,7 @@
 """Snapshots and tables as people and programs read them; the keys are those of PBS."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 from core.errors import UsageError
 from core.units import format_size
@@ -58,11 +58,36 @@ def snapshot_lines(infos: Sequence[SnapshotInfo]) -> Iterator[str]:
                 in_namespace(info.snapshot),
                 "" if info.size is None else format_size(info.size),
                 ", ".join(archives),
+                verify_word(info),
+                "yes" if info.protected else "",
                 " ".join(marks(info)),
                 first_line(info.comment),
             )
         )
-    yield from table(("snapshot", "size", "archives", "", "notes"), rows, right=(1,))
+    yield from table(("snapshot", "size", "archives", "verified", "protected", "", "notes"), rows, right=(1,))
+
+
+def verify_word(info: SnapshotInfo) -> str:
+    """What the last verify found, in a word; empty if there was none."""
+    return str(info.verification.get("state", "unknown")) if info.verification else ""
+
+
+_VERIFY_ORDER: Final = {"failed": 0, "": 1, "ok": 3}
+
+
+def sorted_snapshots(infos: Sequence[SnapshotInfo], key: str, *, reverse: bool = False) -> list[SnapshotInfo]:
+    """`infos`, which are by group and then oldest first, in another order; what is equal stays in that one."""
+    keys: dict[str, Callable[[SnapshotInfo], Any]] = {
+        "group": lambda info: 0,
+        "time": lambda info: info.snapshot.ctime,
+        "size": lambda info: info.size or 0,
+        "owner": lambda info: info.owner or "",
+        "verified": lambda info: _VERIFY_ORDER.get(verify_word(info), 2),
+        "protected": lambda info: not info.protected,
+    }
+    if reverse:
+        return sorted(infos, key=keys[key], reverse=True) if key != "group" else list(reversed(infos))
+    return sorted(infos, key=keys[key])
 
 
 def show_lines(info: SnapshotInfo) -> Iterator[str]:
@@ -99,13 +124,9 @@ def is_archive(filename: str) -> bool:
 
 
 def marks(info: SnapshotInfo) -> Iterator[str]:
-    """What is remarkable about a snapshot, in single words."""
+    """What is remarkable about a snapshot beside its own columns, in single words."""
     if not info.finished:
         yield "unfinished"
-    if info.protected:
-        yield "protected"
-    if info.verification and info.verification.get("state") == "failed":
-        yield "verify-failed"
     if any(file.crypt_mode is CryptMode.ENCRYPT for file in info.files):
         yield "encrypted"
     elif any(file.crypt_mode is CryptMode.SIGN_ONLY for file in info.files):

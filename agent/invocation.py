@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
 from core.errors import ExitCode, FleeceError, UsageError
 
 if TYPE_CHECKING:
-    from agent.config import Config
+    from agent.config import Config, KeySettings
+    from agent.keys import BackupKeys, KeyOptions, ReadingKey
     from agent.registry import Registry
     from core.progress import Progress
     from datastore.codec import ChunkCodec
@@ -54,6 +55,7 @@ class Invocation:
     config_path: Path | None = None
     repo: str | None = None
     ns: str | None = None
+    key_values: dict[str, Any] = field(default_factory=dict)  #: the options of keys, by name
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -142,7 +144,7 @@ class Invocation:
         Raises:
             UsageError: no owner's form.
         """
-        from agent.config import check_owner
+        from agent.config_types import check_owner
 
         section = self.config.repository.get(self.repository_spec(repository))
         for text in (named, configured, section.owner if section else None, self.config.owner):
@@ -150,11 +152,63 @@ class Invocation:
                 return check_owner(text)
         return DEFAULT_OWNER
 
-    def codec(self) -> "ChunkCodec":
-        """How chunks are hashed, encoded and decoded: plainly, without a key."""
-        from datastore.codec import ChunkCodec
+    def key_options(self, section: "KeySettings | None" = None, *, repository: str | None = None) -> "KeyOptions":
+        """What the command line says about keys, and behind it the configuration.
 
-        return ChunkCodec()
+        Args:
+            section: the VM's.
+            repository: the repository that the VM's section names.
+        """
+        from agent.keys import KeyOptions
+
+        try:
+            of_repository = self.config.repository.get(self.repository_spec(repository))
+        except UsageError:
+            of_repository = None  # `vm show` needs none
+        levels = [level for level in (section, of_repository, self.config) if level is not None]
+        return KeyOptions(
+            **self.key_values,
+            default_keyfile=next((level.keyfile for level in levels if level.keyfile), None),
+            default_master=next((level.master_pubkey_file for level in levels if level.master_pubkey_file), None),
+            default_mode=next((level.crypt_mode for level in levels if level.crypt_mode), None),
+        )
+
+    def backup_keys(self, section: "KeySettings | None" = None, *, repository: str | None = None) -> "BackupKeys":
+        """How a backup is written: mode, key, and the key under the master key. May ask for a passphrase.
+
+        To be called before the work starts, which keeps the terminal busy. Arguments as `key_options`.
+
+        Raises:
+            UsageError, FleeceError: as `agent.keys.backup_keys`.
+        """
+        from agent.keys import backup_keys
+
+        return backup_keys(self.key_options(section, repository=repository), self.say)
+
+    def reading_key(self) -> "ReadingKey":
+        """The key to read snapshots with, if there is one. May ask for a passphrase, so before the work starts.
+
+        Raises:
+            UsageError, FleeceError: as `agent.keys.reading_key`.
+        """
+        from agent.keys import reading_key
+
+        return self._told(reading_key(self.key_options()))
+
+    def _told(self, found: "ReadingKey") -> "ReadingKey":
+        if found.note and not found.unchecked:
+            self.say(found.note)
+        return found
+
+    def codec(self) -> "ChunkCodec":
+        """What reads snapshots of any key as far as the key at hand goes; asks for no default key's passphrase.
+
+        Raises:
+            UsageError, FleeceError: as `agent.keys.reading_key`.
+        """
+        from agent.keys import reading_key
+
+        return self._told(reading_key(self.key_options(), may_ask=False)).codec()
 
     def say(self, text: str) -> None:
         """One line for people, on standard error, unless quiet or JSON is asked for."""
@@ -250,6 +304,40 @@ _REPOSITORY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         typer.Option("--ns", metavar="NS", help="Namespace a/b/c (else PBS_NAMESPACE).", show_default=False),
     ),
 }  # fmt: skip
+_READING_KEY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "keyfile": (
+        Path | None,
+        typer.Option("--keyfile", metavar="FILE", show_default=False,
+                     help="Encryption key, made by 'fleece key create' (else the default one)."),
+    ),
+    "keyfd": (
+        int | None,
+        typer.Option("--keyfd", metavar="N", min=0, show_default=False,
+                     help="Read the encryption key from this file descriptor."),
+    ),
+    "crypt_mode": (
+        Literal["encrypt", "sign-only", "none"] | None,
+        typer.Option("--crypt-mode", show_default=False, help="none: use no key, not even a default one."),
+    ),
+}  # fmt: skip
+_BACKUP_KEY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    **_READING_KEY_OPTIONS,
+    "crypt_mode": (
+        Literal["encrypt", "sign-only", "none"] | None,
+        typer.Option("--crypt-mode", show_default=False,
+                     help="With a key data is encrypted, unless this says otherwise."),
+    ),
+    "master_pubkey_file": (
+        Path | None,
+        typer.Option("--master-pubkey-file", metavar="FILE", show_default=False,
+                     help="Store the key, encrypted for this master key, in the snapshot (else the default one)."),
+    ),
+    "master_pubkey_fd": (
+        int | None,
+        typer.Option("--master-pubkey-fd", metavar="N", min=0, show_default=False,
+                     help="Read the public master key from this file descriptor."),
+    ),
+}  # fmt: skip
 
 
 def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
@@ -264,20 +352,21 @@ def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
     ]
 
 
-def _invocation(context: typer.Context, values: dict[str, Any]) -> Invocation:
+def _invocation(context: typer.Context, values: dict[str, Any], key_values: dict[str, Any]) -> Invocation:
     """Merge the options behind the verb with those before it."""
     before = context.obj if isinstance(context.obj, dict) else {}
     merged = {name: value or before.get(name) for name, value in values.items()}
     # An empty namespace is the root, and so says something.
     ns = values.get("ns") if values.get("ns") is not None else before.get("ns")
     invocation = Invocation(
-        output=merged["output"] or Output.TEXT,
+        output=merged.get("output") or Output.TEXT,
         quiet=bool(merged["quiet"]),
         verbose=bool(merged["verbose"]) or bool(merged["debug"]),
         debug=bool(merged["debug"]),
         config_path=merged["config"],
         repo=merged.get("repo"),
         ns=ns,
+        key_values=key_values,
     )
     level = logging.DEBUG if invocation.debug else logging.INFO if invocation.verbose else logging.WARNING
     if invocation.is_json and not invocation.verbose:
@@ -300,7 +389,14 @@ def _take_over(
 
 
 def command(
-    group: typer.Typer, name: str, *, examples: str = "", repository: bool = True, hidden: bool = False
+    group: typer.Typer,
+    name: str,
+    *,
+    examples: str = "",
+    repository: bool = True,
+    keys: Literal["read", "write"] | None = None,
+    output: bool = True,
+    hidden: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function `(Invocation, own options...)` as the verb `name` of `group`.
 
@@ -309,14 +405,20 @@ def command(
         name: as typed.
         examples: lines shown at the end of `--help`.
         repository: False for a verb that needs no repository: `--repo` and `--ns` are left out.
+        keys: `read` adds the options of the key to read snapshots with, `write` those of the key for backups.
+        output: False for a verb with an `--output-format` of its own.
         hidden: not listed.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        general = {**_REPOSITORY_OPTIONS, **_OPTIONS} if repository else _OPTIONS
+        general = {**_REPOSITORY_OPTIONS, **_OPTIONS} if repository else dict(_OPTIONS)
+        if not output:
+            del general["output"]
+        key_options = {"read": _READING_KEY_OPTIONS, "write": _BACKUP_KEY_OPTIONS, None: {}}[keys]
 
         def wrapper(*, context: typer.Context, **values: Any) -> None:
-            invocation = _invocation(context, {option: values.pop(option) for option in general})
+            key_values = {option: values.pop(option) for option in key_options}
+            invocation = _invocation(context, {option: values.pop(option) for option in general}, key_values)
             try:
                 function(invocation, **values)
             except FleeceError:
@@ -327,7 +429,7 @@ def command(
             invocation.end()
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        _take_over(function, wrapper, own + _parameters(general))
+        _take_over(function, wrapper, own + _parameters({**key_options, **general}))
         epilog = (
             "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()) if examples else None
         )

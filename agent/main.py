@@ -14,10 +14,16 @@ import typer
 from agent import (
     cli_backup,
     cli_datastore,
+    cli_gc,
     cli_host,
+    cli_job,
+    cli_key,
     cli_mount,
+    cli_notes,
+    cli_prune,
     cli_restore,
     cli_snapshots,
+    cli_verify,
     cli_vm,
 )
 from agent.invocation import general_options, to_stderr
@@ -62,9 +68,15 @@ def build() -> typer.Typer:
     cli_vm.add_to(application)
     cli_backup.add_to(application)
     cli_snapshots.add_to(application)
+    cli_verify.add_to(application)
+    cli_gc.add_to(application)
+    cli_prune.add_to(application)
+    cli_notes.add_to(application)
     cli_restore.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
+    cli_key.add_to(application)
+    cli_job.add_to(application)
     cli_host.add_to(application)
     return application
 

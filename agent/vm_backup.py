@@ -139,8 +139,11 @@ async def back_up_vm(
     *,
     bwlimit: int | None = None,
     notes: str | None = None,
+    wrapped_key: bytes | None = None,
 ) -> BackupReport:
     """Back up the VM into `session`, running or not, and hand its bitmaps over when the snapshot is finished.
+
+    `wrapped_key`, the backup key under a master key, is stored with it.
 
     Raises:
         FleeceError: it could not be backed up; the VM is as before, and no snapshot is listed.
@@ -149,7 +152,7 @@ async def back_up_vm(
     """
     started = time.monotonic()
     files = [(one.name, await in_io_thread(read_small_file, Path(one.source))) for one in settings.files]
-    writer = SnapshotWriter(session, codec, progress)
+    writer = SnapshotWriter(session, codec, progress, wrapped_key=wrapped_key)
     if await is_running(settings):
         frozen_s = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes)
     else:

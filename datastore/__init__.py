@@ -10,6 +10,10 @@ docs/formats.md describes the bytes. A local folder is the only backend so far.
     codec.py, sha256.py            `ChunkCodec`: plain bytes to blobs and back; digests of many chunks at once
     blob.py                        the container of a chunk or small file
     fixed_index.py, dynamic_index.py, manifest.py   one format each
+    prune.py, filters.py           which snapshots stay; which groups are meant
+    gc.py, gc_status.py, marked.py garbage collection, its result, and the digests it has marked
+    upid.py                        the names of tasks
+    changes.py                     notes, protection, owners, namespaces
     digests.py                     `DigestSet`: millions of digests, packed
     locks.py, files.py             locks that PBS respects; files that are whole or absent
     errors.py                      what can go wrong

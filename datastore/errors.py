@@ -9,6 +9,7 @@ FleeceError
 ├── BusyError
 │   └── LockedError         a lock of the datastore is held by somebody else
 ├── KeyNeededError          encrypted or signed with a key that was not given, or another one
+│   └── PassphraseError     a key's passphrase is missing or wrong
 ├── OwnerError              the group belongs to somebody else
 ├── ProtectedError          the snapshot must not be removed
 └── StoreError              the store's files cannot be read or written (full, read-only, foreign layout, ...)
@@ -35,6 +36,10 @@ class LockedError(BusyError):
 
 class KeyNeededError(FleeceError):
     """The data is encrypted or signed with a key that was not given, or with another one."""
+
+
+class PassphraseError(KeyNeededError):
+    """The passphrase of a key is missing or wrong."""
 
 
 class OwnerError(FleeceError):

@@ -91,6 +91,20 @@ def touch(path: str | Path) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
 
+def touch_in(folder: int, path: bytes) -> bool:
+    """As `touch`, for a path relative to the open folder `folder`; False if it is not there.
+
+    Raises:
+        OSError: not ours.
+    """
+    if _LIBC.utimensat(folder, path, _TOUCH, _AT_SYMLINK_NOFOLLOW) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.ENOENT:
+        return False
+    raise OSError(code, os.strerror(code), os.fsdecode(path))
+
+
 def sync_filesystem(path: Path) -> None:
     """Write everything of the file system that holds `path` to the disk.
 
@@ -301,7 +315,7 @@ def remove_tree(path: Path, *, first: Sequence[str] = ()) -> None:
             shutil.rmtree(path)
 
 
-def unlink_existing(path: Path) -> bool:
+def unlink_existing(path: Path | str) -> bool:
     """Remove the file `path`; False if it is not there."""
     try:
         os.unlink(path)  # noqa: PTH108 - one system call that the crash tests count

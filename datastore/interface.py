@@ -5,13 +5,17 @@ collection, verify, prune and sessions are written against these two. One test s
 (`tests/datastore/test_chunk_store.py`) runs over every implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import trio
+
 from core.buffers import Buffer
+from core.progress import Progress
 from datastore.blob import Blob
+from datastore.gc_status import GcStatus
 from datastore.locks import Writer
 from datastore.names import Namespace
 
@@ -21,6 +25,24 @@ class PutResult(NamedTuple):
 
     duplicate: bool  #: the store had it already
     stored: int  #: bytes it takes in the store
+
+
+class SweepGuard(Protocol):
+    """What a sweep must ask before it removes anything."""
+
+    async def ready(self) -> None:
+        """Return once everything in use is marked and access times are known to be right.
+
+        Before that a sweep may list names, but no age counts. Raises if nothing may be removed.
+        """
+        ...
+
+    def uses(self, digest: bytes) -> bool:
+        """True if this run has marked the chunk; for worker threads, about what is about to be removed.
+
+        An age that says otherwise is wrong then, and so may be all others.
+        """
+        ...
 
 
 class ChunkStore(Protocol):
@@ -57,12 +79,69 @@ class ChunkStore(Protocol):
         """Mark the chunk as used now; False if it is not there."""
         ...
 
-    async def mark(self, digests: Sequence[bytes]) -> list[bytes]:
-        """Touch many chunks for garbage collection; returns those that are missing (their bad copies are touched)."""
+    async def check_access_times(
+        self, zero_digest: bytes, zero_blob: Blob, *, task_status: "trio.TaskStatus[float]" = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """See to it that touching a chunk changes its access time, which garbage collection lives on; takes 1 s.
+
+        Also puts the zero chunk into the store. Started in a nursery, it gives the time (Unix seconds) by the clock
+        that sets access times, before it begins to wait.
+
+        Raises:
+            StoreError: access times do not change here.
+        """
         ...
 
-    async def quarantine(self, digest: bytes) -> str | None:
-        """Set a chunk that was found corrupt aside under a `.bad` name and return that; None if it is not there."""
+    async def mark(self, digests: Buffer) -> list[bytes]:
+        """Touch many chunks (packed digests, ascending as a rule) for garbage collection.
+
+        Returns:
+            the missing ones; their bad copies are touched.
+        """
+        ...
+
+    async def sweep(
+        self,
+        min_atime: int,
+        oldest_writer: int,
+        guard: SweepGuard,
+        status: GcStatus,
+        progress: Progress,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        """Remove every chunk that was last touched before `min_atime`, under its lock, and count all of them.
+
+        Cancelled or failed, everything that is left is whole, and `status` counts what was done.
+
+        Args:
+            min_atime: Unix seconds.
+            oldest_writer: Unix seconds; what was touched before, but not before `min_atime`, is pending.
+            guard: asked before the first look at an age, and about every chunk before it goes.
+            status: gets the counters of chunks.
+            progress: told how far it is.
+            dry_run: count only; what would go counts as removed.
+
+        Raises:
+            StoreError: a chunk can be neither looked at nor removed, or one in use looks old.
+        """
+        ...
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
+        """Set a chunk that was found corrupt aside under a `.bad` name.
+
+        Args:
+            digest: the chunk.
+            wrong: says so of what is there now, in a worker thread, while nobody else can change it; what is no blob is
+                wrong in any case. None: it is.
+
+        Returns:
+            its new name; None if it is not there, or not wrong.
+
+        Raises:
+            StoreError: it cannot be read or renamed.
+            LockedError: another process holds the chunk for a minute.
+        """
         ...
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
@@ -142,9 +221,34 @@ class MetaStore(Protocol):
         """Make the namespace and its parents; one that is there is fine."""
         ...
 
+    async def delete_namespace(self, ns: Namespace) -> bool:
+        """Remove a namespace that holds nothing; False if it holds something and stays. One that is gone is fine.
+
+        Raises:
+            StoreError: no rights.
+        """
+        ...
+
     async def sync(self, folders: Sequence[str]) -> None:
         """Make everything written so far durable, as the store's sync level says.
 
         `folders` are the snapshot's folder and those above it, which level `file` syncs one by one.
+        """
+        ...
+
+
+@runtime_checkable
+class RenamingMetaStore(Protocol):
+    """What a metadata store offers besides, if a folder can get another name at once. Buckets cannot."""
+
+    async def make_folders(self, path: str) -> list[Path]:
+        """See `MetaStore.make_folders`."""
+        ...
+
+    async def rename_folder(self, path: str, target: str) -> None:
+        """Give the folder `path` the path `target`, which is free and whose parent exists.
+
+        Raises:
+            StoreError: it cannot be done; the folder is where it was.
         """
         ...

@@ -3,20 +3,25 @@
 Rules of insertion and their reasons: docs/formats.md, "Chunk store".
 """
 
+import binascii
 import errno
 import os
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from core.buffers import Buffer
 from core.errors import FormatError, os_reason
 from core.limits import in_io_thread
+from core.nursery import open_nursery
+from core.progress import Progress
 from datastore.blob import MAX_ENCODED_CHUNK, Blob, BlobKind
-from datastore.errors import ChunkNotFoundError, StoreError
+from datastore.errors import ChunkNotFoundError, LockedError, StoreError
 from datastore.files import (
     FILE_MODE,
     Owner,
@@ -31,9 +36,13 @@ from datastore.files import (
     sync_path,
     temporary_path,
     touch,
+    touch_in,
+    unlink_existing,
+    unlink_quietly,
     write_all,
 )
-from datastore.interface import PutResult
+from datastore.gc_status import GcStatus
+from datastore.interface import PutResult, SweepGuard
 from datastore.locks import ChunkLocks, ProcessLocker, Writer
 
 CHUNK_FOLDER_MODE: Final = 0o750
@@ -41,6 +50,17 @@ CHUNK_FOLDER_MODE: Final = 0o750
 _ACCESS_TIME_WAIT_S: Final = 1.0
 #: Names for set-aside chunks run from `.0.bad` to `.9.bad`.
 _BAD_NAMES: Final = 10
+#: Folders in `.chunks`.
+_FOLDERS: Final = 1 << 16
+#: Names that a sweep lists before it may look at them, while the access-time test waits (100 bytes each).
+_LISTED_EARLY: Final = 100_000
+#: Folders listed, and swept, by one call in a worker thread.
+_FOLDERS_AT_ONCE: Final = 512
+#: Threads that sweep. Names in memory are quick in one already; a disk that seeks likes more.
+_SWEEPERS: Final = 4
+#: Seconds a sweep waits for a chunk that somebody holds; it stays then.
+_SWEEP_WAIT_S: Final = 1.0
+_CHUNK_NAME: Final = re.compile(r"([0-9a-fA-F]{64})(?:......)?", re.DOTALL)
 
 
 class LocalChunkStore:
@@ -75,13 +95,60 @@ class LocalChunkStore:
         """See `ChunkStore.touch`."""
         return await in_io_thread(self._touch, self.path(digest))
 
-    async def mark(self, digests: Sequence[bytes]) -> list[bytes]:
+    async def mark(self, digests: Buffer) -> list[bytes]:
         """See `ChunkStore.mark`."""
         return await in_io_thread(self._mark, digests)
 
-    async def quarantine(self, digest: bytes) -> str | None:
+    async def sweep(
+        self,
+        min_atime: int,
+        oldest_writer: int,
+        guard: SweepGuard,
+        status: GcStatus,
+        progress: Progress,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        """See `ChunkStore.sweep`."""
+        # Listing 65536 folders takes half a second, which the access-time test waits anyway.
+        listed: list[tuple[str, list[str]]] = []
+        names = start = 0
+        while start < _FOLDERS and names < _LISTED_EARLY:
+            found = await in_io_thread(self._list, start)
+            listed += found
+            names += sum(len(inside) for _, inside in found)
+            start += _FOLDERS_AT_ONCE
+        await guard.ready()
+        sweep = _Sweep(self._folder, self._locks, min_atime, oldest_writer, guard, dry_run)
+
+        def work() -> Iterator[list[tuple[str, list[str]]] | int]:
+            for at in range(0, len(listed), _FOLDERS_AT_ONCE):
+                yield listed[at : at + _FOLDERS_AT_ONCE]
+            yield from range(start, _FOLDERS, _FOLDERS_AT_ONCE)
+
+        jobs = work()
+        with progress.task("sweep", _FOLDERS, "folders") as task:
+            task.advance(start - len(listed))
+
+            async def run() -> None:
+                for job in jobs:
+                    counted = GcStatus()
+                    try:
+                        folders = await in_io_thread(self._list, job) if isinstance(job, int) else job
+                        await in_io_thread(sweep.folders, folders, counted)
+                    finally:
+                        status.add(counted)
+                    task.advance(_FOLDERS_AT_ONCE if isinstance(job, int) else len(job))
+
+            async with open_nursery() as nursery:
+                for _ in range(_SWEEPERS):
+                    nursery.start_soon(run)
+        if not dry_run:
+            await in_io_thread(self._remove_temporary_files, min_atime)
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
         """See `ChunkStore.quarantine`."""
-        return await in_io_thread(self._quarantine, digest)
+        return await in_io_thread(self._quarantine, digest, wrong)
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `ChunkStore.disk_order`: by inode, as PBS; those that cannot be looked at last."""
@@ -102,21 +169,20 @@ class LocalChunkStore:
         """See `ChunkStore.exclusive`."""
         return self._locker.exclusive(wait_s=wait_s)
 
-    async def check_access_times(self, zero_digest: bytes, zero_blob: Blob) -> None:
-        """See to it that touching a chunk changes its access time, which garbage collection lives on; takes 1 s.
-
-        Also puts the zero chunk into the store.
-
-        Raises:
-            StoreError: access times do not change here.
-        """
+    async def check_access_times(
+        self, zero_digest: bytes, zero_blob: Blob, *, task_status: "trio.TaskStatus[float]" = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """See `ChunkStore.check_access_times`."""
         await self.insert(zero_digest, zero_blob)
+        path = self.path(zero_digest)
         for attempt in range(2):
             with store_errors("use the chunk store", self._base):
-                before = await in_io_thread(os.stat, self.path(zero_digest))
+                before = await in_io_thread(os.stat, path)
+                if attempt == 0:
+                    task_status.started(before.st_atime_ns / 1e9)
                 await trio.sleep(_ACCESS_TIME_WAIT_S)
                 await self.touch(zero_digest)
-                after = await in_io_thread(os.stat, self.path(zero_digest))
+                after = await in_io_thread(os.stat, path)
             if before.st_ino != after.st_ino and attempt == 0:
                 continue  # somebody replaced it meanwhile
             if before.st_ino == after.st_ino and before.st_atime_ns < after.st_atime_ns:
@@ -238,21 +304,66 @@ class LocalChunkStore:
                 return False
         return True
 
-    def _mark(self, digests: Sequence[bytes]) -> list[bytes]:
+    def _mark(self, digests: Buffer) -> list[bytes]:
+        names = binascii.hexlify(digests)
         missing = []
-        for digest in digests:
-            if not self._touch(self.path(digest)):
-                missing.append(digest)
-                for bad in self._bad_names(digest):
-                    self._touch(bad)
+        with store_errors("mark chunks in", self._folder):
+            folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                for start in range(0, len(names), 64):
+                    name = names[start : start + 64]
+                    path = b"%b/%b" % (name[:4], name)
+                    if not touch_in(folder, path):
+                        missing.append(bytes.fromhex(name.decode()))
+                        for number in range(_BAD_NAMES):
+                            touch_in(folder, b"%b.%d.bad" % (path, number))
+            finally:
+                os.close(folder)
         return missing
+
+    def _list(self, start: int) -> list[tuple[str, list[str]]]:
+        """The names in `_FOLDERS_AT_ONCE` folders from number `start` on, by folder; not the empty and missing ones."""
+        found = []
+        with store_errors("list chunks in", self._folder):
+            for number in range(start, start + _FOLDERS_AT_ONCE):
+                folder = f"{number:04x}"
+                try:
+                    with os.scandir(f"{self._folder}/{folder}") as entries:
+                        names = [entry.name for entry in entries]
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                if names:
+                    found.append((folder, names))
+        return found
+
+    def _remove_temporary_files(self, before: int) -> None:
+        """Remove what killed processes left in the folder for temporary files before `before` (Unix seconds)."""
+        try:
+            with os.scandir(self._base / ".fleece/tmp") as entries:
+                old = [
+                    Path(entry.path)
+                    for entry in entries
+                    if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < before
+                ]
+        except OSError:
+            return  # there is none, or somebody else is at work in it
+        for path in old:
+            unlink_quietly(path)
 
     def _bad_names(self, digest: bytes) -> list[str]:
         return [f"{self.path(digest)}.{number}.bad" for number in range(_BAD_NAMES)]
 
-    def _quarantine(self, digest: bytes) -> str | None:
+    def _quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None) -> str | None:
         path = self.path(digest)
         with store_errors("set the corrupt chunk aside", path), self._locks.hold(digest):
+            if wrong is not None:
+                try:
+                    if not wrong(self.read_blocking(digest)):
+                        return None
+                except ChunkNotFoundError:
+                    return None
+                except FormatError:
+                    pass  # no blob at all
             names = self._bad_names(digest)
             bad = next((name for name in names if not os.path.lexists(name)), names[-1])
             try:
@@ -260,6 +371,101 @@ class LocalChunkStore:
             except FileNotFoundError:
                 return None
             return os.path.basename(bad)  # noqa: PTH119
+
+
+class _Sweep:
+    """Looks at chunk files and removes old ones; used by several worker threads."""
+
+    def __init__(
+        self, root: str, locks: ChunkLocks, min_atime: int, oldest_writer: int, guard: SweepGuard, dry_run: bool
+    ) -> None:
+        self._root, self._locks, self._guard, self._dry_run = root, locks, guard, dry_run
+        self._min_atime, self._oldest_writer = min_atime, oldest_writer
+
+    def folders(self, listed: Sequence[tuple[str, list[str]]], status: GcStatus) -> None:
+        """Sweep the files of these folders and count them in `status`."""
+        for folder, names in listed:
+            trio.from_thread.check_cancelled()
+            for name in names:
+                match = _CHUNK_NAME.fullmatch(name)
+                if match is not None:
+                    self._file(folder, name, match[1], status)
+
+    def _file(self, folder: str, name: str, digest: str, status: GcStatus) -> None:
+        path = f"{self._root}/{folder}/{name}"
+        found = self._look(path)
+        if found is None:
+            return
+        if name.endswith(".using"):  # a mark that only stores of a bucket have
+            if not self._dry_run:
+                self._unlink(path)
+            return
+        bad = name.endswith(".bad")
+        if found[stat.ST_ATIME] < self._min_atime:
+            if self._dry_run:
+                self._count_removed(found, bad, status)
+                return
+            # The lock only for what is about to go, so that chunks that stay cost nothing; an insert may have touched
+            # the file since the look.
+            try:
+                with self._locks.hold(bytes.fromhex(digest), wait_s=_SWEEP_WAIT_S):
+                    now = self._look(path)
+                    if now is None:
+                        return
+                    if now[stat.ST_ATIME] < self._min_atime:
+                        self._remove(path, name == digest and digest[:4] == folder, bad, status)
+                        self._count_removed(now, bad, status)
+                        return
+                    found = now
+            except LockedError:
+                pass  # whoever holds it for so long uses it
+        self._count_kept(found, bad, status)
+
+    def _remove(self, path: str, proper: bool, bad: bool, status: GcStatus) -> None:
+        if proper and self._guard.uses(bytes.fromhex(path[-64:])):
+            raise StoreError(
+                "collect garbage in",
+                self._root,
+                f"chunk {path[-64:]} was touched, but its access time stays old; did a clock jump?",
+                "nothing that is in use was removed; see to the clocks and start again",
+            )
+        try:
+            self._unlink(path)
+        except StoreError:
+            status.still_bad += bad
+            raise
+
+    def _look(self, path: str) -> os.stat_result | None:
+        """The file's attributes; None if it is gone or no regular file."""
+        try:
+            found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError("look at chunk", path, os_reason(error)) from error
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def _unlink(self, path: str) -> None:
+        with store_errors("remove chunk", path):
+            unlink_existing(path)
+
+    def _count_removed(self, found: os.stat_result, bad: bool, status: GcStatus) -> None:
+        status.removed_bytes += found.st_size
+        if bad:
+            status.removed_bad += 1
+        else:
+            status.removed_chunks += 1
+
+    def _count_kept(self, found: os.stat_result, bad: bool, status: GcStatus) -> None:
+        if found[stat.ST_ATIME] < self._oldest_writer:
+            status.pending_bytes += found.st_size
+            if bad:
+                status.still_bad += 1
+            else:
+                status.pending_chunks += 1
+        else:
+            status.disk_bytes += found.st_size
+            status.disk_chunks += not bad
 
 
 def fill_chunk_folder(chunks: Path, owner: Owner) -> None:

@@ -1,5 +1,6 @@
 """All files of a local datastore that are no chunks: written atomically, removed safely."""
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -20,10 +21,12 @@ from datastore.files import (
     sync_path,
     unlink_existing,
 )
-from datastore.names import MANIFEST_NAME, Namespace
+from datastore.names import MANIFEST_NAME, BackupType, Namespace
 
 #: Of the folders that are synced, those that hold files of a snapshot: its own and its group's.
 _FOLDERS_WITH_FILES: Final = 2
+#: What a namespace's folder holds: groups by type, and the namespaces in it.
+_NAMESPACE_FOLDERS: Final = (*(kind.value for kind in BackupType), "ns")
 
 
 class LocalMetaStore:
@@ -92,6 +95,27 @@ class LocalMetaStore:
         if ns.components:
             await self.make_folders(ns.path)
 
+    async def delete_namespace(self, ns: Namespace) -> bool:
+        """See `MetaStore.delete_namespace`."""
+        folder = self._base / ns.path
+
+        def remove() -> bool:
+            with store_errors("remove the namespace", str(ns)):
+                for name in _NAMESPACE_FOLDERS:
+                    _remove_empty(folder / name)
+                return _remove_empty(folder)
+
+        return await in_io_thread(remove)
+
+    async def rename_folder(self, path: str, target: str) -> None:
+        """See `RenamingMetaStore.rename_folder`."""
+
+        def rename() -> None:
+            with store_errors("move", path):
+                os.rename(self._base / path, self._base / target)  # noqa: PTH104 - as above
+
+        await in_io_thread(rename)
+
     async def sync(self, folders: Sequence[str]) -> None:
         """See `MetaStore.sync`."""
         if self._level is SyncLevel.FILESYSTEM:
@@ -100,6 +124,19 @@ class LocalMetaStore:
         elif self._level is SyncLevel.FILE:
             with store_errors("sync", str(self._base)):
                 await in_io_thread(_sync_folders, [self._base / folder for folder in folders])
+
+
+def _remove_empty(path: Path) -> bool:
+    """Remove an empty folder; False if it is not empty."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # a link, or a file, in its place
+            return False
+        raise
+    return True
 
 
 def _sync_folders(folders: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from struct import Struct
 from typing import Final
@@ -365,6 +365,7 @@ class ProcessLocker:
                 os.fchmod(fd, FILE_MODE)
                 self.owner.own(fd)
                 os.write(fd, text.encode())
+                writer = replace(writer, start=min(writer.start, os.fstat(fd).st_mtime))
             except BaseException:
                 unlink_quietly(path)
                 os.close(fd)
@@ -399,12 +400,14 @@ class ProcessLocker:
 
 
 def _parse_writer(text: bytes, fd: int) -> Writer:
-    # An entry that is being written, or is nonsense, still stands for a writer: its file's time is the safe start.
+    # Ages of chunks are times of the file system. So is that of the entry, written once; the writer's own clock may be
+    # wrong. An entry that is being written, or is nonsense, still stands for a writer.
+    made = os.fstat(fd).st_mtime
     try:
         fields = json.loads(text)
-        return Writer(int(fields["pid"]), str(fields["host"])[:64], float(fields["start"]))
-    except (ValueError, KeyError, TypeError):
-        return Writer(0, "unknown host", os.fstat(fd).st_ctime)
+        return Writer(int(fields["pid"]), str(fields["host"])[:64], min(float(fields["start"]), made))
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return Writer(0, "unknown host", made)
 
 
 class ChunkLocks:

@@ -4,6 +4,7 @@ Layout: docs/formats.md, "Layout". `Datastore` reads the local tree (complete on
 `datastore.session` writes them, `datastore.reader` reads their contents.
 """
 
+import json
 import os
 import stat
 import uuid
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from core.errors import FleeceError, UsageError, os_reason
 from core.limits import in_io_thread
@@ -317,6 +318,28 @@ class Datastore:
         """The group's notes."""
         return self._text(f"{group.path}/notes") or ""
 
+    def usage(self) -> tuple[int, int, int]:
+        """Bytes in all, used and available on the file system of the store.
+
+        Raises:
+            StoreError: it cannot be asked.
+        """
+        with store_errors("ask for the space of", self.base):
+            found = os.statvfs(self.base)
+        return (
+            found.f_blocks * found.f_frsize,
+            (found.f_blocks - found.f_bfree) * found.f_frsize,
+            found.f_bavail * found.f_frsize,
+        )
+
+    def gc_status(self) -> dict[str, Any] | None:
+        """What the last garbage collection wrote; None if there is nothing, or nothing that can be read."""
+        try:
+            status = json.loads(self._text(".gc-status") or "null")
+        except (ValueError, RecursionError, StoreError):
+            return None
+        return status if isinstance(status, dict) else None
+
     def write_new_owner(self, group: Group, owner: str) -> None:
         """Give the new group an owner.
 
@@ -369,8 +392,12 @@ class Datastore:
 
     # Removal.
 
-    async def forget(self, snapshot: Snapshot) -> None:
+    async def forget(self, snapshot: Snapshot, *, only_unfinished: bool = False) -> None:
         """Remove one snapshot, and its group if that is empty then. Chunks stay until garbage collection.
+
+        Args:
+            snapshot: which one.
+            only_unfinished: it has no manifest, and if it has got one meanwhile, it stays.
 
         Raises:
             SnapshotNotFoundError: not there.
@@ -382,13 +409,13 @@ class Datastore:
         if not await in_io_thread(self.exists, snapshot):
             raise SnapshotNotFoundError("remove", str(snapshot), "there is no such snapshot")
         # What is unfinished may be about to be written, by a pull of PBS too: that goes under the group's lock only.
-        finished = await in_io_thread(self.is_finished, snapshot)
+        finished = not only_unfinished and await in_io_thread(self.is_finished, snapshot)
         if finished:
             await self._remove_snapshot(snapshot)
         try:
             async with self.locks.group(snapshot.group) as group_lock:
                 if not finished:
-                    await self._remove_snapshot(snapshot)
+                    await self._remove_snapshot(snapshot, only_unfinished=only_unfinished)
                 if await self.remove_empty_group(snapshot.group):
                     group_lock.release(unlink=True)
         except LockedError:
@@ -396,7 +423,7 @@ class Datastore:
                 raise
             # Otherwise somebody writes a new snapshot, so the group is needed.
 
-    async def _remove_snapshot(self, snapshot: Snapshot) -> None:
+    async def _remove_snapshot(self, snapshot: Snapshot, *, only_unfinished: bool = False) -> None:
         lock = await self.locks.acquire_snapshot(snapshot, shared=False)
         gone = False
         try:
@@ -404,6 +431,8 @@ class Datastore:
                 if self.is_protected(snapshot):
                     hint = f"'fleece unprotect {snapshot}' allows it"
                     raise ProtectedError("remove", str(snapshot), "it is protected", hint)
+                if only_unfinished and self.is_finished(snapshot):
+                    raise LockedError("remove", str(snapshot), "it was finished meanwhile")
                 await self.meta.delete_tree(snapshot.path)
                 gone = True
                 manifest_lock.release(unlink=True)
@@ -467,6 +496,8 @@ class Datastore:
     def _folders(self, relative: str) -> list[str]:
         with store_errors("list", relative or str(self.base)):
             try:
+                if relative and (self.base / relative).is_symlink():
+                    return []  # what a link leads to is no part of the store
                 with os.scandir(self.base / relative) as entries:
                     return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
             except FileNotFoundError:

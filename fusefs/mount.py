@@ -23,9 +23,10 @@ import trio
 
 from core.errors import FleeceError, UsageError, os_reason
 from core.nursery import one_error, open_nursery
-from datastore.codec import CryptKey
+from datastore.codec import CryptKey, parse_fingerprint
 from datastore.crypt_mode import CryptMode
-from datastore.errors import KeyNeededError, SnapshotNotFoundError
+from datastore.errors import SnapshotNotFoundError
+from datastore.keyfile import need_key
 from datastore.names import MASTER_KEY_NAME, ROOT, Group, Namespace, Snapshot, complete_archive_name
 from fusefs.errors import MountError
 from fusefs.kernel import is_served, mount_options, raise_read_ahead
@@ -180,9 +181,8 @@ async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Fo
         why = "only disk images and small files can be mounted"
         raise UsageError("mount", where, why, "'fleece restore' writes other archives to a file")
     if file.crypt_mode is CryptMode.ENCRYPT and name != MASTER_KEY_NAME and not shared.has_key(info):
-        raise KeyNeededError(
-            "mount", where, f"it is encrypted with the key {info.fingerprint}", "give it with --keyfile"
-        )
+        needed = parse_fingerprint(info.fingerprint) if info.fingerprint else None
+        raise need_key("mount", where, needed, shared.key)
     root = ArchiveFolder(shared, info, file)
     for node in (await root.children()).values():
         await node.measure()  # type: ignore[attr-defined]  # the only node is a file

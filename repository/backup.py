@@ -14,7 +14,15 @@ from core.progress import Progress
 from datastore.blob import MAX_BLOB_SIZE, MAX_ENCODED_CHUNK
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest, ManifestFile
-from datastore.names import MANIFEST_NAME, ArchiveKind, archive_kind, complete_archive_name, strip_archive_type
+from datastore.master_key import wrapped_key_blob
+from datastore.names import (
+    MANIFEST_NAME,
+    MASTER_KEY_NAME,
+    ArchiveKind,
+    archive_kind,
+    complete_archive_name,
+    strip_archive_type,
+)
 from repository.buffers import shared_pool
 from repository.interface import BackupSession
 from repository.pipeline import DiskBackup, Pipeline, UploadStats
@@ -26,11 +34,20 @@ from repository.throttle import Throttle
 class SnapshotWriter:
     """Fills one backup session: disks, small files, and at the end the manifest.
 
-    Used by one task at a time. After an error the session can only be aborted.
+    Used by one task at a time. After an error the session can only be aborted. `wrapped_key`, the backup key under a
+    master key, is stored beside the manifest.
     """
 
-    def __init__(self, session: BackupSession, codec: ChunkCodec, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        session: BackupSession,
+        codec: ChunkCodec,
+        progress: Progress | None = None,
+        *,
+        wrapped_key: bytes | None = None,
+    ) -> None:
         self.session: Final = session
+        self._wrapped_key: Final = wrapped_key
         self.codec: Final = codec
         self.progress: Final = Progress() if progress is None else progress
         self.reports: list[ArchiveReport] = []
@@ -83,7 +100,7 @@ class SnapshotWriter:
             FleeceError: more than 128 MiB, or more than 16 MiB encoded (the backup protocol takes no more).
         """
         filename = complete_archive_name(name)
-        if archive_kind(filename) is not ArchiveKind.BLOB or filename == MANIFEST_NAME:
+        if archive_kind(filename) is not ArchiveKind.BLOB or filename in (MANIFEST_NAME, MASTER_KEY_NAME):
             raise UsageError(
                 "store the file as", repr(name), "the name of a small file ends in .conf, .json, .log or .blob"
             )
@@ -113,6 +130,8 @@ class SnapshotWriter:
         """
         if not self._manifest.files:
             raise UsageError("finish", str(self.session.snapshot), "nothing was added to it")
+        if self._wrapped_key is not None:
+            await self._put_wrapped_key(self._wrapped_key)
         # The manifest is written once, so the statistics go into it before the session makes it durable; a server
         # counts by itself and overwrites them.
         unprotected: dict[str, Any] = {"chunk_upload_stats": self._stats.to_json()}
@@ -123,6 +142,14 @@ class SnapshotWriter:
         await self.session.put_blob(MANIFEST_NAME, blob)
         await self.session.finish()
         return manifest
+
+    async def _put_wrapped_key(self, wrapped_key: bytes) -> None:
+        raw = wrapped_key_blob(wrapped_key)
+        await self.session.put_blob(MASTER_KEY_NAME, raw)
+        # Listed with the backup's mode, as PBS does, although the blob is plain.
+        csum = hashlib.sha256(raw).digest()
+        self._manifest.add(ManifestFile(MASTER_KEY_NAME, self.codec.mode, len(raw), csum))
+        self._stats.size += len(raw)
 
     def _encoded_blob(self, data: bytes) -> tuple[bytes, bytes]:
         raw = bytes(self.codec.encode_blob(data))

@@ -4,17 +4,21 @@
 suite (`tests/repository/test_interface.py`) runs over every implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 from core.buffers import Buffer
+from core.progress import Progress
 from datastore.blob import Blob
+from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.crypt_mode import CryptMode
+from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.names import ROOT, Group, Namespace, Snapshot
+from datastore.prune import KeepOptions, PruneResult
 
 #: Bytes of every chunk of a fixed index but the last: what PBS always uses.
 FIXED_CHUNK_SIZE: Final = 4 << 20
@@ -42,6 +46,7 @@ class SnapshotInfo:
     verification: dict[str, Any] | None  #: `{"state": "ok"|"failed", "upid": ...}` as in the manifest
     fingerprint: str | None  #: of the key, colon-separated hex
     size: int | None  #: sum of the file sizes, the manifest's included
+    added: int | None = None  #: bytes of new chunks that its backup stored, as far as its manifest tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,15 @@ class GroupInfo:
     comment: str
     count: int  #: finished snapshots
     latest: Snapshot | None  #: newest finished snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """Space where a datastore lies, in bytes."""
+
+    total: int
+    used: int
+    available: int  #: for whoever asks; less than `total - used` where some is reserved for root
 
 
 class BackupSession(Protocol):
@@ -210,6 +224,33 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class VerifyRecorder(Protocol):
+    """What a `Repository` offers besides, if a verification can change it. A server verifies by itself."""
+
+    async def why_not_recording(self) -> str:
+        """Why nothing can be recorded now (read-only, no rights, maintenance); empty if it can."""
+        ...
+
+    async def record_verification(self, snapshot: Snapshot, state: str, upid: str) -> None:
+        """Write the result (`ok` or `failed`) into the manifest; the caller may hold the snapshot's shared lock.
+
+        Raises:
+            SnapshotNotFoundError: it is gone.
+            LockedError: its manifest is held by somebody else for 5 seconds.
+            FleeceError: it cannot be written.
+        """
+        ...
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
+        """Set a chunk aside if `wrong` says so of what is there now; see `ChunkStore.quarantine`.
+
+        Returns:
+            its new name; None if it stayed or is gone.
+        """
+        ...
+
+
+@runtime_checkable
 class BlockingReads(Protocol):
     """What a `Reader` offers besides, if chunks are read by a few system calls.
 
@@ -275,6 +316,82 @@ class Repository(Protocol):
 
     async def forget_group(self, group: Group) -> list[Snapshot]:
         """Remove a group's unprotected snapshots (and the group, if none is left); returns those that stayed."""
+        ...
+
+    async def prune(
+        self, group: Group, keep: KeepOptions, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> PruneResult:
+        """Remove the snapshots of a group that `keep` does not cover, the oldest first; none if `dry_run`.
+
+        What cannot be removed stays, with a warning to `progress`. Cancelled, the rest stays.
+        """
+        ...
+
+    async def set_notes(self, target: Snapshot | Group, text: str) -> None:
+        """Set the notes of a snapshot or group; the empty text removes them.
+
+        Raises:
+            SnapshotNotFoundError, LockedError.
+            UsageError: longer than 64 KiB.
+        """
+        ...
+
+    async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
+        """Keep a snapshot from being removed, or allow that again; False if it was so already.
+
+        Raises:
+            SnapshotNotFoundError, LockedError (it is in use).
+        """
+        ...
+
+    async def set_owner(self, group: Group, owner: str) -> None:
+        """Make `owner` (an auth id) the owner of a group.
+
+        Raises:
+            SnapshotNotFoundError, LockedError (a backup into it is running).
+        """
+        ...
+
+    async def create_namespace(self, ns: Namespace) -> bool:
+        """Make a namespace and those above it; False if it was there."""
+        ...
+
+    async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> NamespaceRemoval:
+        """Remove a namespace and those below it; with `groups` also their groups, except for protected snapshots.
+
+        Raises:
+            SnapshotNotFoundError, LockedError.
+            FleeceError: it holds groups, and `groups` is not given.
+        """
+        ...
+
+    async def move_namespace(self, source: Namespace, target: Namespace) -> NamespaceMove:
+        """Rename a namespace with all it holds, group by group.
+
+        Raises:
+            SnapshotNotFoundError, LockedError (a garbage collection is running).
+            UsageError: names that cannot be, a group that is in both, or a repository that cannot do this: only a
+                datastore in a local folder can.
+        """
+        ...
+
+    async def usage(self) -> StoreUsage:
+        """How full the place is where the datastore lies."""
+        ...
+
+    async def collect_garbage(
+        self,
+        *,
+        cutoff_s: int = DEFAULT_CUTOFF_S,
+        lock_wait_s: float = LOCK_WAIT_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        """Remove the chunks that no snapshot uses any more; as `datastore.gc.collect_garbage`."""
+        ...
+
+    async def gc_status(self) -> dict[str, Any] | None:
+        """What the last garbage collection found, with PBS's keys; None before the first, or if it is unreadable."""
         ...
 
     def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AbstractAsyncContextManager[BackupSession]:

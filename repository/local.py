@@ -1,19 +1,26 @@
 """A local datastore as a repository."""
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from core.limits import in_io_thread
+from core.progress import Progress
+from datastore import changes
+from datastore.blob import Blob
 from datastore.codec import format_fingerprint
-from datastore.errors import SnapshotNotFoundError
+from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import SyncLevel
+from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport, collect_garbage
+from datastore.manifest import Manifest
 from datastore.names import ROOT, Group, Namespace, Snapshot
+from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
 from datastore.session import LocalBackupSession, open_session
 from datastore.store import Datastore, SnapshotEntry
-from repository.interface import FileInfo, GroupInfo, SnapshotInfo
+from repository.interface import FileInfo, GroupInfo, SnapshotInfo, StoreUsage
 
 #: Seconds a writer waits for a garbage collection that excludes it.
 WRITER_WAIT_S: Final = 60.0
@@ -74,6 +81,77 @@ class LocalRepository:
     async def forget_group(self, group: Group) -> list[Snapshot]:
         """See `Repository.forget_group`."""
         return await self.store.forget_group(group)
+
+    async def prune(
+        self, group: Group, keep: KeepOptions, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> PruneResult:
+        """See `Repository.prune`."""
+        return await prune_group(self.store, group, keep, dry_run=dry_run, progress=progress)
+
+    async def set_notes(self, target: Snapshot | Group, text: str) -> None:
+        """See `Repository.set_notes`."""
+        if isinstance(target, Group):
+            await changes.set_group_notes(self.store, target, text)
+        else:
+            await changes.set_notes(self.store, target, text)
+
+    async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
+        """See `Repository.set_protected`."""
+        return await changes.set_protected(self.store, snapshot, protected=protected)
+
+    async def set_owner(self, group: Group, owner: str) -> None:
+        """See `Repository.set_owner`."""
+        await changes.set_owner(self.store, group, owner)
+
+    async def create_namespace(self, ns: Namespace) -> bool:
+        """See `Repository.create_namespace`."""
+        return await changes.create_namespace(self.store, ns)
+
+    async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> changes.NamespaceRemoval:
+        """See `Repository.delete_namespace`."""
+        return await changes.delete_namespace(self.store, ns, groups=groups)
+
+    async def move_namespace(self, source: Namespace, target: Namespace) -> changes.NamespaceMove:
+        """See `Repository.move_namespace`."""
+        return await changes.move_namespace(self.store, source, target)
+
+    async def usage(self) -> StoreUsage:
+        """See `Repository.usage`."""
+        return StoreUsage(*await in_io_thread(self.store.usage))
+
+    async def collect_garbage(
+        self,
+        *,
+        cutoff_s: int = DEFAULT_CUTOFF_S,
+        lock_wait_s: float = LOCK_WAIT_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        """See `Repository.collect_garbage`."""
+        return await collect_garbage(
+            self.store, cutoff_s=cutoff_s, lock_wait_s=lock_wait_s, dry_run=dry_run, progress=progress
+        )
+
+    async def why_not_recording(self) -> str:
+        """See `VerifyRecorder.why_not_recording`."""
+        try:
+            self.store.check_writable()
+        except StoreError as error:
+            return error.why
+        writable = await in_io_thread(os.access, self.store.base / ".chunks", os.W_OK)
+        return "" if writable else "it is read-only, or this user has no right to write to it"
+
+    async def record_verification(self, snapshot: Snapshot, state: str, upid: str) -> None:
+        """See `VerifyRecorder.record_verification`."""
+        await changes.update_manifest(self.store, snapshot, {"verify_state": {"state": state, "upid": upid}})
+
+    async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
+        """See `VerifyRecorder.quarantine`."""
+        return await self.store.chunks.quarantine(digest, wrong)
+
+    async def gc_status(self) -> dict[str, Any] | None:
+        """See `Repository.gc_status`."""
+        return await in_io_thread(self.store.gc_status)
 
     @asynccontextmanager
     async def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AsyncIterator[LocalBackupSession]:
@@ -137,4 +215,14 @@ def _info(entry: SnapshotEntry) -> SnapshotInfo:
         verification=None if manifest is None else manifest.verify_state,
         fingerprint=None if fingerprint is None else format_fingerprint(fingerprint),
         size=None if manifest is None else sum(file.size or 0 for file in files),
+        added=None if manifest is None else _added(manifest),
     )
+
+
+def _added(manifest: Manifest) -> int | None:
+    """PBS counts chunks that were there already in its sum of stored bytes: their share is taken off."""
+    stats = manifest.chunk_upload_stats or {}
+    stored, count, duplicates = (stats.get(name) for name in ("compressed_size", "count", "duplicates"))
+    if not isinstance(stored, int) or not isinstance(count, int) or not isinstance(duplicates, int):
+        return None
+    return stored * (count - duplicates) // count if 0 <= duplicates <= count and count else 0

@@ -6,8 +6,8 @@ from core.errors import FormatError
 from core.limits import in_cpu_thread
 from datastore.codec import ChunkCodec
 from datastore.crypt_mode import CryptMode
-from datastore.errors import KeyNeededError
 from datastore.index import ArchiveIndex
+from datastore.keyfile import need_key
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import MANIFEST_NAME
 from repository.interface import Reader
@@ -41,6 +41,24 @@ async def load_manifest(reader: Reader, codec: ChunkCodec) -> Manifest:
     return Manifest.parse(await reader.manifest(), where=where, key=codec.key)
 
 
+async def load_readable(reader: Reader, codec: ChunkCodec) -> tuple[Manifest, ChunkCodec]:
+    """The manifest of the snapshot that `reader` reads, and a codec that fits: without the key if that is another's.
+
+    Unlike `load_manifest` it serves those who look at snapshots of many keys: the signature is checked if the key is
+    the snapshot's.
+
+    Raises:
+        FormatError: as `Manifest.parse`.
+    """
+    where = f"{reader.snapshot}/{MANIFEST_NAME}"
+    raw = await reader.manifest()
+    manifest = Manifest.parse(raw, where=where)
+    if codec.key is None or manifest.fingerprint not in (None, codec.key.fingerprint):
+        return manifest, manifest.codec(None)
+    manifest = Manifest.parse(raw, where=where, key=codec.key)
+    return manifest, manifest.codec(codec.key)
+
+
 async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str) -> Archive:
     """Open the index `name` (full file name) and compare its size and checksum with the manifest.
 
@@ -51,7 +69,7 @@ async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, na
     """
     entry = manifest.file(name)
     if entry.crypt_mode is CryptMode.ENCRYPT and codec.key is None:
-        raise KeyNeededError("read", f"{reader.snapshot}/{name}", "it is encrypted", "give its key with --keyfile")
+        raise need_key("read", f"{reader.snapshot}/{name}", manifest.fingerprint, None)
     index = await reader.open_index(name)
     await check_index(index, entry)
     return Archive(index, entry, zero_digest(codec, entry.crypt_mode))

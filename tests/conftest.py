@@ -51,6 +51,12 @@ def rounds(qemu: QemuBinary) -> Callable[[int], int]:
     return count
 
 
+@pytest.fixture
+def long_rounds() -> Callable[[int], int]:
+    """`long_rounds(50)` is how often a test that counts on numbers shall repeat: a fifth, all in `make test-long`."""
+    return lambda full: full if os.environ.get("FLEECE_TEST_LONG") else -(-full // 5)
+
+
 def _newest_qemu() -> QemuBinary:
     try:
         return backports_qemu()

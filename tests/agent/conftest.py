@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+Popen = subprocess.Popen[str]
 #: Seconds for any command of these tests on a busy machine.
 PATIENCE_S = 120
 
@@ -53,6 +54,8 @@ class Fleece:
             "FLEECE_STATE_DIR": str(self.home / "state"),
             "FLEECE_RUN_DIR": str(self.home / "run"),
             "FLEECE_CONFIG": str(self.home / "fleece.toml"),
+            # No key of this host.
+            "XDG_CONFIG_HOME": str(self.home / "config"),
         }
         if self.repo is not None:
             own["FLEECE_REPOSITORY"] = str(self.repo)

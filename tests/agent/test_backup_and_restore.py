@@ -250,6 +250,9 @@ def test_verify_tells_damaged_snapshots_from_whole_ones(stored: Fleece, image: P
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
+    assert stored("verify", "--no-record").code == 1
+    assert chunk.read_bytes() == data, "with --no-record verify changes nothing"
+    assert stored("verify", "--ignore-verified").code == 0, "both were ok before"
     answer = stored("verify", "--output", "json")
     assert answer.code == 1
     results = {result["snapshot"]: result for result in answer.document}
@@ -259,7 +262,18 @@ def test_verify_tells_damaged_snapshots_from_whole_ones(stored: Fleece, image: P
     assert bad in answer.error["where"]
     assert stored("verify", whole).code == 0
     assert stored("verify", "host/bad").code == 1
-    assert chunk.read_bytes() == data, "verify changes nothing"
+    assert not chunk.exists()
+    assert chunk.with_name(f"{chunk.name}.0.bad").read_bytes() == data
+    # What is there is taken as base no more, so the next backup stores the chunk anew.
+    again = stored.json("backup", f"disk.img:{image}", "--backup-id", "bad")["snapshot"]
+    assert stored.json("verify", "--ignore-verified", "--output", "json")[-1]["snapshot"] == whole
+    assert {one["snapshot"]: one["verification"]["state"] for one in stored.json("list")} == {
+        whole: "ok",
+        bad: "ok",
+        again: "ok",
+    }
+    report = stored.json("gc")
+    assert (report["still-bad"], report["disk-chunks"] > 1, report["missing-chunks"]) == (1, True, 0)
     assert stored("verify", "host/nobody").code == 1
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from agent.config import MAX_CONFIG_SIZE, Config, load_config, parse_config
+from agent.job_sections import PruneJob, VerifyJob
 from core.errors import UsageError
 
 WHOLE = """\
@@ -34,6 +35,25 @@ system = "/var/lib/web.qcow2"
 type = "backup"
 schedule = "02:00"
 vm = ["web"]
+
+[job.old]
+type = "prune"
+schedule = "Mon..Fri 22:30"
+repository = "main"
+ns = "a"
+max-depth = 1
+group-filter = ["type:vm", "exclude:regex:^vm/9"]
+keep-daily = 7
+
+[job.check]
+type = "verify"
+outdated-after = 30
+max-duration = "8h"
+max-bytes = "2TiB"
+
+[job.sweep]
+type = "gc"
+comment = "after prune"
 """
 
 
@@ -45,6 +65,11 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
     web = config.vm["web"]
     assert (web.id, web.guest_agent, web.bitmap) == ("100", Path("/run/web.qga"), "transient")
     assert web.disks == {"system": Path("/var/lib/web.qcow2")}
+    old, check = config.job["old"], config.job["check"]
+    assert isinstance(old, PruneJob)
+    assert (old.keep_daily, old.keep_last, old.max_depth, old.repository) == (7, None, 1, "main")
+    assert isinstance(check, VerifyJob)
+    assert (check.ignore_verified, check.outdated_after) == (True, 30)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +86,21 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
         ('[repository.main]\npath = "/x"\nns = "a//b"\n', 3, "'' is no valid component"),
         ('owner = "root"\n', 1, "not of the form user@realm"),
         ('defalt-repository = "x"\n', 1, "(did you mean 'default-repository'?)"),
-        ('[job.x]\ntype = "dance"\n', 2, "job.x.type must be 'backup'"),
+        (
+            '[job.x]\ntype = "dance"\n',
+            2,
+            "job.x.type must be one of 'backup', 'sync', 'test-boot', 'prune', 'verify', 'gc'",
+        ),
+        ('[job.x]\nschedule = "daily"\n', 1, "job.x.type is missing"),
+        ('[job."a/b"]\ntype = "gc"\n', 1, "letters, digits"),
+        ('[job.x]\ntype = "gc"\nschedul = "daily"\n', 3, "job.x.schedul is no known option (did you mean 'schedule'?)"),
+        ('[job.x]\ntype = "gc"\nschedule = "soon"\n', 3, "job.x.schedule: 'soon' is no part of a calendar time"),
+        ('[job.x]\ntype = "sync"\nschedule = "25:00"\n', 3, "job.x.schedule: 25 is not between 0 and 23"),
+        ('[job.x]\ntype = "prune"\n', 1, "job.x: it needs a keep option"),
+        ('[job.x]\ntype = "prune"\nkeep-last = 0\n', 3, "job.x.keep-last: input should be greater than or equal to 1"),
+        ('[job.x]\ntype = "prune"\nkeep-dayly = 1\n', 3, "(did you mean 'keep-daily'?)"),
+        ('[job.x]\ntype = "prune"\nkeep-last = 1\ngroup-filter = ["vm"]\n', 4, "job.x.group-filter.0: it is not"),
+        ('[job.x]\ntype = "verify"\nmax-duration = "long"\n', 3, "job.x.max-duration: it is not a number with a unit"),
         ("a = \n", 1, "no valid TOML"),
         ('a = "\n', 1, "no valid TOML"),
         ("[vm.web]\n[vm.web]\n", 2, "no valid TOML"),

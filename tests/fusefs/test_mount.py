@@ -304,7 +304,7 @@ def test_it_refuses_to_mount_over_the_datastore(store: Path, background: list[st
         (["--archive", "vm/100/latest", "none.img"], "the snapshot has no such archive; it has: drive-scsi0.img"),
         (["--archive", "vm/100/latest", "root.pxar"], "only disk images and small files can be mounted"),
         (["--archive", "vm/777/latest", "a.img"], "the group has no finished snapshot"),
-        (["--archive", f"host/web/{FIRST_TIME}", "data.img"], "it is encrypted with the key"),
+        (["--archive", f"host/web/{FIRST_TIME}", "data.img"], "is needed, none is given"),
         (["--archive", "vm/100/2030-01-01T00:00:00Z", "a.img"], "vm/100/2030-01-01T00:00:00Z"),
         (["--ns", "no/such"], "does not exist"),
     ],

@@ -9,10 +9,12 @@ import pytest
 import trio
 
 from core.errors import FleeceError, FormatError, NotFoundError, UsageError
+from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
-from datastore.errors import ChunkNotFoundError, LockedError, SnapshotNotFoundError, StoreError
+from datastore.errors import ChunkNotFoundError, LockedError, ProtectedError, SnapshotNotFoundError, StoreError
 from datastore.manifest import Manifest, ManifestFile
-from datastore.names import MANIFEST_NAME, Group, Namespace, Snapshot
+from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
+from datastore.prune import KeepOptions, Mark
 from repository.interface import Repository
 from repository.local import open_local
 from tests.support.snapshots import CHUNK, CODEC, put_all, put_file, put_image, read_image, write_snapshot
@@ -332,3 +334,136 @@ async def test_the_manifest_of_another_snapshot_is_refused(repo: Repository) -> 
         await session.put_blob(MANIFEST_NAME, other.encode(CODEC))
         with pytest.raises(UsageError, match="that of another snapshot"):
             await session.finish()
+
+
+async def test_prune_removes_what_no_option_covers(repo: Repository) -> None:
+    snapshots = [await write_snapshot(repo, GROUP, ctime, FILES) for ctime in (1000, 2000, 3000)]
+    assert await repo.set_protected(snapshots[0], protected=True)
+    planned = await repo.prune(GROUP, KeepOptions(last=1), dry_run=True)
+    assert [(one.snapshot, one.mark) for one in planned.decisions] == [
+        (snapshots[0], Mark.PROTECTED), (snapshots[1], Mark.REMOVE), (snapshots[2], Mark.KEEP),
+    ]  # fmt: skip
+    assert len(await repo.snapshots()) == 3
+    done = await repo.prune(GROUP, KeepOptions(last=1))
+    assert done.decisions == planned.decisions
+    assert done.removed == {snapshots[1]}
+    assert [info.snapshot for info in await repo.snapshots()] == [snapshots[0], snapshots[2]]
+    assert (await repo.prune(GROUP, KeepOptions())).removed == set()
+
+
+async def test_a_protected_snapshot_is_not_removed(repo: Repository) -> None:
+    snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
+    assert await repo.set_protected(snapshot, protected=True)
+    assert not await repo.set_protected(snapshot, protected=True)
+    assert (await repo.snapshot(snapshot)).protected
+    with pytest.raises(ProtectedError):
+        await repo.forget(snapshot)
+    assert await repo.forget_group(GROUP) == [snapshot]
+    assert await repo.set_protected(snapshot, protected=False)
+    assert not await repo.set_protected(snapshot, protected=False)
+    assert not (await repo.snapshot(snapshot)).protected
+    await repo.forget(snapshot)
+
+
+async def test_protection_waits_for_nobody_who_uses_the_snapshot(repo: Repository) -> None:
+    snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
+    async with repo.reader(snapshot):
+        with pytest.raises(LockedError):
+            await repo.set_protected(snapshot, protected=True)
+    assert not (await repo.snapshot(snapshot)).protected
+
+
+async def test_notes_of_snapshots_and_groups_are_kept_apart(repo: Repository) -> None:
+    snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
+    before = await repo.snapshot(snapshot)
+    await repo.set_notes(snapshot, "übrig\nzwei")
+    await repo.set_notes(GROUP, "the web server")
+    info = await repo.snapshot(snapshot)
+    assert info.comment == "übrig\nzwei"
+    assert info.files[:-1] == before.files[:-1]
+    (group,) = await repo.groups()
+    assert group.comment == "the web server"
+    async with repo.reader(snapshot) as reader:  # notes may be written while somebody reads
+        await repo.set_notes(snapshot, "new")
+        manifest = Manifest.parse(await reader.manifest(), where="x")
+    assert manifest.unprotected["notes"] == "new"
+    await repo.set_notes(snapshot, "")
+    await repo.set_notes(GROUP, "")
+    assert (await repo.snapshot(snapshot)).comment == ""
+    assert (await repo.groups())[0].comment == ""
+    assert await read_image(repo, snapshot, "disk.img.fidx") == IMAGE
+    for target in (snapshot, GROUP):
+        for text in ("x" * 70000, "\ud800"):
+            with pytest.raises(UsageError):
+                await repo.set_notes(target, text)
+
+
+async def test_notes_leave_a_signature_valid(repo: Repository) -> None:
+    key = CryptKey.from_raw(bytes(range(32)))
+    async with repo.backup(GROUP.at(1000)) as session:
+        manifest = Manifest.new(session.snapshot)
+        manifest.add(await put_file(session, "vm.conf.blob", b"x"))
+        await session.put_blob(MANIFEST_NAME, manifest.encode(ChunkCodec(key, CryptMode.SIGN_ONLY)))
+        await session.finish()
+    await repo.set_notes(GROUP.at(1000), "signed")
+    async with repo.reader(GROUP.at(1000)) as reader:
+        read = Manifest.parse(await reader.manifest(), where="x", key=key)
+    assert (read.notes, read.fingerprint) == ("signed", key.fingerprint)
+    assert read.signature is not None
+
+
+async def test_the_owner_of_a_group_changes_unless_a_backup_runs(repo: Repository) -> None:
+    snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
+    await repo.set_owner(GROUP, "backup@pbs!host1")
+    assert (await repo.snapshot(snapshot)).owner == "backup@pbs!host1"
+    async with repo.backup(GROUP.at(2000), owner="backup@pbs!host1"):
+        with pytest.raises(LockedError):
+            await repo.set_owner(GROUP, "root@pam")
+        with pytest.raises(LockedError):
+            await repo.set_notes(GROUP, "x")
+    assert (await repo.groups())[0].owner == "backup@pbs!host1"
+
+
+async def test_changing_what_is_not_there_says_so(repo: Repository) -> None:
+    missing = Snapshot.parse("vm/1/2026-01-01T00:00:00Z")
+    for change in (
+        lambda: repo.set_notes(missing, "x"),
+        lambda: repo.set_notes(missing.group, "x"),
+        lambda: repo.set_owner(missing.group, "a@b"),
+        lambda: repo.set_protected(missing, protected=True),
+        lambda: repo.set_protected(missing, protected=False),
+        lambda: repo.delete_namespace(Namespace.parse("a")),
+        lambda: repo.move_namespace(Namespace.parse("a"), Namespace.parse("b")),
+    ):
+        with pytest.raises(SnapshotNotFoundError):
+            await change()
+    assert (await repo.groups(), await repo.namespaces()) == ([], [ROOT])
+
+
+async def test_namespaces_are_made_and_removed_with_what_they_hold(repo: Repository) -> None:
+    inner = Namespace.parse("a/b")
+    assert await repo.create_namespace(inner)
+    assert not await repo.create_namespace(Namespace.parse("a"))
+    assert [str(ns) for ns in await repo.namespaces()] == ["", "a", "a/b"]
+    kept = await write_snapshot(repo, Group.parse("vm/1", inner), 1000, FILES)
+    await write_snapshot(repo, Group.parse("vm/2", inner), 1000, FILES)
+    with pytest.raises(FleeceError, match="it holds 2 groups"):
+        await repo.delete_namespace(Namespace.parse("a"))
+    await repo.set_protected(kept, protected=True)
+    removal = await repo.delete_namespace(Namespace.parse("a"), groups=True)
+    assert (removal.protected, removal.removed, removal.kept) == ([kept], [], [inner, Namespace.parse("a")])
+    assert [info.group.id for info in await repo.groups(inner)] == ["1"]
+    await repo.set_protected(kept, protected=False)
+    removal = await repo.delete_namespace(Namespace.parse("a"), groups=True)
+    assert (removal.removed, removal.kept) == ([inner, Namespace.parse("a")], [])
+    assert await repo.namespaces() == [ROOT]
+    for change in (repo.create_namespace, repo.delete_namespace):
+        with pytest.raises(UsageError, match="the root"):
+            await change(ROOT)
+
+
+async def test_the_space_of_a_repository_can_be_asked(repo: Repository) -> None:
+    usage = await repo.usage()
+    assert 0 < usage.available <= usage.total
+    assert usage.used <= usage.total
+    assert await repo.gc_status() is None

@@ -10,20 +10,25 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
 from core.buffers import Buffer, WritableBuffer
 from core.disks import Extent, ExtentState, ReadPlan
 from core.errors import FleeceError, SourceError, TargetError
+from core.progress import Progress
 from datastore.blob import Blob
+from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.errors import ChunkNotFoundError, SnapshotNotFoundError
 from datastore.fixed_index import FixedHeader, FixedIndex
+from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.manifest import Manifest
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
-from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo
+from datastore.prune import KeepOptions, PruneResult
+from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo, StoreUsage
 
 Hook = Callable[[str], None]
 
@@ -319,7 +324,54 @@ class BlockingMemoryReader(MemoryReader):
         return self._chunk(digest)
 
 
-class MemoryRepository:
+def _not_here() -> FleeceError:
+    return FleeceError("do this", "memory:", "a repository in memory has no upkeep")
+
+
+class NoUpkeep:
+    """The upkeep of a `Repository` that has none: everything is refused."""
+
+    async def prune(
+        self, group: Group, keep: KeepOptions, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> PruneResult:
+        raise _not_here()
+
+    async def set_notes(self, target: Snapshot | Group, text: str) -> None:
+        raise _not_here()
+
+    async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
+        raise _not_here()
+
+    async def set_owner(self, group: Group, owner: str) -> None:
+        raise _not_here()
+
+    async def create_namespace(self, ns: Namespace) -> bool:
+        raise _not_here()
+
+    async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> NamespaceRemoval:
+        raise _not_here()
+
+    async def move_namespace(self, source: Namespace, target: Namespace) -> NamespaceMove:
+        raise _not_here()
+
+    async def usage(self) -> StoreUsage:
+        raise _not_here()
+
+    async def collect_garbage(
+        self,
+        *,
+        cutoff_s: int = DEFAULT_CUTOFF_S,
+        lock_wait_s: float = LOCK_WAIT_S,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> GcReport:
+        raise _not_here()
+
+    async def gc_status(self) -> dict[str, Any] | None:
+        return None
+
+
+class MemoryRepository(NoUpkeep):
     """A `Repository` as far as the pipelines use it."""
 
     name = "memory:"

@@ -1,0 +1,157 @@
+"""`fleece verify`: reading snapshots and everything they use, and writing down what was found."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.invocation import Invocation, command
+from core.errors import FleeceError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from core.progress import Progress
+    from datastore.names import Snapshot
+    from repository.interface import Repository
+    from repository.verify import VerifyResult
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verb."""
+    command(
+        application,
+        "verify",
+        examples="""
+fleece verify                                          everything
+fleece verify --ignore-verified                        what was not found to be sound before
+fleece verify --outdated-after 30                      and what was more than 30 days ago
+fleece verify --outdated-after 30 --max-duration 4h    the rest the next night
+fleece verify vm/100                                   all snapshots of a group
+fleece verify vm/100/latest                            one snapshot
+fleece verify --ns customers/a                         a namespace and those below it
+fleece verify --no-record                              only look: nothing in the datastore changes
+fleece verify --output json | jq '.[] | select(.state == "failed")'
+fleece verify --keyfile /etc/fleece/backup.key         also the digests of chunks encrypted with this key
+""",
+        keys="read",
+    )(verify)
+
+
+def verify(
+    invocation: Invocation,
+    selection: Annotated[
+        str | None, typer.Argument(metavar="GROUP|SNAPSHOT", help="Only this group or snapshot.")
+    ] = None,
+    ignore_verified: Annotated[
+        bool | None,
+        typer.Option(
+            "--ignore-verified/--all",
+            help="Pass over snapshots that were found to be sound before (default with --outdated-after).",
+            show_default=False,
+        ),
+    ] = None,
+    outdated_after: Annotated[
+        int | None,
+        typer.Option(
+            "--outdated-after", metavar="DAYS", min=0, show_default=False,
+            help="Pass over them unless that is more than DAYS full days ago.",
+        ),
+    ] = None,
+    max_duration: Annotated[
+        str | None,
+        typer.Option(
+            "--max-duration", metavar="TIME", help="Begin no further snapshot after this time: 90m, 8h.",
+            show_default=False,
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--max-bytes", metavar="SIZE", help="Begin no further snapshot after so much data, as plain data: 2TiB.",
+            show_default=False,
+        ),
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record/--no-record", help="Write results into the snapshots and set corrupt chunks aside.",
+            show_default=False,
+        ),
+    ] = True,
+) -> None:  # fmt: skip
+    """Read snapshots and check manifest, indexes, and the CRC and digest of every chunk.
+
+    A chunk that is wrong at two looks is renamed to .bad, so that the next backup of the same data stores it anew;
+    every snapshot that uses it is recorded as failed. Ends with 1 if a snapshot is damaged.
+    """
+    from agent.documents import in_namespace, parse_selection
+    from core.units import parse_size
+    from repository.verify import VerifyOptions
+    from repository.verify import verify as verify_snapshots
+
+    parse_selection(selection, invocation.namespace())
+    options = VerifyOptions(
+        ignore_verified=outdated_after is not None if ignore_verified is None else ignore_verified,
+        outdated_after=outdated_after,
+        max_duration_s=None if max_duration is None else parse_duration(max_duration),
+        max_bytes=None if max_bytes is None else parse_size(max_bytes),
+        record=record,
+    )
+    if outdated_after is not None and not options.ignore_verified:
+        raise UsageError("verify", "with --outdated-after", "everything is verified anyway", "leave it or --all out")
+    codec = invocation.codec()
+
+    async def work(progress: "Progress") -> "list[VerifyResult]":
+        async with invocation.repository() as repository:
+            chosen = await _chosen(repository, invocation, selection)
+            return await verify_snapshots(repository, chosen, codec, progress, options)
+
+    results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
+    document = [{**result.to_json(), "ns": str(result.snapshot.group.ns)} for result in results]
+
+    def lines() -> list[str]:
+        text = []
+        for result in results:
+            skipped = f", not looked at: {result.skipped}" if result.skipped else ""
+            text.append(f"{in_namespace(result.snapshot)}: {result.state}{skipped}")
+            text += [f"  {error}" for error in result.errors]
+        return text or ["No snapshots."]
+
+    invocation.emit(document, lines)
+    failed = [str(result.snapshot) for result in results if result.state != "ok"]
+    if failed:
+        raise FleeceError(
+            "vouch for", ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""),
+            "damaged; the errors are listed above" if not invocation.is_json else "damaged",
+            "the other snapshots are whole; a new backup stores damaged chunks of unchanged data again",
+        )  # fmt: skip
+
+
+async def _chosen(repository: "Repository", invocation: Invocation, selection: str | None) -> "list[Snapshot]":
+    """What is to be verified, in PBS's order: the newest snapshot of a group first."""
+    from agent.documents import find_snapshot, parse_selection
+    from repository.verify import choose
+
+    ns = invocation.namespace()
+    wanted = parse_selection(selection, ns)
+    if isinstance(wanted, str):
+        return [await find_snapshot(repository, wanted, ns)]
+    if wanted is None:
+        return await choose(repository, ns)
+    found = [info.snapshot for info in await repository.snapshots(ns, wanted)]
+    if not found:
+        raise NotFoundError("verify", str(wanted), "the group has no finished snapshot", "'fleece list' shows them")
+    return found[::-1]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds meant by `text`: a number and `s`, `m`, `min`, `h` or `d`, default seconds.
+
+    Raises:
+        UsageError: another form.
+    """
+    import re
+
+    units = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([a-z]*)", text.strip(), re.ASCII)
+    if match is None or match[2] not in units:
+        raise UsageError("understand the time", repr(text), "it is not a number with a unit", "write 90m, 8h or 2d")
+    return float(match[1]) * units[match[2]]

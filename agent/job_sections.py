@@ -1,0 +1,98 @@
+"""`[job.NAME]`: what a job of each type may say. Reference for people: docs/configuration.md."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from agent.cli_verify import parse_duration
+from agent.config_types import AbsolutePath, NamespaceText, Section, Size, checked
+from agent.schedules import check_schedule
+from core.errors import UsageError
+from datastore.filters import GroupFilter
+from datastore.names import is_safe_id
+
+#: Types that this version accepts in the file, so that it can be written once, but does not run.
+LATER_TYPES: Final = ("backup", "sync", "test-boot")
+
+
+def check_job_name(name: str) -> str:
+    """Return `name` if it may name a job: it becomes a folder.
+
+    Raises:
+        UsageError: other characters, or more than 64 of them.
+    """
+    if not is_safe_id(name) or len(name) > 64:
+        raise UsageError("use the job name", repr(name), "1 to 64 letters, digits, '.', '_' or '-' are allowed")
+    return name
+
+
+JobName = Annotated[str, checked(check_job_name)]
+Schedule = Annotated[str, checked(check_schedule)]
+Filter = Annotated[str, checked(GroupFilter.parse)]
+Count = Annotated[int, Field(ge=1)]
+Duration = Annotated[str, checked(parse_duration)]
+
+
+class _Job(Section):
+    schedule: Schedule | None = None  #: None: only by 'fleece job run'
+    repository: str | None = None  #: None: the configuration's default
+    comment: str | None = None
+
+
+class PruneJob(_Job):
+    """Removes old snapshots."""
+
+    type: Literal["prune"]
+    ns: NamespaceText | None = None
+    max_depth: Annotated[int, Field(ge=0, le=7)] | None = None  #: None: everything below
+    group_filter: list[Filter] = Field(default_factory=list)
+    keep_last: Count | None = None
+    keep_hourly: Count | None = None
+    keep_daily: Count | None = None
+    keep_weekly: Count | None = None
+    keep_monthly: Count | None = None
+    keep_yearly: Count | None = None
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> "PruneJob":
+        kinds = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+        if all(getattr(self, f"keep_{kind}") is None for kind in kinds):
+            raise ValueError("it needs a keep option, such as keep-last = 7")
+        return self
+
+
+class VerifyJob(_Job):
+    """Verifies a namespace and those below it."""
+
+    type: Literal["verify"]
+    ns: NamespaceText | None = None
+    ignore_verified: bool = True
+    outdated_after: Annotated[int, Field(ge=0)] | None = None  #: days
+    max_duration: Duration | None = None
+    max_bytes: Size | None = None
+    keyfile: AbsolutePath | None = None
+
+
+class GcJob(_Job):
+    """Collects garbage."""
+
+    type: Literal["gc"]
+    cutoff: Duration | None = None
+    lock_wait: Duration | None = None
+
+
+class LaterJob(BaseModel):
+    """A job of a type that this version does not run; its options are checked by the version that does."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["backup", "sync", "test-boot"]
+    schedule: Schedule | None = None
+    repository: str | None = None
+    comment: str | None = None
+
+
+RunnableJob = PruneJob | VerifyJob | GcJob
+JobSection = Annotated[LaterJob | PruneJob | VerifyJob | GcJob, Field(discriminator="type")]
+#: By type, for suggestions.
+JOB_MODELS: Final[dict[str, type[BaseModel]]] = {"prune": PruneJob, "verify": VerifyJob, "gc": GcJob}

@@ -1,0 +1,239 @@
+"""Running jobs of the configuration: each type does what its command does, by the same functions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import trio
+
+from agent.errors import first_cause
+from agent.job_sections import GcJob, LaterJob, PruneJob, RunnableJob, VerifyJob
+from agent.job_store import JobStore, Recording, Run
+from agent.registry import Registry
+from agent.repositories import repository_at
+from core.errors import FleeceError, UsageError
+from core.progress import Progress, Task
+from core.render import Lines
+from datastore.names import Namespace
+from repository.interface import Repository
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from agent.config import Config
+
+
+class Both(Progress):
+    """Hands everything on to several others."""
+
+    def __init__(self, *others: Progress) -> None:
+        super().__init__()
+        self._others = others
+
+    def log(self, text: str) -> None:
+        """See `Progress.log`."""
+        for other in self._others:
+            other.log(text)
+
+    def warn(self, text: str) -> None:
+        """See `Progress.warn`."""
+        super().warn(text)
+        for other in self._others:
+            other.warn(text)
+
+    def started(self, task: Task) -> None:
+        """See `Progress.started`."""
+        for other in self._others:
+            other.started(task)
+
+    def changed(self, task: Task) -> None:
+        """See `Progress.changed`."""
+        for other in self._others:
+            other.changed(task)
+
+    def ended(self, task: Task, *, ok: bool) -> None:
+        """See `Progress.ended`."""
+        for other in self._others:
+            other.ended(task, ok=ok)
+
+
+def runnable(name: str, section: RunnableJob | LaterJob) -> RunnableJob:
+    """`section`, if this version can run it.
+
+    Raises:
+        FleeceError: its type belongs to a later version.
+    """
+    if isinstance(section, LaterJob):
+        raise FleeceError(
+            "run the job", name, f"this version does not run jobs of type {section.type}",
+            "it runs those of type prune, verify and gc",
+        )  # fmt: skip
+    return section
+
+
+def job_repository(name: str, section: RunnableJob | LaterJob, config: "Config") -> str:
+    """The repository of a job: its own, else the configuration's default. The environment does not count.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    spec = section.repository or config.default_repository
+    if spec is None:
+        raise UsageError(
+            "run the job", name, "it names no repository, and there is no default",
+            f"write repository into [job.{name}], or default-repository at the top",
+        )  # fmt: skip
+    return spec
+
+
+async def run_job(
+    name: str, section: RunnableJob, config: "Config", registry: Registry, store: JobStore, progress: Progress
+) -> Run:
+    """Run a job once and record it; the run tells how it ended, a failure is raised after it was recorded.
+
+    Cancelled, the work cleans up and the run counts as interrupted.
+
+    Raises:
+        BusyError: it is running already.
+        FleeceError: it failed.
+    """
+    with store.begin(section.type) as recording:
+        log = Lines(cast("TextIO", recording.log), verbose=True)
+        both = Both(progress, log)
+        for problem in recording.problems:  # a full disk must not keep garbage collection from making room on it
+            both.warn(problem)
+        log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
+        try:
+            spec = job_repository(name, section, config)
+            async with repository_at(spec, config, registry) as repository:
+                result = await _execute(section, spec, config, repository, both)
+        except BaseException as error:
+            _record_failure(recording, log, error, both.warnings)
+            raise
+        log.log("ended with warnings" if both.warnings else "ended")
+        try:
+            recording.end("warnings" if both.warnings else "ok", warnings=both.warnings, result=result)
+        except FleeceError as error:
+            progress.warn(str(error))
+        return recording.run
+
+
+def _record_failure(recording: Recording, log: Progress, error: BaseException, warnings: Sequence[str]) -> None:
+    cause = first_cause(error)
+    # A group without a cause holds nothing but cancellations.
+    interrupted = isinstance(cause, trio.Cancelled | BaseExceptionGroup)
+    if isinstance(cause, FleeceError):
+        failure = cause
+    elif interrupted:
+        failure = FleeceError("run the job", recording.run.job, "it was interrupted; everything was cleaned up")
+    else:
+        why = f"something unexpected happened ({type(cause).__name__}: {cause})"
+        failure = FleeceError("run the job", recording.run.job, why)
+    log.log(f"failed: {failure}")
+    try:
+        recording.end(
+            "interrupted" if interrupted else "failed",
+            warnings=list(warnings),
+            error=failure,
+            result=getattr(cause, "result", None),
+        )
+    except FleeceError as second:
+        error.add_note(str(second))
+
+
+class FailedJobError(FleeceError):
+    """The work was done, and its result is that something is wrong."""
+
+    def __init__(self, what: str, where: str, why: str, result: dict[str, Any]) -> None:
+        super().__init__(what, where, why, "'fleece job log' has the details")
+        self.result = result
+
+
+async def _execute(
+    section: RunnableJob, spec: str, config: "Config", repository: Repository, progress: Progress
+) -> dict[str, Any]:
+    """Do what the job says; returns a few figures for its history."""
+    if isinstance(section, GcJob):
+        return await _collect(section, repository, progress)
+    configured = config.repository.get(spec)
+    ns = Namespace.parse(section.ns if section.ns is not None else configured.ns if configured is not None else "")
+    if isinstance(section, PruneJob):
+        return await _prune(section, ns, repository, progress)
+    levels = [level for level in (section, configured, config) if level is not None]
+    keyfile = next((level.keyfile for level in levels if level.keyfile), None)
+    return await _verify(section, ns, repository, keyfile, progress)
+
+
+async def _prune(section: PruneJob, ns: Namespace, repository: Repository, progress: Progress) -> dict[str, Any]:
+    from agent.pruning import Selection, prune, prune_lines
+    from datastore.filters import GroupFilter
+    from datastore.prune import KeepOptions
+
+    keep = KeepOptions(
+        section.keep_last, section.keep_hourly, section.keep_daily,
+        section.keep_weekly, section.keep_monthly, section.keep_yearly,
+    )  # fmt: skip
+    filters = tuple(map(GroupFilter.parse, section.group_filter))
+    selection = Selection(ns, depth=section.max_depth, filters=filters)
+    results = await prune(repository, selection, keep, dry_run=False, progress=progress)
+    for line in prune_lines(results, dry_run=False):
+        progress.log(line)
+    return {
+        "groups": len(results),
+        "kept": sum(decision.keep for result in results for decision in result.decisions),
+        "removed": sum(len(result.removed) for result in results),
+        "failed": sum(len(result.failed) for result in results),
+    }
+
+
+async def _verify(
+    section: VerifyJob, ns: Namespace, repository: Repository, keyfile: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from agent.cli_verify import parse_duration
+    from agent.documents import in_namespace
+    from agent.keys import KeyOptions, reading_key
+    from core.units import parse_size
+    from repository.verify import VerifyOptions, choose, verify
+
+    options = VerifyOptions(
+        ignore_verified=section.ignore_verified,
+        outdated_after=section.outdated_after,
+        max_duration_s=None if section.max_duration is None else parse_duration(section.max_duration),
+        max_bytes=None if section.max_bytes is None else parse_size(section.max_bytes),
+    )
+    key = reading_key(KeyOptions(keyfile=section.keyfile, default_keyfile=keyfile), may_ask=False)
+    if key.note:
+        progress.log(key.note)
+    codec = key.codec()
+    results = await verify(repository, await choose(repository, ns), codec, progress, options)
+    for one in results:
+        skipped = f", not looked at: {one.skipped}" if one.skipped else ""
+        progress.log(f"{in_namespace(one.snapshot)}: {one.state}{skipped}")
+        for error in one.errors:
+            progress.log(f"  {error}")
+    failed = [in_namespace(one.snapshot) for one in results if one.state == "failed"]
+    skipped_count = sum(bool(one.skipped) for one in results)
+    figures = {
+        "ok": len(results) - len(failed) - skipped_count,
+        "failed": len(failed),
+        "skipped": skipped_count,
+        "failed-snapshots": failed[:100],
+    }
+    if failed:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise FailedJobError("vouch for", ", ".join(failed[:5]) + more, "damaged", figures)
+    return figures
+
+
+async def _collect(section: GcJob, repository: Repository, progress: Progress) -> dict[str, Any]:
+    from agent.cli_verify import parse_duration
+    from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, summary
+
+    report = await repository.collect_garbage(
+        cutoff_s=DEFAULT_CUTOFF_S if section.cutoff is None else int(parse_duration(section.cutoff)),
+        lock_wait_s=LOCK_WAIT_S if section.lock_wait is None else parse_duration(section.lock_wait),
+        progress=progress,
+    )
+    for line in summary(report):
+        progress.log(line)
+    return report.to_json()

@@ -1,0 +1,175 @@
+"""What `fleece datastore status` shows: space, contents, deduplication, verification, garbage collection, growth."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from agent.documents import table, verify_word
+from core.errors import FormatError
+from core.units import format_size
+from datastore.errors import SnapshotNotFoundError
+from datastore.names import BackupType
+from datastore.upid import Upid
+from repository.interface import Repository, StoreUsage
+
+_DAY_S: Final = 86_400
+#: Days over which growth is summed up; the longest one is what the estimate rests on.
+_GROWTH_DAYS: Final = (1, 7, 30)
+
+
+@dataclass(slots=True)
+class StoreStatus:
+    """The facts, as they were at `now`."""
+
+    name: str
+    usage: StoreUsage
+    gc: dict[str, Any] | None
+    now: float
+    namespaces: int = 0  #: without the root
+    groups: Counter[BackupType] = field(default_factory=Counter)
+    snapshots: Counter[BackupType] = field(default_factory=Counter)  #: finished ones
+    unfinished: int = 0
+    protected: int = 0
+    verify: Counter[str] = field(default_factory=Counter)  #: `ok`, `failed`, `none`
+    growth: Counter[int] = field(default_factory=Counter)  #: days -> bytes of new chunks stored in that time
+    oldest: int | None = None  #: backup time of the oldest snapshot
+
+    @property
+    def dedup_factor(self) -> float | None:
+        """How often the data would be stored without deduplication and compression, as of the last GC."""
+        counts = [None if self.gc is None else self.gc.get(name) for name in ("index-data-bytes", "disk-bytes")]
+        data, disk = counts
+        if not isinstance(data, int) or not isinstance(disk, int) or data < 0 or disk < 0:
+            return None
+        return data / disk if disk else 1.0
+
+    @property
+    def last_gc(self) -> int | None:
+        """When the last garbage collection began, Unix seconds."""
+        try:
+            return Upid.parse(str((self.gc or {}).get("upid"))).start
+        except FormatError:
+            return None
+
+    @property
+    def full_date(self) -> int | None:
+        """When the space will be used up at the growth of the last 30 days, if nothing is removed; None: unknown."""
+        longest = _GROWTH_DAYS[-1]
+        if self.oldest is None or not self.growth[longest]:
+            return None
+        days = min(float(longest), (self.now - self.oldest) / _DAY_S)
+        if days < 1:
+            return None
+        return int(self.now + self.usage.available / (self.growth[longest] / days) * _DAY_S)
+
+
+async def look(repository: Repository) -> StoreStatus:
+    """Collect the facts; reads every manifest.
+
+    Raises:
+        FleeceError: the repository cannot be read.
+    """
+    status = StoreStatus(repository.name, await repository.usage(), await repository.gc_status(), time.time())
+    for ns in await repository.namespaces():
+        status.namespaces += bool(ns.components)
+        try:
+            groups, infos = await repository.groups(ns), await repository.snapshots(ns, unfinished=True)
+        except SnapshotNotFoundError:
+            continue  # removed meanwhile
+        status.groups.update(info.group.type for info in groups)
+        for info in infos:
+            status.protected += info.protected
+            if not info.finished:
+                status.unfinished += 1
+                continue
+            ctime = info.snapshot.ctime
+            status.snapshots[info.snapshot.group.type] += 1
+            status.verify[verify_word(info) or "none"] += 1
+            status.oldest = ctime if status.oldest is None else min(status.oldest, ctime)
+            for days in _GROWTH_DAYS:
+                if 0 <= status.now - ctime < days * _DAY_S:
+                    status.growth[days] += info.added or 0
+    return status
+
+
+def status_document(status: StoreStatus) -> dict[str, Any]:
+    """The document; keys of PBS's datastore status where it has them."""
+    factor = status.dedup_factor
+    return {
+        "store": status.name,
+        "total": status.usage.total,
+        "used": status.usage.used,
+        "avail": status.usage.available,
+        "counts": {
+            kind.value: {"groups": status.groups[kind], "snapshots": status.snapshots[kind]} for kind in BackupType
+        },
+        "namespaces": status.namespaces,
+        "unfinished": status.unfinished,
+        "protected": status.protected,
+        "verification": {state: status.verify[state] for state in ("ok", "failed", "none")},
+        "gc-status": status.gc,
+        "last-gc": status.last_gc,
+        "deduplication-factor": None if factor is None else round(factor, 3),
+        "growth": {f"{days}-days": status.growth[days] for days in _GROWTH_DAYS},
+        "estimated-full-date": status.full_date,
+    }
+
+
+def status_lines(status: StoreStatus) -> Iterator[str]:
+    """The same for people."""
+    usage = status.usage
+    percent = f" ({100 * usage.used // usage.total} %)" if usage.total else ""
+    kinds = [
+        f"{status.snapshots[kind]} of {status.groups[kind]} {kind.value} groups"
+        for kind in BackupType
+        if status.groups[kind]
+    ]
+    rows = [
+        ("datastore", status.name),
+        ("space", f"{format_size(usage.used)} of {format_size(usage.total)} used{percent}, "
+                  f"{format_size(usage.available)} available"),
+        ("snapshots", ", ".join(kinds) or "none"),
+        ("namespaces", str(status.namespaces or "")),
+        ("unfinished", str(status.unfinished or "")),
+        ("protected", str(status.protected or "")),
+        ("verified", ", ".join(f"{status.verify[state]} {word}" for state, word in
+                               (("failed", "failed"), ("ok", "ok"), ("none", "never")) if status.verify[state])),
+        ("deduplication", _gc_words(status)),
+        ("last gc", _last_gc(status)),
+        ("growth", ", ".join(f"{format_size(status.growth[days])} in {days} days"
+                             for days in _GROWTH_DAYS[1:] if status.growth[days])),
+        ("full", _full(status)),
+    ]  # fmt: skip
+    yield from list(table(("", ""), [row for row in rows if row[1]]))[1:]
+
+
+def _gc_words(status: StoreStatus) -> str:
+    if status.dedup_factor is None or status.gc is None:
+        return "unknown before the first garbage collection ('fleece gc')"
+    disk, data = (format_size(int(status.gc[name])) for name in ("disk-bytes", "index-data-bytes"))
+    return f"factor {status.dedup_factor:.2f}: {data} of data in {disk} of chunks"
+
+
+def _last_gc(status: StoreStatus) -> str:
+    if status.gc is None:
+        return "never"
+    if status.last_gc is None:
+        return "at an unknown time"
+    removed, pending = (status.gc.get(name) for name in ("removed-bytes", "pending-bytes"))
+    text = f"{_date(status.last_gc)} UTC"
+    if isinstance(removed, int) and isinstance(pending, int):
+        text += f", removed {format_size(removed)}, {format_size(pending)} pending"
+    return text
+
+
+def _full(status: StoreStatus) -> str:
+    if status.full_date is None:
+        return ""
+    days = (status.full_date - status.now) / _DAY_S
+    return f"in about {days:.0f} days, if nothing is removed" if days < 3650 else "not within ten years"
+
+
+def _date(ctime: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(ctime))
