@@ -15,7 +15,7 @@ from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
 from tests.support.stores import StorePool
 
-# A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals must not meet.
+# A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals cannot use.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
