@@ -146,7 +146,6 @@ class Lab:
     fleece: FleeceCommand
     nothing_left: NothingLeft
     _ids: set[str] = field(default_factory=set)
-    _last_backup: float = 0.0  #: backup time of the newest snapshot, Unix seconds
 
     def raw(self, name: str, size: int) -> Path:
         """A sparse raw image of zeros."""
@@ -165,7 +164,7 @@ class Lab:
     async def vm(self, binary: QemuBinary, disks: Sequence[VmDisk], **options: Any) -> AsyncIterator[RunningQemu]:
         """As `RunningQemu.start`; if it still runs at the end it must be as it was at the beginning."""
         # A QEMU that starts within the second of the last backup is not known to have been restarted.
-        await trio.sleep(max(0.0, self._last_backup + 1.1 - time.time()))
+        await trio.sleep(max([0.0, *(ctime + 1.1 - time.time() for ctime in self.finished())]))
         options.setdefault("memory_mib", 256 if options.get("guest") else 64)
         async with RunningQemu.start(binary, disks, **options) as vm:
             before = await self.nothing_left.facts(vm)
@@ -184,10 +183,7 @@ class Lab:
 
     async def try_backup(self, vm: RunningQemu, *more: str | Path, id: str = "web") -> Outcome:
         """`fleece vm backup` to its end, however that is."""
-        outcome = await self.fleece.run("vm", "backup", *self.arguments(vm, id), *more)
-        if outcome.out and "--dry-run" not in more:
-            self._last_backup = parse_time(outcome.document["snapshot"].rpartition("/")[2])
-        return outcome
+        return await self.fleece.run("vm", "backup", *self.arguments(vm, id), *more)
 
     async def backup(self, vm: RunningQemu, *more: str | Path, id: str = "web", code: int = 0) -> Outcome:
         """`fleece vm backup` that must end with `code`, 3 with warnings."""
@@ -212,9 +208,9 @@ class Lab:
         """What `fleece list` shows, oldest first."""
         return [entry["snapshot"] for entry in await self.fleece.json("list")]
 
-    def manifests(self) -> int:
-        """How many snapshots are finished, by a quick look into the store."""
-        return len(list(self.fleece.repo.glob("vm/*/*/index.json.blob")))
+    def finished(self) -> list[int]:
+        """The backup times of all finished snapshots, by a quick look into the store."""
+        return [parse_time(path.parent.name) for path in self.fleece.repo.glob("vm/*/*/index.json.blob")]
 
     async def restored(self, snapshot: str) -> Path:
         """The folder into which all of `snapshot` was restored; the caller or the end of the test removes it."""
