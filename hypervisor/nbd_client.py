@@ -236,7 +236,6 @@ class NbdConnection:
             self._read_unaligned(offset, buffer, piece, depth)
             return
         piece = min(piece, self.max_request)
-        make = self._nbd.Buffer.from_buffer
         position = offset
 
         def start_next(completed: Completed) -> bool:
@@ -244,7 +243,8 @@ class NbdConnection:
             if position == end:
                 return False
             stop = min(end, (position // piece + 1) * piece)
-            handle.aio_pread(make(buffer[position - offset : stop - offset]), position, completion=completed)
+            # The slice itself, not an nbd.Buffer around it: libnbd 1.14 never gives back what such a one holds.
+            handle.aio_pread(buffer[position - offset : stop - offset], position, completion=completed)
             position = stop
             return True
 
@@ -253,10 +253,9 @@ class NbdConnection:
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data`, a flat memoryview of bytes, at `offset`."""
         handle = self._alive("write to")
-        make = self._nbd.Buffer.from_buffer
 
         def start(at: int, size: int, completed: Completed) -> None:
-            handle.aio_pwrite(make(data[at - offset : at - offset + size]), at, completion=completed)
+            handle.aio_pwrite(data[at - offset : at - offset + size], at, completion=completed)
 
         self._ranged("write to", offset, len(data), min(READ_PIECE, self.max_request), READ_DEPTH, start)
 
