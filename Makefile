@@ -1,6 +1,8 @@
 # `make help` lists what there is. Every target sets up first; that is instant when nothing changed.
 .PHONY: help setup setup-bench demo test test-long test-quick lint format bench clean
 PYTHON := .venv/bin/python
+# Tests wait for QEMU and for each other's processes: two at a time use two cores well.
+WORKERS := 2
 
 help:
 	@echo 'make setup       install what is missing, make .venv, build the C parts'
@@ -23,13 +25,13 @@ demo: setup
 	@$(PYTHON) -m demo
 
 test: setup
-	$(PYTHON) -m pytest -m 'not long'
+	$(PYTHON) -m pytest -m 'not long' -n $(WORKERS) --dist worksteal
 
 test-quick: setup
 	$(PYTHON) -m pytest -m 'not long and not qemu and not guest'
 
 test-long: setup
-	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest
+	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup
 	$(PYTHON) -m ruff format --check .
