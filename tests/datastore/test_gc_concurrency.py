@@ -116,11 +116,11 @@ async def test_killed_at_any_moment_it_leaves_a_whole_store_and_the_next_one_suc
         assert await write_rounds(base, Group.parse("vm/2"), 2, f"kill {number}") == 0
         set_back(base)
         # Start-up takes a good part of the time; both of it and of the work itself something is cut.
-        killed += await trio.to_thread.run_sync(run_and_kill, program("gc", str(base)), dice.uniform(0.3, 1.6))
+        killed += await trio.to_thread.run_sync(run_and_kill, program("gc", str(base)), dice.uniform(0.1, 0.6))
         await everything_is_whole(repo)
         async with repo.store.chunks.writer(wait_s=0):
             pass
-    assert killed > KILLS // 4
+    assert killed >= KILLS // 4
     report = await collect_garbage(repo.store, lock_wait_s=0)
     assert report.missing_count == 0
     await everything_is_whole(repo)

@@ -93,7 +93,12 @@ async def test_killed_between_freeze_and_thaw_the_child_thaws(number: signal.Sig
         assert parent.stdout is not None
         async with parent.stdout:
             with trio.fail_after(20):
-                assert await parent.stdout.receive_some() == b"frozen\n"
+                said = b""
+                while not said.endswith(b"\n"):  # in pieces, where Python's output is not buffered
+                    piece = await parent.stdout.receive_some()
+                    assert piece
+                    said += piece
+                assert said == b"frozen\n"
             assert agent.frozen
             parent.send_signal(number)
             await parent.wait()
