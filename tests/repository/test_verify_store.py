@@ -347,7 +347,7 @@ async def test_killed_at_any_moment_it_leaves_a_store_that_opens_heals_and_colle
         victims = [data[at * CHUNK : (at + 1) * CHUNK] for at in dice.sample(range(40), k=3)]
         for victim in victims:
             flip(chunk_path(repo, victim))
-        killed += await trio.to_thread.run_sync(run_and_kill, dice.uniform(0.3, 1.2))
+        killed += await trio.to_thread.run_sync(run_and_kill, dice.uniform(0.1, 0.6))
         await run(repo)
         await write(repo, 1001 + 2 * number, data, group)
         results = await run(repo)
