@@ -87,8 +87,10 @@ class Scrypt:
             raise _error(where, "its scrypt parameters are none (n is a power of two, r and p at least 1)")
         if r * p >= 1 << 30:
             raise _error(where, "its scrypt parameters are none (r * p is too large)")
-        if 128 * n * r > MAX_SCRYPT_MEMORY:
-            raise _error(where, f"its passphrase would take {128 * n * r >> 20} MiB to check, more than 1025 MiB")
+        # Its table, and for each of p lanes a block that the last step copies once more.
+        memory = 128 * r * (n + 2 * p)
+        if memory > MAX_SCRYPT_MEMORY:
+            raise _error(where, f"its passphrase would take {memory >> 20} MiB to check, more than 1025 MiB")
         if n * r * p > MAX_SCRYPT_WORK:
             raise _error(where, "its passphrase would take minutes to check: p is too large")
 

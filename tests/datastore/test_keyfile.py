@@ -164,7 +164,11 @@ def test_the_lines_around_a_key_on_paper_do_not_disturb() -> None:
         ({"n": 1 << 20, "r": 9}, "1152 MiB"),
         ({"n": 2, "r": 1 << 40}, "r \\* p"),
         ({"n": 2, "r": 1 << 20, "p": 1 << 10}, "r \\* p"),
-        ({"r": 1, "n": 1 << 15, "p": (1 << 30) - 1}, "minutes"),
+        # Little to look up, but blocks of p lanes that take gigabytes.
+        ({"r": 1, "n": 2, "p": 1 << 25}, "8192 MiB"),
+        ({"r": 1 << 22, "n": 2, "p": 1}, "2048 MiB"),
+        ({"r": 1, "n": 1 << 15, "p": (1 << 30) - 1}, "MiB"),
+        ({"r": 1, "n": 1 << 15, "p": 1 << 12}, "minutes"),
         ({"p": 1 << 12}, "minutes"),
     ],
 )
