@@ -111,17 +111,11 @@ class Capabilities:
     compat: bool
     """Before 8.2: reads of the frozen view must lie inside one cluster of 64 KiB, and its allocation map is that of the
     live disk."""
-    iothreads: bool  #: the VM has I/O threads (never together with QEMU before 9.1)
 
     @property
     def allocation_map(self) -> bool:
         """Whether `base:allocation` of the frozen view is about the frozen view."""
         return not self.compat
-
-    @property
-    def unaligned_trim(self) -> bool:
-        """Whether a TRIM may cut a cluster; before 9.1 it aborts QEMU."""
-        return self.version >= (9, 1, 0)
 
     @property
     def cbw_timeout_s(self) -> int:
@@ -156,7 +150,6 @@ async def capabilities(qmp: Qmp) -> Capabilities:
         version=version,
         flavour="proxmox" if "backup-access-setup" in qmp.commands else "stock",
         compat=version < (8, 2, 0),
-        iothreads=iothreads,
     )
 
 

@@ -66,7 +66,7 @@ class Pool(NbdPool):
 
 
 def source_over(pool: Pool, changed: list[Extent] | None) -> LiveSource:
-    able = Capabilities((7, 2, 0), "stock", compat=True, iothreads=False)
+    able = Capabilities((7, 2, 0), "stock", compat=True)
     plan = ReadPlan(5 if changed is not None else None, "")
     return LiveSource("drive-d0.img", pool.size, plan, changed=changed, pool=pool, able=able)
 
@@ -99,7 +99,7 @@ async def test_without_the_base_nothing_is_clean_and_nothing_given_up() -> None:
 
 
 def test_an_export_of_another_size_is_refused() -> None:
-    able = Capabilities((10, 0, 0), "stock", compat=False, iothreads=False)
+    able = Capabilities((10, 0, 0), "stock", compat=False)
     with pytest.raises(FleecingError, match="its size changed from 5 to 8 B at this moment"):
         LiveSource("drive-d0.img", 5, ReadPlan(None, ""), changed=None, pool=Pool(8), able=able)
 
