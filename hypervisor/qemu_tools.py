@@ -6,6 +6,7 @@ server behind that would hold the image.
 """
 
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from hypervisor.nbd_client import NbdAddress, NbdConnection
 START_TIMEOUT_S: Final = 60.0
 #: Seconds between SIGTERM and SIGKILL: `qemu-nbd` closes its image, which may write metadata.
 STOP_TIMEOUT_S: Final = 15.0
+#: Seconds for a killed `qemu-nbd` to be gone; one that waits for a broken disk is not, as long as that lasts.
+_KILL_TIMEOUT_S: Final = 5.0
 #: Connections one server takes: ours, and the one that keeps it alive.
 _SHARED: Final = 8
 #: Bytes of a program's complaint that go into an error.
@@ -34,6 +37,7 @@ _MAX_COMPLAINT: Final = 2000
 _EXPORT: Final = "image"
 _FOLDER_PREFIX: Final = "fleece-nbd-"
 _MAX_SOCKET_PATH: Final = 107
+_LOG = logging.getLogger(__name__)
 
 
 def find_tool(name: str, fault: type[FleeceError] = SourceError) -> str:
@@ -143,14 +147,13 @@ async def _until_ready(
 
 
 async def _stop(process: trio.Process) -> None:
-    """End `process`, kindly at first; it has ended when this returns."""
-    with trio.CancelScope(shield=True):
-        process.terminate()
-        with trio.move_on_after(STOP_TIMEOUT_S):
+    """End `process`, kindly at first; it has ended when this returns, unless its disk hangs."""
+    for end, timeout_s in ((process.terminate, STOP_TIMEOUT_S), (process.kill, _KILL_TIMEOUT_S)):
+        end()
+        with trio.move_on_after(timeout_s, shield=True):
             await process.wait()
             return
-        process.kill()
-        await process.wait()
+    _LOG.warning("qemu-nbd (process %d) was killed, but it waits for a disk that hangs and is left behind", process.pid)
 
 
 def _absolute(path: Path) -> str:
