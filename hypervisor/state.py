@@ -107,17 +107,8 @@ class Run:
 
     @property
     def socket(self) -> Path:
-        """Where QEMU's NBD server listens during this run.
-
-        Raises:
-            FleecingError: the path is too long for a socket.
-        """
-        path = self.folder / "nbd"
-        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-            raise FleecingError(
-                "use the run folder", str(self.folder.parent), f"its path is too long for a socket ({path})"
-            )
-        return path
+        """Where QEMU's NBD server listens during this run; short enough for a socket."""
+        return self.folder / "nbd"
 
     async def load(self) -> RunState | None:
         """What a killed run on this QEMU wrote down; None if there was none, or it is unreadable."""
@@ -141,7 +132,7 @@ class Run:
 
     def forget(self) -> None:
         """Remove state and socket: nothing of ours is left in QEMU."""
-        for path in (self._state, self._state.with_suffix(".tmp"), self.folder / "nbd"):
+        for path in (self._state, self._state.with_suffix(".tmp"), self.socket):
             path.unlink(missing_ok=True)
 
 
@@ -161,9 +152,17 @@ def exclusive(run_dir: Path, peer: Peer) -> Iterator[Run]:
 
     Raises:
         VmStateError: another run has it.
-        FleecingError: the files cannot be made.
+        FleecingError: the files cannot be made, or their paths are too long for a socket.
     """
     name = f"qemu-{peer.pid}-{peer.start_time or 0}"
+    run = Run(run_dir / name, peer)
+    if len(os.fsencode(run.socket)) > _MAX_SOCKET_PATH:
+        raise FleecingError(
+            "use the run folder",
+            str(run_dir),
+            f"its path is too long for a socket ({run.socket})",
+            "name a shorter one with FLEECE_RUN_DIR",
+        )
     lock = run_dir / f"{name}.lock"
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -174,18 +173,17 @@ def exclusive(run_dir: Path, peer: Peer) -> Iterator[Run]:
         state = _load(run_dir / name / "state.json")
         by = f" (process {state.agent})" if state is not None else ""
         raise VmStateError("work on the VM with", f"process {peer.pid}", f"another backup or clean-up of it runs{by}")
-    folder = run_dir / name
     try:
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            run.folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise FleecingError("use the run folder", str(run_dir), os_reason(error)) from error
-        yield Run(folder, peer)
+        yield run
     finally:
         # What is still written down is for the next run, or for `clean_dead`.
         with contextlib.suppress(OSError):
-            folder.rmdir()
-        if not folder.exists():
+            run.folder.rmdir()
+        if not run.folder.exists():
             lock.unlink(missing_ok=True)
         os.close(descriptor)
 

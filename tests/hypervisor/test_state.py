@@ -110,10 +110,17 @@ async def test_only_files_of_processes_that_ended_are_cleaned(tmp_path: Path, pe
     assert await clean_dead(tmp_path / "nothing") == []
 
 
-def test_a_socket_path_that_is_too_long_is_said(tmp_path: Path, peer: Peer) -> None:
-    folder = tmp_path / ("x" * 60) / ("y" * 60)
-    with exclusive(folder, peer) as run, pytest.raises(FleecingError, match="its path is too long for a socket"):
-        assert run.socket
+def test_a_run_folder_whose_path_is_too_long_for_a_socket_is_refused_at_once(tmp_path: Path, peer: Peer) -> None:
+    end = f"/qemu-{peer.pid}-{peer.start_time}/nbd"
+    room = 107 - len(end) - len(str(tmp_path)) - 1
+    with exclusive(tmp_path / ("x" * room), peer) as run:
+        assert len(str(run.socket)) == 107
+        assert str(run.socket).endswith(end)
+    folder = tmp_path / ("x" * (room + 1))
+    refused = pytest.raises(FleecingError, match=r"its path is too long for a socket .*; name a shorter one")
+    with refused, exclusive(folder, peer):
+        pass
+    assert not folder.exists()
 
 
 def test_a_run_folder_that_cannot_be_made_is_said(tmp_path: Path, peer: Peer) -> None:
