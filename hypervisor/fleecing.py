@@ -240,6 +240,7 @@ class Fleecing:
         try:
             async with frozen(self.guest_agent) as freeze:
                 await qmp.execute("blockdev-reopen", {"options": options})
+                freeze.serve()
                 self.instant = time.time()
                 if self.at_instant is not None:
                     await self.at_instant(qmp)

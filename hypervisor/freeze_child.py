@@ -6,8 +6,9 @@ parent, and its only state is the agent's socket. Started by `hypervisor.guest_a
 docs/hypervisor.md, "Freezing the guest".
 
 It writes one JSON object per line: `{"event": "frozen", "file-systems": 2}`, then `{"event": "thawed", "frozen-s": 0.3,
-"early": false}`; or `{"event": "failed", "why": "..."}` with nothing frozen; `{"event": "stuck", "why": "..."}` if the
-guest could not be thawed. `was-frozen` in the first of them tells of an earlier freeze that was ended.
+"early": false, "at": 1234.5}` (`early`: the time was over; `at`: when thawing began, on the clock that all processes
+share, `time.monotonic()`); or `{"event": "failed", "why": "..."}` with nothing frozen; `{"event": "stuck", "why":
+"..."}` if the guest could not be thawed. `was-frozen` in the first of them tells of an earlier freeze that was ended.
 """
 
 import contextlib
@@ -235,6 +236,7 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
     except AgentError as error:
         # Perhaps frozen, perhaps in part, perhaps a moment later: thaw in any case.
         failure = error
+    thawing = time.monotonic()
     try:
         why = _thaw(agent, refusal_counts=not isinstance(failure, AgentRefusedError))
     except AgentLostError as error:
@@ -243,7 +245,7 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
         return _tell("stuck", why=why)
     if failure is not None:
         return _tell("failed", why=str(failure), **earlier)
-    return _tell("thawed", **{"frozen-s": time.monotonic() - began}, early=early)
+    return _tell("thawed", **{"frozen-s": time.monotonic() - began}, early=early, at=thawing)
 
 
 def main() -> None:

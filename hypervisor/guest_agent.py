@@ -8,6 +8,7 @@ told, is backed up without a freeze, and the report says so. docs/hypervisor.md,
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,11 @@ from hypervisor.unix_socket import connect_unix
 HOLD_S: Final = 10.0
 #: Seconds to connect to the agent's socket; a full queue means that others wait there too.
 _CONNECT_TIMEOUT_S: Final = 5.0
+#: Seconds for the child to start and go to the background; it needs milliseconds, but its files may lie on a disk that
+#: hangs.
+_START_TIMEOUT_S: Final = 10.0
+#: Seconds for a killed child to be gone.
+_KILL_TIMEOUT_S: Final = 1.0
 #: Seconds for the child to say whether the guest is frozen: sync, status, and perhaps an earlier freeze to be ended.
 _FREEZE_TIMEOUT_S: Final = 60.0
 #: Seconds to wait for the thaw. The child goes on trying when this process does not wait any more.
@@ -35,6 +41,7 @@ _THAW_TIMEOUT_S: Final = 15.0
 class Freeze:
     """What became of a freeze; complete when the block of `frozen` has been left."""
 
+    served: float | None = None  #: `time.monotonic()` when `serve` was called
     file_systems: int = 0  #: frozen ones; 0 too if nothing was frozen
     frozen_s: float = 0.0  #: seconds from freeze sent to thaw answered; 0 if nothing was frozen
     warnings: list[str] = field(default_factory=list)  #: sentences for the report
@@ -43,6 +50,10 @@ class Freeze:
     def done(self) -> bool:
         """True if the guest was frozen (even if it has no file system to freeze)."""
         return self.frozen_s > 0
+
+    def serve(self) -> None:
+        """What the guest had to be frozen for is done: a thaw from now on, before the end of the block, is no loss."""
+        self.served = time.monotonic()
 
 
 @asynccontextmanager
@@ -122,7 +133,8 @@ async def _begin(
     with sock:
         # -I -S: nothing of the environment and no site-packages, for a start within 20 ms.
         command = [sys.executable, "-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
-        with trio.CancelScope(shield=True):  # it takes milliseconds, and half a child would be nobody's
+        # Half a child would be nobody's.
+        with trio.move_on_after(_START_TIMEOUT_S, shield=True) as starting:
             process = await trio.lowlevel.open_process(
                 command,
                 stdin=PIPE,
@@ -138,6 +150,12 @@ async def _begin(
             await stack.enter_async_context(process.stdout)
             await stack.enter_async_context(process.stdin)
             await process.wait()  # it has gone on in the background by itself
+        if starting.cancelled_caught:
+            process.kill()
+            with trio.move_on_after(_KILL_TIMEOUT_S, shield=True):
+                await process.wait()
+            freeze.warnings.append(_without("the process that freezes the guest does not start"))
+            return None
     return child
 
 
@@ -166,7 +184,7 @@ async def _thaw(child: _Child, hold_s: float, freeze: Freeze) -> None:
         match event.get("event"):
             case "thawed":
                 freeze.frozen_s = event["frozen-s"]
-                if event["early"]:
+                if event["early"] and not (freeze.served is not None and freeze.served <= event["at"]):
                     freeze.warnings.append(
                         f"the guest was thawed after {hold_s:g} s, before all disks were switched: "
                         "its file systems are only as consistent as after a power cut"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from hypervisor import freeze_child
+from hypervisor import freeze_child, guest_agent
 from hypervisor.guest_agent import Freeze, frozen, thaw_leftover
 from tests.support.cache import ROOT
 from tests.support.scripted_qmp import HANG_UP, SILENCE, Raw, Refusal, ScriptedAgent
@@ -145,6 +145,43 @@ async def test_a_block_that_takes_too_long_is_thawed_under_it() -> None:
         assert freeze.frozen_s == pytest.approx(0.3, abs=0.2)
         assert len(freeze.warnings) == 1
         assert "thawed after 0.3 s, before all disks were switched" in freeze.warnings[0]
+
+
+async def test_a_thaw_after_the_instant_is_no_loss_although_the_block_goes_on() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        async with frozen(path, hold_s=0.3) as freeze:
+            freeze.serve()
+            await agent.until("closed")  # copies of other things take longer than the guest may wait
+        assert freeze.done
+        assert freeze.warnings == []
+
+
+async def test_an_instant_after_the_thaw_is_told() -> None:
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        async with frozen(path, hold_s=0.3) as freeze:
+            await agent.until("closed")
+            freeze.serve()
+        assert [warning for warning in freeze.warnings if "before all disks were switched" in warning]
+
+
+async def test_a_child_that_does_not_start_is_ended_and_the_guest_not_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(freeze_child, "__file__", str(script))
+    monkeypatch.setattr(guest_agent, "_START_TIMEOUT_S", 0.2)
+    agent = ScriptedAgent()
+    async with agent.serving() as path:
+        async with frozen(path) as freeze:
+            assert not agent.frozen
+        assert freeze.warnings == [
+            "the process that freezes the guest does not start: backed up without freezing the guest's file systems"
+        ]
+        assert agent.seen.count(FREEZE) == 0
+    assert not any(str(script).encode() in _cmdline(pid) for pid in _processes())
 
 
 async def test_a_freeze_that_takes_too_long_is_given_up_and_thawed() -> None:
