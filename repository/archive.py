@@ -2,7 +2,8 @@
 
 An `ArchiveReader` answers ranges from chunks that lie decoded in a `ChunkCache`, which all archives of a mount share
 and which is bounded in bytes. A chunk that several readers want is read once. Who reads one chunk after the other is
-read ahead for, in batches that grow while he goes on.
+read ahead for, in batches that grow while he goes on; not while he goes over what was used before, where it would only
+drive out what he comes back to.
 """
 
 from collections import OrderedDict
@@ -45,6 +46,8 @@ class ChunkCache:
         self._in_flight: dict[bytes, trio.Event] = {}
         #: Bytes being read ahead.
         self._ahead = 0
+        #: Chunks here that were read ahead and not asked for yet.
+        self._fresh: set[bytes] = set()
 
     def get(self, digest: bytes) -> Buffer | None:
         """The decoded chunk `digest` if it is here; never waits."""
@@ -53,14 +56,22 @@ class ChunkCache:
             self._chunks.move_to_end(digest)
         return chunk
 
+    def first_use(self, digest: bytes) -> bool:
+        """True for a chunk that was read ahead and is asked for now for the first time."""
+        if digest in self._fresh:
+            self._fresh.discard(digest)
+            return True
+        return False
+
     def _put(self, digest: bytes, chunk: Buffer) -> None:
         if digest in self._chunks:
             return
         self._chunks[digest] = chunk
         self.size += len(chunk)
         while self.size > self.capacity and len(self._chunks) > 1:
-            _, dropped = self._chunks.popitem(last=False)
+            name, dropped = self._chunks.popitem(last=False)
             self.size -= len(dropped)
+            self._fresh.discard(name)
 
     async def load(self, reader: "ArchiveReader", number: int) -> Buffer:
         """Chunk `number` of the archive of `reader`, from here or read now; several callers cause one read.
@@ -72,6 +83,7 @@ class ChunkCache:
         while True:
             chunk = self.get(digest)
             if chunk is not None:
+                self._fresh.discard(digest)
                 return chunk
             pending = self._in_flight.get(digest)
             if pending is None:
@@ -121,6 +133,8 @@ class ChunkCache:
         try:
             # What cannot be read is reported to whoever asks for it.
             await self._read(reader, numbers)
+            digests = (reader.archive.index.digest(number) for number in numbers)
+            self._fresh.update(digest for digest in digests if digest in self._chunks)
         except FleeceError:
             pass
         finally:
@@ -194,7 +208,7 @@ class ArchiveReader:
         if len(chunk) != size:
             self._check_length(number, chunk)
         self.cache.hits += 1
-        self._follow(number)
+        self._follow(number, self.cache.first_use(digest))
         self._last = (start, start + size, digest)
         return memoryview(chunk)[offset - start : offset - start + length]
 
@@ -217,7 +231,7 @@ class ArchiveReader:
             if self.is_zero(number):
                 pieces.append(bytes(stop - offset))
             else:
-                self._follow(number)
+                self._follow(number, True)
                 chunk = await self.cache.load(self, number)
                 self._check_length(number, chunk)
                 pieces.append(memoryview(chunk)[offset - start : stop - start])
@@ -236,8 +250,8 @@ class ArchiveReader:
             why = f"the chunk has {len(chunk)} bytes, the index says {size}"
             raise FormatError("read", self.archive.chunk_where(number), why)
 
-    def _follow(self, number: int) -> None:
-        """Note a read in chunk `number`, and read ahead if it continues one that is known."""
+    def _follow(self, number: int, ahead: bool) -> None:
+        """Note a read in chunk `number`; with `ahead`, read ahead if it continues one that is known."""
         streams = self._streams
         for position in range(len(streams) - 1, -1, -1):
             stream = streams[position]
@@ -254,7 +268,9 @@ class ArchiveReader:
         if number <= stream.chunk:
             return
         stream.chunk = number
-        if stream.ahead - number <= stream.window // 2 + 1:
+        if not ahead:
+            stream.ahead = max(stream.ahead, number + 1)
+        elif stream.ahead - number <= stream.window // 2 + 1:
             stream.window = min(2 * stream.window, max(batch_size(), 8))
             first = max(stream.ahead, number + 1)
             stream.ahead = min(first + stream.window, self.archive.index.count)

@@ -118,6 +118,33 @@ async def test_random_reader_reads_nothing_ahead() -> None:
         assert len(repository.chunk_reads) == 6
 
 
+async def test_going_over_cached_chunks_again_reads_nothing_ahead() -> None:
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz0123456789")
+    async with opened(data, capacity=16 * CHUNK) as (archive, repository):
+        for chunk in range(8):
+            await archive.read(chunk * CHUNK, CHUNK)
+        await wait_all_tasks_blocked(0.01)
+        reads = len(repository.chunk_reads)
+        for _ in range(10):
+            for chunk in range(8):
+                assert archive.read_cached(chunk * CHUNK, CHUNK) is not None
+            await wait_all_tasks_blocked(0.01)
+        assert len(repository.chunk_reads) == reads
+
+
+async def test_read_ahead_goes_on_behind_what_was_cached_before() -> None:
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz0123456789")
+    async with opened(data, capacity=64 * CHUNK) as (archive, repository):
+        for chunk in (0, 1, 2):
+            await archive.read(chunk * CHUNK, CHUNK)
+        await wait_all_tasks_blocked(0.01)
+        for chunk in range(36):
+            assert await archive.read(chunk * CHUNK, CHUNK) == data[chunk * CHUNK : (chunk + 1) * CHUNK]
+            await wait_all_tasks_blocked(0.01)
+        assert len(repository.chunk_reads) == 36
+        assert archive.cache.misses <= 4
+
+
 async def test_read_ahead_leaves_half_of_the_cache_alone() -> None:
     data = chunks_of("abcdefghijklmnopqrstuvwxyz")
     async with opened(data, capacity=4 * CHUNK) as (archive, repository):
