@@ -130,7 +130,8 @@ def change_passphrase(
     the old one.
     """
     from agent.keys import KEY_NAME, NEW_PASSPHRASE_VARIABLE, find_named_or_default, unlock
-    from datastore.keyfile import read_key_file, replace
+    from datastore.keyfile import read_key_file
+    from datastore.private_files import replace
 
     _check_hint(kdf, hint)
     target = find_named_or_default(path, KEY_NAME)
@@ -138,6 +139,7 @@ def change_passphrase(
     key = unlock(old, str(target))
     file = _protected(key, kdf, hint, variable=NEW_PASSPHRASE_VARIABLE, old=old)
     replace(target, file.encode(), what="change the passphrase of")
+    _warn_if_exposed(invocation, target)
     invocation.emit(_document(file, target), lambda: f"{target}: changed")
 
 
@@ -168,15 +170,20 @@ def create_master_key(
     _FILE, _CMD). Existing files are never overwritten.
     """
     from agent.keys import MASTER_PASSPHRASE_VARIABLE, MASTER_PUBLIC_NAME, new_passphrase
-    from datastore.keyfile import write_new
     from datastore.master_key import create_pair
+    from datastore.private_files import write_new
 
     private_path, public_path = folder / "master-private.pem", folder / MASTER_PUBLIC_NAME
     for path in (private_path, public_path):
         _refuse_existing(path, "create the master key")
     private, public = create_pair(new_passphrase(MASTER_PASSPHRASE_VARIABLE, "Passphrase of the master key: "))
     write_new(private_path, private, what="create the master key")
-    write_new(public_path, public, what="create the master key", mode=0o644)
+    try:
+        write_new(public_path, public, what="create the master key", mode=0o644)
+    except BaseException:
+        private_path.unlink()  # nothing was encrypted for it yet, and it would be in the way of the next try
+        raise
+    _warn_if_exposed(invocation, private_path)
     document = {"private": str(private_path), "public": str(public_path), "warning": _LOST_MASTER}
     invocation.emit(document, lambda: [f"private master key: {private_path}", f"public master key: {public_path}"])
     if not invocation.is_json:
@@ -189,8 +196,8 @@ def import_master_pubkey(
 ) -> None:
     """Make a public master key the default one: every encrypted backup then holds its own key, encrypted with it."""
     from agent.keys import MASTER_PUBLIC_NAME, new_default_file
-    from datastore.keyfile import read_small, write_new
     from datastore.master_key import MasterPublicKey
+    from datastore.private_files import read_small, write_new
 
     pem = read_small(path, what="read the master public key")
     MasterPublicKey.parse(pem, where=str(path))
@@ -203,8 +210,8 @@ def import_master_pubkey(
 def show_master_pubkey(invocation: Invocation, path: KeyPath = None) -> None:
     """Show a public master key."""
     from agent.keys import MASTER_PUBLIC_NAME, find_named_or_default
-    from datastore.keyfile import read_small
     from datastore.master_key import MasterPublicKey
+    from datastore.private_files import read_small
 
     target = find_named_or_default(path, MASTER_PUBLIC_NAME)
     key = MasterPublicKey.parse(read_small(target, what="read the master public key"), where=str(target))
@@ -237,8 +244,8 @@ def import_with_master_key(
     _CMD), the one for the new key file from PBS_ENCRYPTION_PASSWORD (_FD, _FILE, _CMD).
     """
     from agent.keys import KEY_NAME, MASTER_PASSPHRASE_VARIABLE, new_default_file, passphrase
-    from datastore.keyfile import read_small
     from datastore.master_key import MAX_WRAPPED_SIZE, needs_passphrase, unwrap_key
+    from datastore.private_files import read_small
 
     _check_hint(kdf, hint)
     target = path or new_default_file(KEY_NAME)
@@ -270,7 +277,7 @@ def paperkey(
     """
     from agent.keys import KEY_NAME, find_named_or_default
     from agent.paper_key import PaperKey
-    from datastore.keyfile import read_small
+    from datastore.private_files import read_small
 
     target = find_named_or_default(path, KEY_NAME)
     paper = PaperKey.of(read_small(target, what="read the key"), subject, where=str(target))
@@ -314,14 +321,22 @@ def _protected(
 
 
 def _store_new(invocation: Invocation, path: Path, file: "KeyFile", what: str, done: str) -> None:
-    from datastore.keyfile import write_new
+    from datastore.private_files import write_new
 
     write_new(path, file.encode(), what=what)
     # In JSON too, and even if quiet: there is no second chance to say it.
     document = {**_document(file, path), "warning": _LOST}
+    _warn_if_exposed(invocation, path)
     invocation.emit(document, lambda: [f"{done}: {path}", *_lines(file, path)[1:]])
     if not invocation.is_json:
         to_stderr(f"WARNING: {_LOST}")
+
+
+def _warn_if_exposed(invocation: Invocation, path: Path) -> None:
+    from datastore.private_files import readable_by_others
+
+    if readable_by_others(path):
+        invocation.warnings.append(f"others can read {path}: its file system keeps no modes")
 
 
 def _document(file: "KeyFile", path: Path) -> dict[str, Any]:

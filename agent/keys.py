@@ -15,16 +15,15 @@ from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import PassphraseError
 from datastore.keyfile import (
-    MAX_KEY_FILE_SIZE,
     KeyFile,
     check_passphrase,
     need_key,
     read_key_file,
-    read_small,
     short_fingerprint,
 )
 from datastore.manifest import Manifest
 from datastore.master_key import MasterPublicKey
+from datastore.private_files import MAX_KEY_FILE_SIZE, read_small, readable_by_others
 
 CryptModeText = Literal["encrypt", "sign-only", "none"]
 
@@ -364,6 +363,8 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
     verb = "encrypting" if mode is CryptMode.ENCRYPT else "signing"
     kind = "default key" if found.default else "key"
     say(f"{verb} with the {kind} {short_fingerprint(key.fingerprint)} of {found.where}")
+    if found.file.kdf is None and options.keyfd is None and readable_by_others(Path(found.where)):
+        say(f"WARNING: {found.where} has no passphrase, and others can read it: chmod 600 {found.where}")
     wrapped = master.wrap(key, created=found.file.created) if master is not None else None
     return BackupKeys(ChunkCodec(key, mode), wrapped)
 

@@ -11,9 +11,7 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +22,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
-from core.errors import FleeceError, FormatError, NotFoundError, UsageError, os_reason
+from core.errors import FormatError, UsageError
 from datastore.codec import KEY_SIZE, CryptKey, format_fingerprint, parse_fingerprint
 from datastore.errors import KeyNeededError, PassphraseError
+from datastore.private_files import MAX_KEY_FILE_SIZE, read_small
 
-#: Bytes a key file may have; PBS's have about 450.
-MAX_KEY_FILE_SIZE: Final = 64 << 10
 #: Bytes a passphrase must have.
 MIN_PASSPHRASE: Final = 5
 #: Characters of a hint.
@@ -281,30 +278,6 @@ def wrap_key(key: CryptKey, kdf: Scrypt | Pbkdf2, passphrase: bytes, *, iv: byte
     return iv + encryptor.tag + encrypted
 
 
-# Files.
-
-
-def read_small(path: Path, *, what: str, limit: int = MAX_KEY_FILE_SIZE) -> bytes:
-    """The content of the regular file or pipe `path`, at most `limit` bytes.
-
-    Raises:
-        NotFoundError: there is none.
-        FormatError: it is larger.
-        FleeceError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
-        raise NotFoundError(what, str(path), "there is no such file") from None
-    except (OSError, ValueError) as error:
-        why = os_reason(error) if isinstance(error, OSError) else str(error)
-        raise FleeceError(what, str(path), why) from error
-    if len(data) > limit:
-        raise FormatError(what, str(path), f"it has more than {limit} bytes")
-    return data
-
-
 def read_key_file(path: Path) -> KeyFile:
     """The key file `path`.
 
@@ -313,81 +286,6 @@ def read_key_file(path: Path) -> KeyFile:
         FormatError: it is no key file.
     """
     return KeyFile.parse(read_small(path, what="read the key file"), where=str(path))
-
-
-def write_new(path: Path, data: bytes, *, what: str, mode: int = 0o600) -> None:
-    """Write the new file `path`, whole or not at all, durable, and never over one that is there.
-
-    Folders above it are made if they are missing, for nobody else to look into.
-
-    Raises:
-        FleeceError: there is a file already, or it cannot be written.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = _temporary(path, data, mode)
-        try:
-            # Unlike a rename, a link never replaces.
-            os.link(temporary, path, follow_symlinks=False)
-        finally:
-            temporary.unlink()
-        _sync_folder(path.parent)
-    except FileExistsError:
-        raise FleeceError(
-            what, str(path), "there is a file already, and it may be the only one with its key",
-            "name another file, or move that one away",
-        ) from None  # fmt: skip
-    except OSError as error:
-        raise FleeceError(what, str(path), os_reason(error)) from error
-
-
-def replace(path: Path, data: bytes, *, what: str) -> None:
-    """Replace the file `path` (of a link: what it points to), at once and durably; mode 0600, the owner stays.
-
-    Raises:
-        FleeceError: it cannot be written; the old file is there as before.
-    """
-    try:
-        path = path.resolve(strict=True)
-        before = path.stat()
-        if not stat.S_ISREG(before.st_mode):
-            raise FleeceError(what, str(path), "it is no regular file")
-        temporary = _temporary(path, data, 0o600)
-        try:
-            if os.geteuid() == 0:
-                os.chown(temporary, before.st_uid, before.st_gid)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise FleeceError(what, str(path), os_reason(error)) from error
-
-
-def _temporary(path: Path, data: bytes, mode: int) -> Path:
-    """A file beside `path` with `data` on the disk."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Parsing.

@@ -1,8 +1,5 @@
 import base64
 import json
-import os
-import stat
-import threading
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ from datastore.keyfile import (
     Scrypt,
     need_key,
     read_key_file,
-    replace,
     short_fingerprint,
     wrap_key,
-    write_new,
 )
 
 # On a busy machine the first text that hypothesis makes takes seconds.
@@ -318,90 +313,7 @@ def test_passphrase_kdf_and_hint_must_go_together(passphrase: bytes | None, opti
         KeyFile.make(KEY, passphrase, **options)
 
 
-# ---- files ----
-
-
-def test_a_new_file_is_for_its_owner_only_and_never_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "deep/er/a.key"
-    write_new(path, b"one", what="create")
-    assert path.read_bytes() == b"one"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    with pytest.raises(FleeceError, match="there is a file already"):
-        write_new(path, b"two", what="create")
-    assert path.read_bytes() == b"one"
-    assert [entry.name for entry in path.parent.iterdir()] == ["a.key"]
-
-
-def test_a_dangling_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "a.key").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FleeceError, match="there is a file already"):
-        write_new(tmp_path / "a.key", b"one", what="create")
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_of_many_writers_exactly_one_wins(tmp_path: Path) -> None:
-    path = tmp_path / "a.key"
-    won: list[int] = []
-
-    def write(number: int) -> None:
-        try:
-            write_new(path, b"%d" % number * 1000, what="create")
-            won.append(number)
-        except FleeceError:
-            pass
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert path.read_bytes() == b"%d" % won[0] * 1000
-
-
-def test_replacing_keeps_the_link_and_narrows_the_mode(tmp_path: Path) -> None:
-    real, link = tmp_path / "real.key", tmp_path / "link.key"
-    real.write_bytes(b"old")
-    real.chmod(0o644)
-    link.symlink_to(real)
-    replace(link, b"new", what="change")
-    assert link.is_symlink()
-    assert real.read_bytes() == b"new"
-    assert stat.S_IMODE(real.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-def test_a_full_disk_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    path = tmp_path / "a.key"
-    path.write_bytes(b"old")
-
-    def full(*arguments: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    if call == "write":
-        monkeypatch.setattr(os, "fchmod", full)
-    elif call == "fsync":
-        monkeypatch.setattr(os, "fsync", full)
-    else:
-        monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(FleeceError, match="No space left"):
-        replace(path, b"new", what="change")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.key"]
-
-
-@pytest.mark.parametrize("call", ["fchmod", "fsync", "link"])
-def test_a_full_disk_leaves_no_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(FleeceError, match="No space left"):
-        write_new(tmp_path / "a.key", b"new", what="create")
-    assert list(tmp_path.iterdir()) == []
+# ---- files and names of keys ----
 
 
 def test_missing_and_endless_files_are_told_apart(tmp_path: Path) -> None:
@@ -411,9 +323,6 @@ def test_missing_and_endless_files_are_told_apart(tmp_path: Path) -> None:
         read_key_file(Path("/dev/zero"))
     with pytest.raises(FleeceError, match="Is a directory"):
         read_key_file(tmp_path)
-
-
-# ---- names of keys ----
 
 
 def test_the_error_names_the_key_that_is_needed_and_the_one_that_is_given() -> None:
