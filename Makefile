@@ -12,7 +12,7 @@ help:
 	@echo 'make test-long   everything, on every QEMU'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
-	@echo 'make bench       the benchmark of disk images, with restic and borg beside it'
+	@echo 'make bench       all benchmarks, with restic and borg beside the one of disk images'
 	@echo 'make clean       remove .venv, built parts and the cache of downloads'
 
 setup:
@@ -47,6 +47,8 @@ bench: setup-bench
 	$(PYTHON) bench/primitives.py
 	$(PYTHON) bench/disk_sources.py
 	$(PYTHON) bench/image_backup.py
+	$(PYTHON) bench/gc.py
+	$(PYTHON) bench/verify.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -89,6 +89,15 @@ def server(command: list[str], socket: Path) -> Iterator[str]:
         process.wait()
 
 
+@contextmanager
+def served_by_qemu(image: Path, socket: Path) -> Iterator[str]:
+    """A raw image, read-only, as an export of a qemu-storage-daemon at `socket`; yields its URI."""
+    node = f"driver=file,node-name=f,filename={image},read-only=on"
+    export = ["--nbd-server", f"addr.type=unix,addr.path={socket}", "--export", "type=nbd,id=e,node-name=f,name=x"]
+    with server(["qemu-storage-daemon", "--blockdev", node, *export], socket) as uri:
+        yield uri
+
+
 def nbdcopy(uri: str) -> float:
     start = time.perf_counter()
     subprocess.run(["nbdcopy", uri, "null:"], check=True)
@@ -136,9 +145,7 @@ def main() -> None:
             trio.run(measure, "NBD URI, nbdkit file", size, rounds, source_of(uri))
         socket.unlink(missing_ok=True)
 
-        node = f"driver=file,node-name=f,filename={raw},read-only=on"
-        export = ["--nbd-server", f"addr.type=unix,addr.path={socket}", "--export", "type=nbd,id=e,node-name=f,name=x"]
-        with server(["qemu-storage-daemon", "--blockdev", node, *export], socket) as uri:
+        with served_by_qemu(raw, socket) as uri:
             report("limit: nbdcopy from QEMU", size, [nbdcopy(uri) for _ in range(rounds)])
             trio.run(measure, "NBD URI, QEMU", size, rounds, source_of(uri))
         socket.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ count. The limits are loops without any datastore (`bare.py`), a FUSE file syste
     backup   new data; the same again without a dirty bitmap (read and hashed, nothing stored); by bitmap, 100 GiB
     restore  to a file, with every check
     mount    sequential from a cold cache, sequential and random 4 KiB from a warm one
-    vm       the image as the disk of a QEMU, live, and again by its dirty bitmap
+    vm       the image read from QEMU over NBD, against `nbdcopy` to null; as the disk of a QEMU, live, against the
+             same image as a file; and again by its dirty bitmap
     peers    restic (repository version 2) and borg (zstd 1, no encryption), where they are installed
 
 Programs are timed as whole commands in `peers` and `vm`, else without their start. Everything lies in memory
@@ -240,7 +241,6 @@ class Bench:
         try:
             import trio
 
-            sys.path.insert(0, str(ROOT))
             from tests.support.cache import Unavailable
             from tests.support.qemu_binaries import backports_qemu, distribution_qemu
             from tests.support.running import RunningQemu, VmDisk
@@ -255,6 +255,8 @@ class Bench:
         else:
             return None
         self.say(f"vm: {binary.name}")
+        if shutil.which("nbdcopy") and shutil.which("qemu-storage-daemon"):
+            self._read_from_qemu()
 
         async def run() -> None:
             with scratch_folder(self.image) as scratch:
@@ -282,6 +284,16 @@ class Bench:
 
         trio.run(run)
         return None
+
+    def _read_from_qemu(self) -> None:
+        from bench.disk_sources import nbdcopy, served_by_qemu
+
+        socket = self.folder / "nbd"
+        for _ in range(self.rounds):
+            with served_by_qemu(self.image, socket) as uri:
+                self.note(self.row("vm read"), Sample(nbdcopy(uri), self.size), limit=True)
+                self.note(self.row("vm read"), self.worker("read", self.store, uri, self.new_id()))
+            socket.unlink(missing_ok=True)
 
     def command(self, store: Path, image: Path, backup_id: str) -> Sample:
         """`fleece backup` as a command, timed by its own report."""
@@ -502,7 +514,13 @@ def worker(arguments: Sequence[str]) -> None:
                 await restore_disk(reader, codec, manifest, filename, target)
         return time.perf_counter() - started
 
-    work = {"create": create, "restore": restore}.get(what, back_up)
+    async def read() -> float:
+        from bench.disk_sources import read_all
+
+        async with open_source(path, name) as source:
+            return await read_all(source, 2)
+
+    work = {"create": create, "restore": restore, "read": read}.get(what, back_up)
     print(json.dumps({"seconds": trio.run(work)}))
 
 
@@ -573,6 +591,7 @@ def choose_folder(size: int) -> Path:
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["--worker"]:
         return worker(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
