@@ -150,9 +150,7 @@ async def _copy(qmp: Qmp, node: str) -> None:
 
 
 async def _check_kept(qmp: Qmp) -> None:
-    where = f"{qmp.where}, query-fdsets"
-    sets = checked.objects(await qmp.execute("query-fdsets"), where)
-    kept = [fd for one in sets for fd in checked.objects(one.get("fds"), where) if fd.get("opaque") == _JOB]
+    kept = [fd for fds in (await qmp.fd_sets()).values() for fd in fds if fd.get("opaque") == _JOB]
     if len(kept) >= _MAX_KEPT:
         raise SourceError(
             "read the EFI variables of",

@@ -38,6 +38,8 @@ _CLOSE_TIMEOUT_S: Final = 5.0
 #: Seconds between two looks of `Qmp.poll`.
 _POLL_INTERVAL_S: Final = 0.05
 
+#: File names that QEMU opens by a descriptor it was given: this and the number of a set.
+FD_SET: Final = "/dev/fdset/"
 _quiet = logging.getLogger("fleece.qmp")
 _quiet.setLevel(logging.CRITICAL + 1)
 
@@ -147,11 +149,23 @@ class Qmp:
         """
         answer = await self._send_fd(fd, "add-fd", {"opaque": opaque})
         where = f"{self.where}, answer to add-fd"
-        return f"/dev/fdset/{field(of_type(answer, dict, where), 'fdset-id', int, where)}"
+        return f"{FD_SET}{field(of_type(answer, dict, where), 'fdset-id', int, where)}"
 
     async def remove_fd_set(self, filename: str) -> None:
         """Take back what `add_fd` gave, by its file name; who has it open in QEMU keeps it."""
         await self.execute("remove-fd", {"fdset-id": int(filename.rpartition("/")[2])})
+
+    async def fd_sets(self) -> dict[str, list[dict[str, Any]]]:
+        """The open descriptors behind each `/dev/fdset/N`: `fd`, the number in QEMU, and perhaps `opaque`.
+
+        Raises:
+            QmpError, QmpAnswerError: as `execute`.
+        """
+        where = f"{self.where}, query-fdsets"
+        return {
+            f"{FD_SET}{field(one, 'fdset-id', int, where)}": list(objects(one.get("fds"), where))
+            for one in objects(await self.execute("query-fdsets"), where)
+        }
 
     async def _send_fd(self, fd: int, command: str, arguments: Mapping[str, object]) -> Any:
         # QEMU takes the descriptor that came last: no other may come between it and its command.

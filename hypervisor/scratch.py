@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from core.limits import in_io_thread, io_limiter
 from core.units import GIB, format_size
 from hypervisor.block_graph import BlockNode
 from hypervisor.errors import FleecingError
+from hypervisor.qmp import FD_SET, Qmp
 from hypervisor.unix_socket import Peer
 
 #: Seconds a fleecing image may exist before QEMU has opened (and locked) it.
@@ -52,16 +53,24 @@ class Scratch:
         needed = max(self.min_free, int(system.f_blocks * system.f_frsize * self.min_free_fraction))
         return "" if free >= needed else f"{format_size(free)} are free, {format_size(needed)} must stay free"
 
-    async def prepare(self, peer: Peer, nodes: Iterable[BlockNode]) -> None:
+    async def prepare(self, qmp: Qmp, nodes: Iterable[BlockNode]) -> None:
         """Make the folder, remove what killed runs left there, and check that a backup of `nodes` may use it.
 
         Raises:
             FleecingError: it cannot be made, lies on the file system of a disk, or has too little space.
+            QmpError, QmpAnswerError: as `Qmp.execute`.
         """
         images = [node.file for node in nodes if node.file is not None and node.driver == "file" and not node.read_only]
-        await in_io_thread(self._prepare, peer, images)
+        process = Path(f"/proc/{qmp.peer.pid}")
+        # QEMU takes relative paths from its own folder.
+        paths = {image: [process / "cwd" / image] for image in images}
+        if any(image.startswith(FD_SET) for image in images):
+            for name, fds in (await qmp.fd_sets()).items():
+                if name in paths:
+                    paths[name] = [process / "fd" / str(fd.get("fd")) for fd in fds]
+        await in_io_thread(self._prepare, paths)
 
-    def _prepare(self, peer: Peer, images: Iterable[str]) -> None:
+    def _prepare(self, images: Mapping[str, Iterable[Path]]) -> None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             remove_stale(self.folder)
@@ -69,9 +78,7 @@ class Scratch:
             short = self._short_of()
         except OSError as error:
             raise FleecingError("use the scratch folder", str(self.folder), os_reason(error)) from error
-        for image in images:
-            # QEMU takes relative paths from its own folder.
-            path = Path(f"/proc/{peer.pid}/cwd") / image
+        for image, path in [(image, path) for image, paths in images.items() for path in paths]:
             with contextlib.suppress(OSError):
                 if path.stat().st_dev == device and not self.allow_shared:
                     raise FleecingError(

@@ -154,7 +154,7 @@ async def frozen_view(
                 raise FleecingError("back up the VM at", path, "it has no disk to be backed up")
             await check_vm(qmp, found.disks)
             nodes = await block_nodes(qmp)
-            await scratch.prepare(qmp.peer, nodes.values())
+            await scratch.prepare(qmp, nodes.values())
             situation = Situation(
                 target=target,
                 mode=bitmap_mode,

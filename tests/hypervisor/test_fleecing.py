@@ -14,9 +14,10 @@ import trio
 
 from core.errors import SourceError
 from hypervisor import leftovers
+from hypervisor.block_graph import block_nodes
 from hypervisor.errors import FleecingError, SnapshotBrokenError, VmStateError, VmUnsupportedError
 from hypervisor.fleecing import Fleecing
-from hypervisor.qmp import Qmp
+from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch
 from hypervisor.state import Run
 from hypervisor.vm import FrozenView
@@ -418,6 +419,26 @@ async def test_a_scratch_folder_on_the_file_system_of_a_disk_is_refused(qemu: Qe
         with pytest.raises(FleecingError, match=r"on the file system of the disk .*d0\.raw"):
             async with bench.view(vm, scratch=bench.scratch(allow_shared=False)):
                 pass
+
+
+async def test_nor_may_it_be_where_a_disk_is_that_qemu_was_given_as_an_open_file(
+    qemu: QemuBinary, tmpfs: Path, tmp_path: Path
+) -> None:
+    scratch = Scratch(tmp_path / "scratch", min_free=0, min_free_fraction=0)
+    if tmpfs.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is only one file system")
+    async with RunningQemu.start(qemu, []) as vm, connect(vm.qmp) as qmp:
+        for node, folder in (("far", tmpfs), ("near", tmp_path)):
+            (folder / "d0.raw").write_bytes(bytes(MIB))
+            with (folder / "d0.raw").open("r+b") as disk:
+                name = await qmp.add_fd(disk.fileno())
+            await vm.execute("blockdev-add", {"driver": "file", "node-name": node, "filename": name})
+            nodes = (await block_nodes(qmp)).values()
+            if node == "far":
+                await scratch.prepare(qmp, nodes)
+            else:
+                with pytest.raises(FleecingError, match=f"on the file system of the disk {name}"):
+                    await scratch.prepare(qmp, nodes)
 
 
 async def test_space_comes_back_while_reading(qemu: QemuBinary, tmpfs: Path) -> None:
