@@ -21,7 +21,7 @@ from core.errors import SourceError, os_reason
 from core.limits import in_io_thread
 from hypervisor import checked
 from hypervisor.discovery import image_path
-from hypervisor.errors import QmpCommandError
+from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
 from hypervisor.unix_socket import Peer
 
@@ -39,6 +39,8 @@ _GIVES_BACK: Final = (9, 1, 0)
 _MAX_KEPT: Final = 16
 #: Seconds for copying a few hundred KiB; the guest may be frozen meanwhile.
 _COPY_TIMEOUT_S: Final = 5.0
+#: Seconds for a cancelled job to end.
+_CANCEL_TIMEOUT_S: Final = 2.0
 #: Seconds for removing job and node again.
 _CLEANUP_TIMEOUT_S: Final = 5.0
 
@@ -122,18 +124,26 @@ async def _target(qmp: Qmp, memory: int) -> AsyncIterator[None]:
 
 
 async def _remove_copy(qmp: Qmp) -> None:
-    for command, arguments in (
-        ("job-cancel", {"id": _JOB}),
-        ("job-dismiss", {"id": _JOB}),
-        ("blockdev-del", {"node-name": _NODE}),
-    ):
-        with suppress(QmpCommandError):  # gone already, in the good case the job
+    with suppress(QmpCommandError, QmpTimeoutError):  # in the good case it is done already
+        await qmp.execute("job-cancel", {"id": _JOB})
+        # It takes a moment, and as long as the job is there the node cannot go.
+        await _ended(qmp, _CANCEL_TIMEOUT_S)
+    for command, arguments in (("job-dismiss", {"id": _JOB}), ("blockdev-del", {"node-name": _NODE})):
+        with suppress(QmpCommandError):  # gone already
             await qmp.execute(command, arguments)
 
 
 async def _copy(qmp: Qmp, node: str) -> None:
     arguments = {"job-id": _JOB, "device": node, "target": _NODE, "sync": "full", "auto-dismiss": False}
     await qmp.execute("blockdev-backup", arguments)
+    job = await _ended(qmp, _COPY_TIMEOUT_S)
+    error = None if job is None else checked.optional(job, "error", str, f"{qmp.where}, query-jobs")
+    if job is None or error is not None:
+        raise SourceError("read the EFI variables of", qmp.where, error or "QEMU has lost the job that copies them")
+
+
+async def _ended(qmp: Qmp, timeout_s: float) -> dict[str, Any] | None:
+    """Our job when it has ended; None if it is gone."""
     where = f"{qmp.where}, query-jobs"
 
     def ours(answer: Any) -> dict[str, Any] | None:
@@ -143,10 +153,7 @@ async def _copy(qmp: Qmp, node: str) -> None:
         job = ours(answer)
         return job is None or job.get("status") == "concluded"
 
-    job = ours(await qmp.poll("query-jobs", ended, timeout_s=_COPY_TIMEOUT_S, interval_s=0.005))
-    error = None if job is None else checked.optional(job, "error", str, where)
-    if job is None or error is not None:
-        raise SourceError("read the EFI variables of", qmp.where, error or "QEMU has lost the job that copies them")
+    return ours(await qmp.poll("query-jobs", ended, timeout_s=timeout_s, interval_s=0.005))
 
 
 async def _check_kept(qmp: Qmp) -> None:
