@@ -147,6 +147,8 @@ async def _opened(
     codec = reading_key.codec_for(manifest, str(reader.snapshot))
     if codec.key is not None:
         manifest = await load_manifest(reader, codec)
+        if manifest.lost_signature:
+            progress.warn(f"{reader.snapshot} has no signature, although it was made with a key: it may be altered")
     elif manifest.fingerprint is not None:
         progress.warn(f"the signature of {reader.snapshot} was not checked")
     return codec, manifest

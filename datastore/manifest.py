@@ -85,7 +85,7 @@ class Manifest:
 
         Raises:
             FormatError: broken or encrypted blob, no JSON, or content that no writer makes; a wrong signature.
-            KeyNeededError: it was signed with another key than `key`.
+            KeyNeededError: it was signed with another key than `key`; if it names none, that or altered.
         """
         text = decode_plain(blob, max_size=MAX_MANIFEST_SIZE, where=where)
         document = _load(text, where)
@@ -201,17 +201,6 @@ class Manifest:
         """A codec that reads this snapshot; its messages name the key that is needed."""
         return ChunkCodec(key, needs=self.fingerprint)
 
-    def require_key(self, key: CryptKey | None, *, where: str) -> None:
-        """Refuse a snapshot as base of a backup unless `key` is the one it was made with.
-
-        Raises:
-            KeyNeededError: it was made with a key, and `key` is none or another.
-        """
-        if self.fingerprint is not None and (key is None or key.fingerprint != self.fingerprint):
-            given = "none" if key is None else key.fingerprint_text
-            why = f"it was made with the key {format_fingerprint(self.fingerprint)}, given is {given}"
-            raise KeyNeededError("use as base", where, why)
-
     @property
     def notes(self) -> str:
         """The snapshot's notes, empty if there are none."""
@@ -236,12 +225,23 @@ class Manifest:
         text = self.unprotected.get(_FINGERPRINT_KEY)
         return None if text is None else parse_fingerprint(text)
 
+    @property
+    def lost_signature(self) -> bool:
+        """True if it says that it was made with a key but has no signature: no writer does that, so it was removed."""
+        made_with_key = self.fingerprint is not None or any(
+            file.crypt_mode is not CryptMode.NONE for file in self._files
+        )
+        return made_with_key and self.signature is None
+
     def _check_signature(self, key: CryptKey, signature: str, where: str) -> None:
         if self.fingerprint is not None and self.fingerprint != key.fingerprint:
             needed = format_fingerprint(self.fingerprint)
             why = f"it is signed with the key {needed}, given is {key.fingerprint_text}"
             raise KeyNeededError("check the signature of", where, why)
         if not hmac.compare_digest(key.sign(canonical_json(self._document, where=where)).hex(), signature.lower()):
+            if self.fingerprint is None:
+                why = f"it names no key, and its signature is not one of {key.fingerprint_text}"
+                raise KeyNeededError("check the signature of", where, why, "another key is needed, or it was altered")
             raise FormatError("check the signature of", where, "it does not match: the manifest was altered")
 
 

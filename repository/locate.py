@@ -6,6 +6,7 @@ from core.errors import FormatError
 from core.limits import in_cpu_thread
 from datastore.codec import ChunkCodec
 from datastore.crypt_mode import CryptMode
+from datastore.errors import KeyNeededError
 from datastore.index import ArchiveIndex
 from datastore.keyfile import need_key
 from datastore.manifest import Manifest, ManifestFile
@@ -48,14 +49,20 @@ async def load_readable(reader: Reader, codec: ChunkCodec) -> tuple[Manifest, Ch
     the snapshot's.
 
     Raises:
-        FormatError: as `Manifest.parse`.
+        FormatError: as `Manifest.parse`; or it names the key, but its signature was removed.
     """
     where = f"{reader.snapshot}/{MANIFEST_NAME}"
     raw = await reader.manifest()
     manifest = Manifest.parse(raw, where=where)
     if codec.key is None or manifest.fingerprint not in (None, codec.key.fingerprint):
         return manifest, manifest.codec(None)
-    manifest = Manifest.parse(raw, where=where, key=codec.key)
+    if manifest.lost_signature and manifest.fingerprint is not None:
+        raise FormatError("check the signature of", where, "there is none, although it was made with this key")
+    try:
+        manifest = Manifest.parse(raw, where=where, key=codec.key)
+    except KeyNeededError:
+        # It names no key, as those of the first clients: another one's, as far as anybody can say.
+        return manifest, manifest.codec(None)
     return manifest, manifest.codec(codec.key)
 
 

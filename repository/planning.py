@@ -166,6 +166,9 @@ async def choose_base(
         return Base(None, "disk is not in the previous snapshot")
     if parsed.fingerprint != (codec.key.fingerprint if codec.key is not None else None):
         return Base(None, "key changed")
+    if codec.key is not None and parsed.signature is None:
+        # Its index may be anybody's, and this backup would sign what it says.
+        return Base(None, "the signature of the previous snapshot was removed")
     if entry.crypt_mode is not codec.mode:
         return Base(None, f"crypt mode changed from {entry.crypt_mode.value} to {codec.mode.value}")
     if entry.size != source.size:

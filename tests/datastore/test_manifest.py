@@ -141,7 +141,9 @@ def test_another_key_is_told_with_both_fingerprints() -> None:
 
 
 def test_without_a_fingerprint_another_key_does_not_match_either() -> None:
-    with pytest.raises(FormatError, match="it does not match"):
+    with pytest.raises(
+        KeyNeededError, match=f"names no key, and its signature is not one of {OTHER_KEY.fingerprint_text}"
+    ):
         parse(document(signature=SIGNATURE), OTHER_KEY)
 
 
@@ -150,15 +152,20 @@ def test_unsigned_manifests_pass_with_a_key(signature: object) -> None:
     assert parse(document(signature=signature), KEY).signature is None
 
 
-def test_a_base_made_with_a_key_needs_that_key() -> None:
-    plain, secret = parse(document()), parse(document(unprotected={"key-fingerprint": FINGERPRINT}))
-    for key in (None, KEY):
-        plain.require_key(key, where=WHERE)
-    secret.require_key(KEY, where=WHERE)
-    with pytest.raises(KeyNeededError, match=f"made with the key {FINGERPRINT}, given is none"):
-        secret.require_key(None, where=WHERE)
-    with pytest.raises(KeyNeededError, match=f"given is {OTHER_KEY.fingerprint_text}"):
-        secret.require_key(OTHER_KEY, where=WHERE)
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({}, True),  # its files are encrypted
+        ({"signature": SIGNATURE}, False),
+        ({"files": []}, False),
+        ({"files": [], "unprotected": {"key-fingerprint": FINGERPRINT}}, True),
+        ({"signature": SIGNATURE, "unprotected": {"key-fingerprint": FINGERPRINT}}, False),
+    ],
+)
+def test_a_signature_that_is_missing_where_every_writer_puts_one_is_noticed(
+    changes: dict[str, Any], lost: bool
+) -> None:
+    assert parse(document(**changes)).lost_signature is lost
 
 
 def test_its_codec_names_the_key_that_is_needed() -> None:

@@ -13,6 +13,7 @@ from agent.keys import (
     KEY_NAME,
 )
 from datastore.crypt_mode import CryptMode
+from datastore.manifest import Manifest
 
 from ..conftest import Answer, Fleece
 from .conftest import KEY, MIB, OTHER, OTHER_SHORT, PASSPHRASE, SHORT, failed, files
@@ -111,6 +112,45 @@ def test_a_manifest_that_somebody_altered_is_refused_by_whoever_has_the_key(
     (result,) = Answer(1, stored("verify", "--keyfile", key, "--output", "json").out, "").document
     assert result["state"] == "failed"
     assert "signature" in result["errors"][0]
+
+
+@pytest.mark.parametrize("mode", ["encrypt", "sign-only"])
+def test_a_signature_that_somebody_removed_is_missed_by_whoever_has_the_key(
+    stored: Fleece, small: Path, key: Path, other_key: Path, mode: str
+) -> None:
+    report = stored.json(
+        "backup", f"vm.conf:{small}", "--backup-id", "web", "--keyfile", key, "--crypt-mode", mode
+    )  # fmt: skip
+    assert stored.repo is not None
+    path = stored.repo / report["snapshot"] / "index.json.blob"
+    manifest = Manifest.parse(path.read_bytes(), where="x")
+    manifest.signature = None
+    path.write_bytes(bytes(manifest.encode()))
+    answer = stored("restore", report["snapshot"], "vm.conf", "-", "--keyfile", key)
+    assert (answer.code, answer.out) == (3, small.read_text())
+    assert "has no signature, although it was made with a key" in answer.err
+    failed(stored("verify", "--keyfile", key), "vouch")
+    assert "there is none, although it was made with this key" in stored("verify", "--keyfile", key).out
+    # Without the key, nobody can tell.
+    for arguments in ((), ("--keyfile", other_key)):
+        assert stored("verify", *arguments).code == 0
+
+
+def test_a_signed_manifest_that_names_no_key_is_not_called_damaged_with_another(
+    stored: Fleece, small: Path, key: Path, other_key: Path
+) -> None:
+    report = stored.json(
+        "backup", f"vm.conf:{small}", "--backup-id", "web", "--keyfile", key, "--crypt-mode", "sign-only"
+    )
+    assert stored.repo is not None
+    # As the first clients wrote it.
+    path = stored.repo / report["snapshot"] / "index.json.blob"
+    manifest = Manifest.parse(path.read_bytes(), where="x").with_unprotected({"key-fingerprint": None})
+    path.write_bytes(bytes(manifest.encode()))
+    for arguments in (("--keyfile", key), ("--keyfile", other_key), ()):
+        assert stored.json("verify", *arguments)[0]["state"] == "ok"
+    assert stored("restore", report["snapshot"], "vm.conf", "-", "--keyfile", key).out == small.read_text()
+    failed(stored("restore", report["snapshot"], "vm.conf", "-", "--keyfile", other_key), "not one of", "another key")
 
 
 def test_verify_with_the_key_finds_what_a_crc_cannot(stored: Fleece, image: Path, key: Path, other_key: Path) -> None:
