@@ -8,8 +8,10 @@ A new kind of archive (a file archive shown as a folder) plugs in at `snapshot_e
 
 import hashlib
 import logging
+import os
 import secrets
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -33,6 +35,7 @@ from datastore.names import (
     parse_time,
     strip_archive_type,
 )
+from fusefs.errors import StaleError
 from fusefs.opened import BLOCK, Content, OpenSnapshot
 from fusefs.pool import Lease, SnapshotPool
 from repository.interface import FileInfo, GroupInfo, Repository, SnapshotInfo
@@ -42,6 +45,8 @@ LISTING_TTL_S: Final = 5.0
 #: Name of the link to the newest snapshot of a group.
 LATEST: Final = b"latest"
 _S: Final = 1_000_000_000
+#: The largest size that the kernel can be told; a manifest may say anything.
+_MAX_SIZE: Final = (1 << 63) - 1
 _LOG = logging.getLogger(__name__)
 N = TypeVar("N", bound="Node")
 
@@ -58,6 +63,8 @@ class Shared:
     missed_keys: set[str] = field(default_factory=set)
     #: Inode numbers come from names, so they stay the same; the secret keeps names made for the purpose from colliding.
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    #: How often a file at a path (of a snapshot that was made anew under its old name) became another one.
+    replaced: Counter[bytes] = field(default_factory=Counter)
 
     def inode(self, path: bytes) -> int:
         """The number of what lies at `path` (from the mount's root on), the same as long as the mount lives."""
@@ -101,41 +108,64 @@ class Link(Node):
 
 
 class File(Node):
-    """An archive or small file of a snapshot, shown as a file."""
+    """An archive or small file of a snapshot, shown as a file.
 
-    def __init__(self, folder: "SnapshotFolder | ArchiveFolder", path: bytes, filename: str, size: int) -> None:
-        super().__init__(folder.shared, path, folder.mtime_ns)
+    One node, and so one inode number, stands for one content: the kernel keeps what it read of it.
+    """
+
+    def __init__(self, folder: "SnapshotFolder | ArchiveFolder", path: bytes, info: FileInfo) -> None:
+        super().__init__(folder.shared, self.numbered(folder.shared, path), folder.mtime_ns)
         self.snapshot: Final = folder.snapshot
-        self.filename: Final = filename
+        self.filename: Final = info.filename
+        self.info: Final = info  #: as it was listed
         #: Bytes and 512-byte blocks; a guess from the listing until `exact`.
-        self.size, self.blocks, self.exact = size, -(-size // BLOCK), False
+        self.size, self.blocks, self.exact = min(info.size or 0, _MAX_SIZE), 0, False
+        self.blocks = -(-self.size // BLOCK)
+        self._folder: Final = folder
+        self._plain_path: Final = path
+        self._csum: bytes | None = None
+
+    @staticmethod
+    def numbered(shared: Shared, path: bytes) -> bytes:
+        """`path`, different for each content that was found there."""
+        count = shared.replaced[path]
+        return b"%b\0%d" % (path, count) if count else path
 
     async def measure(self) -> None:
         """Make size and blocks exact; opens the snapshot if that was not done yet.
 
         Raises:
+            StaleError: another file has taken its place.
             FleeceError: it cannot be read.
         """
         if not self.exact:
             async with self.shared.pool.use(self.snapshot) as opened:
-                self._note(await opened.content(self.filename))
+                self._note(opened, await opened.content(self.filename))
 
     async def open(self) -> tuple[Lease[OpenSnapshot], Content]:
         """Open it for reading; the caller releases the lease.
 
         Raises:
+            StaleError: another file has taken its place; the kernel asks for the name again then.
             FleeceError: it cannot be read.
         """
         lease = await self.shared.pool.acquire(self.snapshot)
         try:
             content = await lease.value.content(self.filename)
+            self._note(lease.value, content)
         except BaseException:
             lease.release()
             raise
-        self._note(content)
         return lease, content
 
-    def _note(self, content: Content) -> None:
+    def _note(self, opened: OpenSnapshot, content: Content) -> None:
+        csum = next((file.csum for file in opened.manifest.files if file.filename == self.filename), None)
+        if self._csum not in (None, csum):
+            if self.path == self.numbered(self.shared, self._plain_path):
+                self.shared.replaced[self._plain_path] += 1
+            self._folder.expire()
+            raise StaleError("read", os.fsdecode(self._plain_path), "the snapshot was removed and made anew")
+        self._csum = csum
         self.size, self.blocks, self.exact = content.size, content.blocks, True
 
 
@@ -158,7 +188,7 @@ class Folder(Node, ABC):
             async with self._lock:
                 if not self._is_fresh:
                     self._children = await self._load(self._children)
-                    self._fresh_until = trio.current_time() + LISTING_TTL_S
+                    self._fresh_until = self._lifetime_end()
         return self._children
 
     async def child(self, name: bytes) -> Node | None:
@@ -168,6 +198,14 @@ class Folder(Node, ABC):
             FleeceError: as `children`.
         """
         return (await self.children()).get(name)
+
+    def _lifetime_end(self) -> float:
+        """Until when what was just read may be shown, on trio's clock."""
+        return trio.current_time() + LISTING_TTL_S
+
+    def expire(self) -> None:
+        """Read the folder anew at the next look."""
+        self._fresh_until = float("-inf")
 
     @property
     def _is_fresh(self) -> bool:
@@ -229,6 +267,9 @@ class NamespacesFolder(Folder):
             children[name] = _kept(old, name, NamespaceFolder, make)
         return children
 
+    def _lifetime_end(self) -> float:
+        return self._parent._fresh_until
+
 
 class TypeFolder(Folder):
     """The groups of one type in a namespace."""
@@ -247,6 +288,9 @@ class TypeFolder(Folder):
             folder.mtime_ns = info.latest.ctime * _S if info.latest else self.shared.mounted_ns
             children[name] = folder
         return children
+
+    def _lifetime_end(self) -> float:
+        return self._parent._fresh_until  # read with it
 
 
 class GroupFolder(Folder):
@@ -304,7 +348,7 @@ class SnapshotFolder(Folder):
     def renew(self, info: SnapshotInfo) -> None:
         """The listing of the group says `info` now."""
         self._info = info
-        self._fresh_until = float("-inf")
+        self.expire()
 
     async def _load(self, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
         info, self._info = self._info, None
@@ -329,13 +373,23 @@ def snapshot_entries(folder: SnapshotFolder, info: SnapshotInfo, old: Mapping[by
     for file in info.files:
         if not is_shown(file.filename) or not folder.shared.can_read(info, _mode(info, file)):
             continue
-        name = strip_archive_type(file.filename)
-        if name.encode() in children:
-            name = file.filename
-        path = folder._below(name)
-        make = lambda file=file, path=path: File(folder, path, file.filename, file.size or 0)  # noqa: E731
-        children[name.encode()] = _kept(old, name.encode(), File, make)
+        name = strip_archive_type(file.filename).encode()
+        if name in children:
+            name = file.filename.encode()  # two archives may differ in their type only
+        while name in children:
+            name += b"~"  # a whole name may be another's short one
+        children[name] = _file(folder, folder._below(name), file, old.get(name))
     return children
+
+
+def _file(folder: SnapshotFolder, path: bytes, info: FileInfo, old: Node | None) -> File:
+    """`old` if it is the file `info` at `path`, else a new node."""
+    if isinstance(old, File) and old.path == File.numbered(folder.shared, path):
+        sizes = {old.info.size, info.size} - {None}
+        if old.filename == info.filename and len(sizes) < 2:
+            return old
+        folder.shared.replaced[path] += 1
+    return File(folder, path, info)
 
 
 def is_shown(filename: str) -> bool:
@@ -358,7 +412,7 @@ class ArchiveFolder(Folder):
         super().__init__(shared, b"", info.snapshot.ctime * _S)
         self.snapshot: Final[Snapshot] = info.snapshot
         name = strip_archive_type(file.filename)
-        self._only: dict[bytes, Node] = {name.encode(): File(self, name.encode(), file.filename, file.size or 0)}
+        self._only: dict[bytes, Node] = {name.encode(): File(self, name.encode(), file)}
 
     async def _load(self, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
         return self._only

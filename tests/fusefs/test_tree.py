@@ -12,12 +12,14 @@ from datastore.codec import ChunkCodec, CryptKey
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import ROOT, Namespace, Snapshot
 from fusefs import opened, tree
+from fusefs.errors import StaleError
 from fusefs.opened import data_blocks, open_snapshot
 from fusefs.pool import SnapshotPool
 from fusefs.tree import File, Folder, Link, NamespaceFolder, Node, Shared
 from repository.archive import open_cache
+from repository.interface import FileInfo
 from repository.local import LocalRepository, open_local
-from tests.fusefs.mounts import CHUNK, CONF, FIRST, IMAGE, IMAGE_BLOCKS, KEY, SECOND, put, write
+from tests.fusefs.mounts import CHUNK, CONF, FIRST, IMAGE, IMAGE_BLOCKS, KEY, SECOND, put, random_bytes, write
 
 TIMES = ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]
 
@@ -260,3 +262,74 @@ async def session_index(store: Path, snapshot: Snapshot, name: str):  # type: ig
     from datastore.fixed_index import FixedIndex
 
     return FixedIndex.open(store / snapshot.path / name)
+
+
+async def test_names_that_shorten_to_the_same_show_every_file(store: Path) -> None:
+    contents = {"x.img.blob.blob": b"1", "x.img.fidx": b"2" * 4096, "x.img.blob": b"3"}
+    async with tree_of(store) as root:
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+        await write(repo, "vm/7", FIRST, contents)
+        folder = await at(root, f"vm/7/{TIMES[0]}")
+        assert isinstance(folder, Folder)
+        shown = {node.filename for node in (await folder.children()).values() if isinstance(node, File)}
+        assert shown == set(contents)
+
+
+async def test_a_size_beyond_what_the_kernel_knows_is_cut(store: Path) -> None:
+    async with tree_of(store) as root:
+        folder = await at(root, f"vm/100/{TIMES[0]}")
+        assert isinstance(folder, tree.SnapshotFolder)
+        file = File(folder, b"a", FileInfo("a.img.fidx", (1 << 64) - 1, None))
+        assert file.size == (1 << 63) - 1
+
+
+@pytest.mark.parametrize("size", [len(CONF), 4 * len(CONF)])
+async def test_a_snapshot_made_anew_under_its_old_name_has_new_nodes(
+    store: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.0)
+    # Random data, as blobs of one length shall have one size.
+    one, other = random_bytes(len(CONF), 1), random_bytes(size, 2)
+    snapshot = Snapshot.parse(f"vm/8/{TIMES[0]}")
+    async with tree_of(store) as root:
+        root.shared.pool._idle_s = 0.0
+        repo = root.shared.repo
+        assert isinstance(repo, LocalRepository)
+        await write(repo, "vm/8", FIRST, {"a.conf.blob": one, "b.conf.blob": one})
+        old = await at(root, f"{snapshot}/a.conf")
+        assert isinstance(old, File)
+        lease, content = await old.open()
+        assert bytes(await content.read(0, 1 << 20)) == one
+        lease.release()
+        for _ in range(1000):  # until it is closed
+            if not len(root.shared.pool):
+                break
+            await trio.sleep(0.01)
+        await repo.forget(snapshot)
+        await write(repo, "vm/8", FIRST, {"a.conf.blob": other, "b.conf.blob": one})
+        with pytest.raises(StaleError, match="made anew"):
+            await old.open()
+        new = await at(root, f"{snapshot}/a.conf")
+        assert isinstance(new, File)
+        assert new.inode != old.inode
+        lease, content = await new.open()
+        assert bytes(await content.read(0, 1 << 20)) == other
+        lease.release()
+        # The old one stays what it was: removed.
+        with pytest.raises(StaleError):
+            await old.open()
+        assert await at(root, f"{snapshot}/a.conf") is new
+
+
+async def test_what_is_listed_from_its_parent_lives_no_longer_than_the_parent(
+    store: Path,
+) -> None:
+    async with tree_of(store) as root:
+        kinds, spaces = await at(root, "vm"), await at(root, "ns")
+        assert isinstance(kinds, Folder)
+        assert isinstance(spaces, Folder)
+        await trio.sleep(0.01)
+        await kinds.children()
+        await spaces.children()
+        assert kinds._fresh_until == spaces._fresh_until == root._fresh_until
