@@ -1,5 +1,6 @@
 """What Fleece tells the kernel about its mounts: options, request sizes, read-ahead."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +16,11 @@ def mount_options(source: str, extra: Iterable[str] = ()) -> set[str]:
 
     `source` is what /proc/mounts shows in its first column.
     """
-    # The library splits its options at commas; a backslash keeps one that belongs to the name.
-    name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options = ("ro", "nosuid", "nodev", "default_permissions", "subtype=fleece", f"fsname={name}", *extra)
+    options = ("ro", "nosuid", "nodev", "default_permissions", "subtype=fleece", f"fsname={source}", *extra)
+    # The library splits its options at commas; a backslash keeps one that belongs to a value.
+    escaped = (option.replace("\\", "\\\\").replace(",", "\\,") for option in options)
     # pyfuse3 takes nothing but ASCII.
-    return {option.encode("ascii", "replace").decode() for option in options}
+    return {option.encode("ascii", "replace").decode() for option in escaped}
 
 
 def raise_read_ahead(mountpoint: str) -> bool:
@@ -38,12 +39,13 @@ def raise_read_ahead(mountpoint: str) -> bool:
 
 
 def is_served(mountpoint: str) -> bool:
-    """Ask the mount for its root and wait for the answer; True if there was one. Blocks, so it needs a thread."""
+    """Ask the mount for its root and wait for the answer; False if it is gone. Blocks, so it needs a thread."""
     try:
-        Path(mountpoint).stat()
+        found = Path(mountpoint).stat()
     except OSError:
         return False
-    return True
+    # Where the mount is gone, the folder beneath answers.
+    return f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}" == _device(mountpoint)
 
 
 def _device(mountpoint: str) -> str | None:

@@ -13,8 +13,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
@@ -148,16 +148,18 @@ async def serve(
             gid=os.getgid() if options.gid is None else options.gid,
         )
         source = repo.name if archive is None else f"{repo.name}:{archive.snapshot}/{archive.name}"
-        _attach(operations, mountpoint, mount_options(options.source or source, options.fuse))
-        try:
-            async with open_nursery() as serving:
-                await serving.start(_end_on_signal, serving.cancel_scope)
-                serving.start_soon(_announce, mountpoint, ready)
-                await pyfuse3.main()
-                serving.cancel_scope.cancel()
-        finally:
-            operations.release_all()
-            pyfuse3.close(unmount=True)
+        # Before there is a mount: a signal that nobody waits for would leave it behind.
+        with _signals() as signals:
+            _attach(operations, mountpoint, mount_options(options.source or source, options.fuse))
+            try:
+                async with open_nursery() as serving:
+                    serving.start_soon(_end_on_signal, signals, serving.cancel_scope)
+                    serving.start_soon(_announce, mountpoint, ready)
+                    await pyfuse3.main()
+                    serving.cancel_scope.cancel()
+            finally:
+                operations.release_all()
+                pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
 
 
@@ -215,32 +217,32 @@ def _stderr_to(descriptor: int) -> Iterator[None]:
 
 
 async def _announce(mountpoint: Path, ready: Callable[[], None]) -> None:
-    """Say that the mount is usable once a request was answered."""
+    """Say that the mount is usable once a request was answered; not if it ended before."""
     # In a thread, because the kernel sends the question to this process. An unmount leaves the thread behind.
-    await trio.to_thread.run_sync(is_served, str(mountpoint), abandon_on_cancel=True)
-    raise_read_ahead(str(mountpoint))
-    ready()
+    if await trio.to_thread.run_sync(is_served, str(mountpoint), abandon_on_cancel=True):
+        raise_read_ahead(str(mountpoint))
+        ready()
 
 
-async def _end_on_signal(
-    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
+def _signals() -> AbstractContextManager[AsyncIterator[int]]:
+    """Hears the signals that end a mount."""
+    # nohup and background shells ignore a signal on purpose.
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return trio.open_signal_receiver(*(number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN))
+
+
+async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     """End the session at the first signal, give requests under way a little time, then cut them off."""
     import pyfuse3
 
-    # nohup and background shells ignore a signal on purpose.
-    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    watched = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
-    with trio.open_signal_receiver(*watched) as signals:
-        task_status.started()
-        async for number in signals:
-            _LOG.info("%s received, unmounting", signal.Signals(number).name)
-            break
-        pyfuse3.terminate()
-        with trio.move_on_after(GRACE_S):
-            async for _ in signals:
-                break  # a second one means now
-        scope.cancel()
+    async for number in signals:
+        _LOG.info("%s received, unmounting", signal.Signals(number).name)
+        break
+    pyfuse3.terminate()
+    with trio.move_on_after(GRACE_S):
+        async for _ in signals:
+            break  # a second one means now
+    scope.cancel()
 
 
 def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> None:

@@ -5,6 +5,7 @@ The session of pyfuse3 belongs to a process, so tests never mount in their own. 
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--key", default="")
     parser.add_argument("--idle", type=float, default=pool.IDLE_S)
     parser.add_argument("--watch", type=float, default=pool.WATCH_S)
+    parser.add_argument("--signal-when-attached", type=int)
     parser.add_argument("-o", dest="options", default="")
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
@@ -52,6 +54,14 @@ def main() -> int:
     # Tests cannot wait as long as users do.
     mounting.serve.__kwdefaults__ = {**(mounting.serve.__kwdefaults__ or {}), "idle_s": arguments.idle}
     pool.WATCH_S = arguments.watch  # type: ignore[misc]
+    if arguments.signal_when_attached is not None:
+        attach = mounting._attach
+
+        def attach_and_signal(operations: object, mountpoint: Path, fuse_options: set[str]) -> None:
+            attach(operations, mountpoint, fuse_options)
+            os.kill(os.getpid(), arguments.signal_when_attached)
+
+        mounting._attach = attach_and_signal
     try:
         mount(
             open_repository,

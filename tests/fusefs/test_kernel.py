@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from fusefs.kernel import mount_options, raise_read_ahead, unescape
+from fusefs.kernel import is_served, mount_options, raise_read_ahead, unescape
 
 
 def test_every_mount_is_read_only_and_carries_its_source() -> None:
@@ -12,6 +12,16 @@ def test_every_mount_is_read_only_and_carries_its_source() -> None:
 def test_a_comma_in_the_source_ends_no_option_and_other_alphabets_do_no_harm() -> None:
     assert r"fsname=/a\,b\\c" in mount_options(r"/a,b\c")
     assert "fsname=/b?ckup" in mount_options("/bäckup")
+
+
+def test_a_comma_in_the_value_of_an_option_ends_no_option() -> None:
+    assert r'context="a\,suid"' in mount_options("/store", ['context="a,suid"'])
+
+
+def test_a_folder_beneath_a_mount_that_is_gone_does_not_answer_for_it(tmp_path: Path) -> None:
+    assert not is_served(str(tmp_path))
+    assert not is_served(str(tmp_path / "missing"))
+    assert is_served("/proc")
 
 
 def test_paths_in_mountinfo_are_read_with_their_spaces() -> None:

@@ -25,6 +25,7 @@ from tests.fusefs.mounts import (
     CHUNK,
     CONF,
     ENVIRONMENT,
+    FIRST,
     IMAGE,
     KEY,
     MIB,
@@ -207,6 +208,31 @@ def test_an_open_file_keeps_its_snapshot_from_being_removed_and_a_closed_one_doe
         assert not (store / f"vm/100/{FIRST_TIME}").exists()
 
 
+def test_a_snapshot_made_anew_under_its_old_name_shows_nothing_of_the_old_one(store: Path, mountpoint: Path) -> None:
+    new = IMAGE[4 * CHUNK : 5 * CHUNK] + IMAGE[CHUNK:]
+
+    async def replace() -> None:
+        repo = await open_local(store)
+        try:
+            for name in (FIRST_TIME, SECOND_TIME):
+                await repo.forget(Snapshot.parse(f"vm/100/{name}"))
+            await write(repo, "vm/100", FIRST, {"drive-scsi0.img.fidx": new, "qemu-server.conf.blob": b"new"})
+        finally:
+            repo.close()
+
+    with mounted(store, mountpoint, "--idle", "0.2", "--watch", "0.1") as mount:
+        assert (mount.path / DISK).read_bytes() == IMAGE
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                trio.run(replace)
+                break
+            except LockedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert (mount.path / DISK).read_bytes() == new
+
+
 def test_a_new_snapshot_shows_up_in_a_mount(store: Path, mountpoint: Path) -> None:
     async def add() -> None:
         repo = await open_local(store)
@@ -237,6 +263,18 @@ def test_a_signal_unmounts_cleanly(shared_store: Path, mountpoint: Path, number:
         assert mount.end(number) == 0
         assert not is_mounted(mount.path)
         assert names(mount.path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("background", [[], ["--background"]])
+def test_a_signal_that_comes_as_soon_as_there_is_a_mount_leaves_none(
+    shared_store: Path, mountpoint: Path, number: int, background: list[str]
+) -> None:
+    mountpoint.mkdir()
+    ended = run(shared_store, mountpoint, "--signal-when-attached", str(int(number)), *background)
+    assert not is_mounted(mountpoint)
+    assert ended.returncode == (1 if background else 0)
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_signal_ends_a_mount_that_is_in_use(shared_store: Path, mountpoint: Path) -> None:
