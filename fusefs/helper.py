@@ -44,7 +44,8 @@ def command_line(arguments: Sequence[str]) -> list[str] | None:
         raise UsageError("understand", "mount.fleece", "-N (a mount namespace) is not known", _USAGE)
     if any(flag == "-f" for flag, _ in flags):
         return None
-    command, rest = ["mount"], []
+    # What fstab calls it stands in /proc/mounts then, and 'mount -a' knows what is mounted already.
+    command, rest = ["mount"], [_option("fsname", names[0])]
     snapshot = archive = None
     for name, value in split_options(*(text for flag, text in flags if flag == "-o")):
         if name in _COMMAND and value is not None:
@@ -54,17 +55,19 @@ def command_line(arguments: Sequence[str]) -> list[str] | None:
         elif name == "archive" and value:
             archive = value
         else:
-            text = name if value is None else f"{name}={value}"
-            rest.append(f'"{text}"' if "," in text else text)
+            rest.append(_option(name, value))
     if (snapshot is None) is not (archive is None):
         raise UsageError("understand", "mount.fleece", "snapshot= and archive= belong together", _USAGE)
     command.append(f"--repo={names[0]}")
-    if rest:
-        command += ["-o", ",".join(rest)]
-    command.append("--")
+    command += ["-o", ",".join(rest), "--"]
     if snapshot is not None and archive is not None:
         command += [snapshot, archive]
     return [*command, names[1]]
+
+
+def _option(name: str, value: str | None) -> str:
+    text = name if value is None else f"{name}={value}"
+    return f'"{text}"' if "," in text else text
 
 
 def _run(arguments: Sequence[str]) -> int:

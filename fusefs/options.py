@@ -12,10 +12,12 @@ from core.units import MIB, parse_size
 DEFAULT_CACHE_SIZE: Final = 128 * MIB
 #: A chunk being read and the one after it.
 MIN_CACHE_SIZE: Final = 16 * MIB
+#: The largest user or group; the number after it means nobody.
+_MAX_ID: Final = (1 << 32) - 2
 #: libfuse and the kernel know what these mean.
 _PASSED_ON: Final = frozenset({"allow_other", "allow_root", "auto_unmount", "noexec", "debug", "sync", "dirsync"})
 #: As above, with a value.
-_PASSED_ON_VALUE: Final = frozenset({"max_read", "context", "fscontext", "defcontext", "rootcontext"})
+_PASSED_ON_VALUE: Final = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
 #: True of every mount of Fleece, or nothing to it; mount(8) and fstab write them. `rw` is what mount(8) adds where
 #: fstab says `defaults`.
 _IGNORED: Final = frozenset({
@@ -61,10 +63,11 @@ class MountOptions:
                 case _, None if name in _PASSED_ON:
                     fuse[name] = name
                 case _, str() if name in _PASSED_ON_VALUE and value:
-                    fuse[name] = f"{name}={value}"
-                case _, None if name in _IGNORED or name.startswith("x-"):
+                    # A comma stands in quotes for the kernel too.
+                    fuse[name] = f'{name}="{value}"' if "," in value else f"{name}={value}"
+                case _, None if name in _IGNORED:
                     pass
-                case _ if name.startswith("x-") or name == "comment":
+                case _ if name.startswith(("x-", "X-")) or name == "comment":
                     pass
                 case _:
                     text = name if value is None else f"{name}={value}"
@@ -94,9 +97,9 @@ def split_options(*texts: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _number(name: str, value: str) -> int:
-    if value.isascii() and value.isdigit() and int(value) < 1 << 32:
+    if value.isascii() and value.isdigit() and int(value) <= _MAX_ID:
         return int(value)
-    raise _error(f"{name}={value}", "it must be a number")
+    raise _error(f"{name}={value}", f"it must be a number of at most {_MAX_ID}")
 
 
 def _error(option: str, why: str, hint: str = "") -> UsageError:
