@@ -59,6 +59,9 @@ def mount(
 
     if len(arguments) not in (1, 3):
         raise UsageError("mount", " ".join(arguments), "either MOUNTPOINT or SNAPSHOT ARCHIVE MOUNTPOINT is needed")
+    if not arguments[-1]:
+        # To Path it would be the current folder.
+        raise UsageError("mount", "''", "the mountpoint is empty")
     mountpoint = Path(arguments[-1])
     ns = invocation.namespace()
     store = local_store(invocation.repository_spec(), invocation.config, invocation.registry)

@@ -82,6 +82,8 @@ def test_what_cannot_be_mounted_is_an_error_and_nothing_is_mounted(filled: Fleec
         (["host/web/latest", "nothing.img", mountpoint], 1),
         (["host/web/latest", mountpoint], 2),
         ([mountpoint, "-o", "nonsense=3"], 2),
+        ([""], 2),
+        (["host/web/latest", "disk.img", ""], 2),
     ):
         answer = filled("mount", *arguments, "--output", "json")
         assert (answer.code, answer.out) == (code, ""), answer
