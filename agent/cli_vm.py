@@ -205,9 +205,9 @@ def show(
             if known:
                 repository = await stack.enter_async_context(invocation.repository(section.repository))
             qmp_session = await stack.enter_async_context(connect(str(settings.qmp)))
-            left_out = (await settings.selection.survey(qmp_session)).left_out
-            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), codec)
-            return disks, left_out, ".".join(map(str, qmp_session.version))
+            found = await settings.selection.survey(qmp_session)
+            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), codec, found.disks)
+            return disks, found.left_out, ".".join(map(str, qmp_session.version))
 
     disks, left_out, version = invocation.run(work, what="show", where=settings.label)
     document: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from agent.places import private_run_dir
+from agent.places import private_run_dir, run_dir
 from agent.specifications import read_small_file
 from agent.vm_settings import VmSettings
 from core.errors import FleeceError, NotFoundError, UsageError
@@ -24,9 +24,10 @@ from datastore.errors import SnapshotNotFoundError
 from datastore.names import Group, Snapshot, complete_archive_name
 from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Finished, target_id
 from hypervisor.cmdline import COMMAND_LINE_NAME, command_line
-from hypervisor.discovery import capabilities, check_vm
+from hypervisor.discovery import Disk, capabilities, check_vm
 from hypervisor.efi import EFI_VARS_NAME, efi_vars
 from hypervisor.files import open_source
+from hypervisor.leftovers import look_for_left
 from hypervisor.qmp import Qmp, connect
 from hypervisor.stopped import StoppedDisk, held, stopped_disks
 from hypervisor.unix_socket import connect_unix
@@ -277,14 +278,22 @@ def chosen_stopped_disks(settings: VmSettings) -> list[StoppedDisk]:
 
 
 async def preview_running(
-    qmp: Qmp, settings: VmSettings, repository: Repository | None, group: Group, codec: ChunkCodec
+    qmp: Qmp,
+    settings: VmSettings,
+    repository: Repository | None,
+    group: Group,
+    codec: ChunkCodec,
+    disks: Sequence[Disk],
+    *,
+    bitmaps_free: bool = False,
 ) -> list[DiskPreview]:
     """What the next backup would read of the disks of the VM behind `qmp`; changes nothing.
+
+    `bitmaps_free`: as `hypervisor.leftovers.Left` says.
 
     Raises:
         FleeceError: QEMU or the repository cannot be asked.
     """
-    disks = (await settings.selection.survey(qmp)).disks
     mode = BitmapMode(settings.bitmap)
     if repository is None:
 
@@ -299,6 +308,7 @@ async def preview_running(
         await base_lookup(repository, group, codec, await usable_base(repository, group)),
         finished_lookup(repository, group),
         bitmap_mode=mode,
+        bitmaps_free=bitmaps_free,
     )
 
 
@@ -306,6 +316,8 @@ async def plan_vm(
     settings: VmSettings, repository: Repository, group: Group, codec: ChunkCodec, progress: Progress
 ) -> "list[DiskPlan]":
     """`--dry-run`: what a backup would read, and why; refuses what a backup would refuse, changes nothing.
+
+    What a killed run has left, and a backup would remove first, is a warning; the plan is that of the VM without it.
 
     Raises:
         FleeceError: as the backup.
@@ -318,8 +330,14 @@ async def plan_vm(
     if await is_running(settings):
         async with connect(str(settings.qmp)) as qmp:
             await capabilities(qmp)
-            await check_vm(qmp, (await settings.selection.survey(qmp)).disks)
-            found = await preview_running(qmp, settings, repository, group, codec)
+            left = await look_for_left(qmp, run_dir())
+            if left.things:
+                progress.warn(f"another run was killed; a backup first removes what it left: {', '.join(left.things)}")
+            there = (await settings.selection.survey(qmp, instead=left.roots)).disks
+            await check_vm(qmp, there)
+            found = await preview_running(
+                qmp, settings, repository, group, codec, there, bitmaps_free=left.bitmaps_free
+            )
         return [
             DiskPlan(
                 disk.name,

@@ -90,9 +90,14 @@ class Bitmap:
     inconsistent: bool  #: QEMU died without saving it; it can only be removed
 
 
-def replaced(bitmap: Bitmap, *, count: int) -> Bitmap:
+def recording(bitmap: Bitmap, count: int) -> Bitmap:
     """`bitmap` recording `count` dirty bytes."""
     return replace(bitmap, count=count, recording=True)
+
+
+def released(bitmap: Bitmap) -> Bitmap:
+    """`bitmap` as it is when nobody uses it."""
+    return replace(bitmap, busy=False)
 
 
 def our_bitmaps(nodes: Iterable[BlockNode], target: str | None) -> list[Bitmap]:

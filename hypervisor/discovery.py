@@ -6,7 +6,7 @@ docs/hypervisor.md, "Disks and their names".
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -170,12 +170,14 @@ async def survey(
     names: Mapping[str, str] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
+    instead: Mapping[str, str] | None = None,
 ) -> Survey:
     """Find the disks of a VM.
 
     `names` gives disks another name (`{"virtio0": "system"}` makes `drive-system.img`), `include` (None: all) and
     `exclude` choose. All three call a disk by its device id, device path, `-drive` name, node name, image path or
-    archive name; include and exclude also by a pattern (`scsi*`). Exclude wins.
+    archive name; include and exclude also by a pattern (`scsi*`). Exclude wins. `instead` names the node that counts as
+    the root where a device uses another one (`{"fleece-p0": "fmt0"}`).
 
     Raises:
         DiskNameError: two disks of one name, a name that cannot be used, or an `include` that chooses no disk.
@@ -188,10 +190,12 @@ async def survey(
     found: list[Disk] = []
     left_out: list[LeftOut] = []
     where = f"{qmp.where}, query-block"
+    nodes = await _named_nodes(qmp, instead) if instead else {}
     for entry in checked.objects(await qmp.execute("query-block"), where):
         device = _BlockDevice.parse(entry, where)
         if device is None:
             continue
+        device = replace(device, inserted=nodes.get(device.node, device.inserted))
         aliases = frozenset(device.aliases())
         reason = device.no_disk()
         name = ""
@@ -208,6 +212,14 @@ async def survey(
     _check_wanted(qmp, wanted or (), found, left_out)
     _check_clashes(qmp, found)
     return Survey(tuple(found), tuple(left_out))
+
+
+async def _named_nodes(qmp: Qmp, instead: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What `query-block` would say of the roots `instead`, by the names of those that are there."""
+    where = f"{qmp.where}, query-named-block-nodes"
+    entries = checked.objects(await qmp.execute("query-named-block-nodes", {"flat": True}), where)
+    nodes = {checked.field(entry, "node-name", str, where): entry for entry in entries}
+    return {root: nodes[other] for root, other in instead.items() if other in nodes}
 
 
 async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:

@@ -5,7 +5,7 @@ same work, so there is one function for it. Its order is that of docs/hypervisor
 frozen views, then the guest is freed, then devices are set back and nodes deleted.
 """
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from hypervisor.block_graph import OurNode, block_nodes, children, device_roots,
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import hanging, image_prefix, remove_image
-from hypervisor.state import Run, RunState
+from hypervisor.state import Run, RunState, left_state
 
 #: Seconds for QEMU to let go of its exports.
 EXPORTS_TIMEOUT_S: Final = 30.0
@@ -102,6 +102,20 @@ def none_ours(answer: object) -> bool:
 
 async def _free_guest(qmp: Qmp, undone: Undone) -> Mapping[str, str]:
     """Lead the guest's writes past the copy-before-write filters; returns what each pass-through node stands on."""
+    below, filtered = await _standing_on(qmp)
+    if not filtered:
+        return below
+    attempt = Undone()
+    if not await attempt.attempt("free the disks", _reopen(qmp, filtered)):
+        for name, child in filtered.items():
+            if not await undone.attempt(f"take the filter out of the way of {child}", _reopen(qmp, {name: child})):
+                del below[name]
+    undone.actions.append(f"freed {', '.join(sorted(below[name] for name in filtered if name in below))}")
+    return below
+
+
+async def _standing_on(qmp: Qmp) -> tuple[dict[str, str], dict[str, str]]:
+    """What each pass-through node stands on, filters left out; and the same for those with a filter below them."""
     graph = await children(qmp)
     below: dict[str, str] = {}
     filtered: dict[str, str] = {}
@@ -115,15 +129,7 @@ async def _free_guest(qmp: Qmp, undone: Undone) -> Mapping[str, str]:
                 filtered[str(node)] = child
         if child is not None:
             below[str(node)] = child
-    if not filtered:
-        return below
-    attempt = Undone()
-    if not await attempt.attempt("free the disks", _reopen(qmp, filtered)):
-        for name, child in filtered.items():
-            if not await undone.attempt(f"take the filter out of the way of {child}", _reopen(qmp, {name: child})):
-                del below[name]
-    undone.actions.append(f"freed {', '.join(sorted(below[name] for name in filtered if name in below))}")
-    return below
+    return below, filtered
 
 
 async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
@@ -189,6 +195,33 @@ async def _delete(qmp: Qmp, node: OurNode) -> None:
 async def _reopen(qmp: Qmp, files: Mapping[str, str]) -> None:
     options = [{"driver": "raw", "node-name": name, "file": child} for name, child in files.items()]
     await qmp.execute("blockdev-reopen", {"options": options})
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a killed run has left in a QEMU and of its files, as `clean_killed` would find it."""
+
+    things: Sequence[str]  #: in words, empty if there is nothing
+    roots: Mapping[str, str]  #: the node on which a pass-through node stands, by the latter
+    bitmaps_free: bool  #: a bitmap that is busy is so because of an export that clean-up removes
+
+
+async def look_for_left(qmp: Qmp, run_dir: Path) -> Left:
+    """What the next run would remove first; changes nothing.
+
+    Raises:
+        VmStateError: a run works on this QEMU now, so that nothing of it is left over.
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    state = await left_state(run_dir, qmp.peer)
+    exports, _ = await our_exports(qmp)
+    nodes = await _ours(qmp, "pcfs")
+    images = [] if state is None else [disk.image for disk in state.disks]
+    there = await in_io_thread(lambda: [image for image in images if Path(image).exists()])
+    below, _ = await _standing_on(qmp)
+    found = (("export", sorted(exports)), ("block node", [str(node) for node in nodes]), ("fleecing image", there))
+    things = [f"the {kind}{'s' if len(names) > 1 else ''} {', '.join(names)}" for kind, names in found if names]
+    return Left(things, below, bool(exports))
 
 
 async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:

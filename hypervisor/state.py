@@ -154,8 +154,7 @@ def exclusive(run_dir: Path, peer: Peer) -> Iterator[Run]:
         VmStateError: another run has it.
         FleecingError: the files cannot be made, or their paths are too long for a socket.
     """
-    name = f"qemu-{peer.pid}-{peer.start_time or 0}"
-    run = Run(run_dir / name, peer)
+    run = Run(run_dir / _name(peer), peer)
     if len(os.fsencode(run.socket)) > _MAX_SOCKET_PATH:
         raise FleecingError(
             "use the run folder",
@@ -163,16 +162,14 @@ def exclusive(run_dir: Path, peer: Peer) -> Iterator[Run]:
             f"its path is too long for a socket ({run.socket})",
             "name a shorter one with FLEECE_RUN_DIR",
         )
-    lock = run_dir / f"{name}.lock"
+    lock = run_dir / f"{run.folder.name}.lock"
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = _lock(lock)
     except OSError as error:
         raise FleecingError("use the run folder", str(run_dir), os_reason(error)) from error
     if descriptor is None:
-        state = _load(run_dir / name / "state.json")
-        by = f" (process {state.agent})" if state is not None else ""
-        raise VmStateError("work on the VM with", f"process {peer.pid}", f"another backup or clean-up of it runs{by}")
+        raise _held(run)
     try:
         try:
             run.folder.mkdir(mode=0o700, exist_ok=True)
@@ -186,6 +183,38 @@ def exclusive(run_dir: Path, peer: Peer) -> Iterator[Run]:
         if not run.folder.exists():
             lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+async def left_state(run_dir: Path, peer: Peer) -> RunState | None:
+    """What a killed run on the QEMU `peer` wrote down, None if there was none; changes nothing.
+
+    Raises:
+        VmStateError: a run works on it now.
+    """
+    return await in_io_thread(_left_state, run_dir, peer)
+
+
+def _left_state(run_dir: Path, peer: Peer) -> RunState | None:
+    run = Run(run_dir / _name(peer), peer)
+    try:
+        with (run_dir / f"{run.folder.name}.lock").open("rb") as lock:
+            # Shared and for a moment: two that look do not see each other.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(run) from None
+    except OSError:
+        pass  # none, or somebody else's
+    return _load(run._state)
+
+
+def _held(run: Run) -> VmStateError:
+    state = _load(run._state)
+    by = f" (process {state.agent})" if state is not None else ""
+    return VmStateError("work on the VM with", f"process {run.peer.pid}", f"another backup or clean-up of it runs{by}")
+
+
+def _name(peer: Peer) -> str:
+    return f"qemu-{peer.pid}-{peer.start_time or 0}"
 
 
 def _lock(path: Path) -> int | None:

@@ -55,9 +55,9 @@ class DiskSelection:
     include: Sequence[str] | None = None  #: None: all
     exclude: Sequence[str] = ()
 
-    async def survey(self, qmp: Qmp) -> Survey:
-        """Find the disks. Raises as `discovery.survey`."""
-        return await survey(qmp, names=self.names, include=self.include, exclude=self.exclude)
+    async def survey(self, qmp: Qmp, *, instead: Mapping[str, str] | None = None) -> Survey:
+        """Find the disks. `instead` and errors as those of `discovery.survey`."""
+        return await survey(qmp, names=self.names, include=self.include, exclude=self.exclude, instead=instead)
 
 
 class FrozenView:
@@ -265,15 +265,21 @@ async def preview(
     finished: Finished,
     *,
     bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
+    bitmaps_free: bool = False,
 ) -> list[DiskPreview]:
     """What the next backup to `target` would read of `disks`, and why; changes nothing.
+
+    `bitmaps_free`: as `leftovers.Left` says.
 
     Raises:
         FleeceError: what `finished` raises.
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
     nodes = await block_nodes(qmp)
-    settled, lost = await _as_settled(our_bitmaps(nodes.values(), target), finished)
+    there = our_bitmaps(nodes.values(), target)
+    if bitmaps_free:
+        there = [bitmaps.released(bitmap) for bitmap in there]
+    settled, lost = await _as_settled(there, finished)
     situation = Situation(
         target=target,
         mode=bitmap_mode,
@@ -321,7 +327,7 @@ async def _as_settled(
         for bitmap in group:
             if bitmap.busy or bitmap.name == settlement.kept:
                 count = settlement.count if bitmap.name == settlement.kept else bitmap.count
-                settled.append(bitmaps.replaced(bitmap, count=count))
+                settled.append(bitmaps.recording(bitmap, count))
     return settled, lost
 
 

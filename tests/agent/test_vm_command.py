@@ -131,7 +131,16 @@ async def test_an_interrupted_backup_leaves_the_vm_as_it_was_at_the_latest_after
         assert list((tmpfs / "scratch").iterdir()) == []
         assert len(configured.json("list", "--unfinished")) == 1
     else:
-        assert await vm.exports() != []
+        left = await vm.nodes(), await vm.exports(), await vm.bitmaps("fmt-disk0")
+        assert left[1] != []
+        plan = await command(configured, "vm", "backup", *target, "--dry-run", "--output", "json")
+        assert plan.code == 3, plan
+        assert [(disk["mode"], disk["read"]) for disk in plan.document["archives"]] == [
+            ("incremental", 8 * MIB), ("incremental", 0),
+        ]  # fmt: skip
+        assert "another run was killed; a backup first removes what it left: the exports" in plan.err
+        assert "fleece-c0" in plan.err
+        assert (await vm.nodes(), await vm.exports(), await vm.bitmaps("fmt-disk0")) == left
     report = await document(configured, "vm", "backup", *target, code=0 if number is signal.SIGTERM else 3)
     disk = archives(report)["drive-disk0.img"]
     assert (disk["mode"], disk["read"]) == ("incremental", 8 * MIB)
@@ -160,6 +169,9 @@ async def test_two_runs_on_one_vm_exclude_each_other_whatever_they_call_it(
     config = configured.home / "fleece.toml"
     config.write_text(config.read_text().replace("[vm.web]", "[vm.other]"))
     answer = await command(configured, "vm", "backup", "--qmp", vm.qmp, "--id", "other", "--output", "json")
+    assert answer.code == 1
+    assert "another backup" in answer.error["why"]
+    answer = await command(configured, "vm", "backup", "--qmp", vm.qmp, "--id", "web", "--dry-run", "--output", "json")
     assert answer.code == 1
     assert "another backup" in answer.error["why"]
     _, err = await trio.to_thread.run_sync(slow.communicate)

@@ -14,9 +14,11 @@ import pytest
 import trio
 
 from hypervisor.errors import QmpConnectError, VmStateError
+from hypervisor.leftovers import Left, look_for_left
+from hypervisor.qmp import connect
 from hypervisor.scratch import remove_stale
 from hypervisor.state import clean_dead
-from hypervisor.vm import cleanup
+from hypervisor.vm import DiskPreview, DiskSelection, cleanup, preview
 from tests.hypervisor.fleecing_bench import MIB, TARGET, Bench, facts, make_qcow2
 from tests.support.cache import ROOT
 from tests.support.qemu_binaries import QemuBinary
@@ -75,6 +77,18 @@ async def killed(vm: RunningQemu, bench: Bench, phase: str, *more: Path) -> int:
     return number
 
 
+async def rehearsed(vm: RunningQemu, bench: Bench) -> dict[str, DiskPreview]:
+    """What the next run would read when it has cleaned up."""
+    async with connect(vm.qmp) as qmp:
+        left = await look_for_left(qmp, bench.run_dir)
+        disks = (await DiskSelection().survey(qmp, instead=left.roots)).disks
+        assert [disk.node for disk in disks] == ["fmt-d0", "fmt-d1"]
+        free = left.bitmaps_free
+        store = bench.store
+        shown = await preview(qmp, disks, TARGET, store.base_of, store.is_finished, bitmaps_free=free)
+    return {disk.name: disk for disk in shown}
+
+
 async def test_a_run_killed_at_any_step_is_cleaned_up_by_the_next(
     qemu: QemuBinary, tmpfs: Path, rounds: Callable[[int], int]
 ) -> None:
@@ -92,7 +106,13 @@ async def test_a_run_killed_at_any_step_is_cleaned_up_by_the_next(
             # The guest goes on, and what it writes meanwhile counts.
             await vm.qemu_io("d0", f"write -P {number + 100} {place + 1}M 1M")
             model[(place + 1) * MIB : (place + 2) * MIB] = bytes([number + 100]) * MIB
+            as_left = await facts(vm, bench)
+            shown = await rehearsed(vm, bench)
+            assert await facts(vm, bench) == as_left, phase
             reads = await bench.backup(vm)
+            for name, read in reads.items():
+                assert (shown[name].mode, shown[name].reason) == (read.mode, read.reason), phase
+                assert read.read <= shown[name].bytes, phase
             assert reads[D0].image == model, phase
             if phase != "done":  # that one had handed its bitmaps over
                 assert (reads[D0].mode, reads[D1].mode) == ("incremental", "incremental"), phase
@@ -166,6 +186,11 @@ async def test_clean_up_says_what_it_did_and_then_nothing_is_left(qemu: QemuBina
         before = await facts(vm, bench)
         await killed(vm, bench, "reading")
         assert await facts(vm, bench) != before
+        async with connect(vm.qmp) as qmp:
+            left = (await look_for_left(qmp, bench.run_dir)).things
+        assert left[0] == "the exports fleece-e0, fleece-e1"
+        assert left[1].startswith("the block nodes fleece-c0, fleece-c1, ")
+        assert left[2].startswith(f"the fleecing images {bench.folder}/scratch/fleece-")
         # The filters have bitmaps of their own, without a name.
         bitmaps = [entry for entry in await vm.bitmaps("fmt-d0") if entry.get("name")]
 
@@ -182,6 +207,8 @@ async def test_clean_up_says_what_it_did_and_then_nothing_is_left(qemu: QemuBina
         assert await facts(vm, bench) == before
         assert await vm.bitmaps("fmt-d0") == bitmaps
         assert await clean() == []
+        async with connect(vm.qmp) as qmp:
+            assert await look_for_left(qmp, bench.run_dir) == Left([], {}, bitmaps_free=False)
         assert await clean(remove_bitmaps=True, target="11111111") == []
         assert await clean(remove_bitmaps=True) == ["removed 2 dirty bitmaps"]
         assert await vm.bitmaps("fmt-d0") == []
@@ -213,6 +240,9 @@ async def test_clean_up_waits_for_no_backup_that_runs(qemu: QemuBinary, tmpfs: P
     async with two_disks(qemu, tmpfs) as (vm, bench), bench.view(vm):
         with pytest.raises(VmStateError, match="another backup or clean-up"):
             await cleanup(vm.qmp, run_dir=bench.run_dir)
+        async with connect(vm.qmp) as qmp:
+            with pytest.raises(VmStateError, match="another backup or clean-up"):
+                await look_for_left(qmp, bench.run_dir)
 
 
 async def test_files_of_a_qemu_that_is_gone_are_removed(qemu: QemuBinary, tmpfs: Path) -> None:
