@@ -1,6 +1,7 @@
 """Backup: disks and small files into a session, and at the end the manifest.
 
-How chunks flow is in `repository.pipeline`, what is read and why in `repository.planning`.
+How chunks flow is in `repository.pipeline`, how disks become chunks in `repository.disk_backup`, what is read and why
+in `repository.planning`.
 """
 
 import hashlib
@@ -24,8 +25,9 @@ from datastore.names import (
     strip_archive_type,
 )
 from repository.buffers import shared_pool
+from repository.disk_backup import DiskBackup, DiskStorer
 from repository.interface import BackupSession
-from repository.pipeline import DiskBackup, Pipeline, UploadStats
+from repository.pipeline import Pipeline, UploadStats
 from repository.planning import Base, ChunkMap, DiskPlan, check_size, choose_base, plan_disk
 from repository.report import ArchiveReport
 from repository.throttle import Throttle
@@ -84,8 +86,10 @@ class SnapshotWriter:
             base = await self._base(source)
             plan, chunks = await plan_disk(source, base)
             disks.append(await self._open(source, plan, chunks, base))
+        pipeline = Pipeline(self.session, self.codec, self._stats)
         with shared_pool().lease() as lease:
-            await Pipeline(self.session, self.codec, self.progress, lease, throttle, self._stats).run(disks)
+            async with pipeline.opened():
+                await DiskStorer(pipeline, self.progress, lease, throttle).run(disks)
         for disk in disks:
             self._manifest.add(ManifestFile(disk.filename, self.codec.mode, disk.chunks.size, disk.csum))
         reports = [disk.report for disk in disks]

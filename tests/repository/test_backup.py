@@ -13,7 +13,7 @@ from core.progress import Progress, Task
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.names import BackupType, Group
-from repository import buffers, pipeline
+from repository import buffers, disk_backup, pipeline
 from repository.backup import SnapshotWriter
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.report import ArchiveReport
@@ -186,7 +186,7 @@ async def test_two_reads_per_disk_and_sixteen_puts_are_in_flight() -> None:
         assert session.in_flight == pipeline.PUTS_IN_FLIGHT
         repository.put_gate.set()
     assert len(session.puts) == 30
-    assert disk.most_in_flight == pipeline.READS_IN_FLIGHT
+    assert disk.most_in_flight == disk_backup.READS_IN_FLIGHT
 
 
 async def test_slow_source_is_not_kept_waiting_for_full_batches(autojump_clock: MockClock) -> None:
