@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from agent.cli_verify import parse_duration
 from agent.config_types import AbsolutePath, NamespaceText, Section, Size, checked
@@ -27,7 +27,8 @@ def check_job_name(name: str) -> str:
 
 
 JobName = Annotated[str, checked(check_job_name)]
-Schedule = Annotated[str, checked(check_schedule)]
+#: With one space between the parts: systemd is particular about that before a time zone.
+Schedule = Annotated[str, checked(check_schedule), AfterValidator(lambda text: " ".join(text.split()))]
 Filter = Annotated[str, checked(GroupFilter.parse)]
 Count = Annotated[int, Field(ge=1)]
 Duration = Annotated[str, checked(parse_duration)]
