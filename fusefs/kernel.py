@@ -1,13 +1,19 @@
 """What Fleece tells the kernel about its mounts: options, request sizes, read-ahead."""
 
+import ctypes
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 #: KiB the kernel reads ahead on a mount. Its default of 128 makes every request 128 KiB; libfuse allows 1 MiB.
 READ_AHEAD_KIB: Final = 1024
+#: MNT_DETACH of umount(2).
+_MNT_DETACH: Final = 2
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 
 
@@ -46,6 +52,18 @@ def is_served(mountpoint: str) -> bool:
         return False
     # Where the mount is gone, the folder beneath answers.
     return f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}" == _device(mountpoint)
+
+
+def detach(mountpoint: str) -> bool:
+    """Take the mount away from its folder, though it is in use; True if that was done. Blocks, so it needs a thread."""
+    if _LIBC.umount2(os.fsencode(mountpoint), _MNT_DETACH) == 0:
+        return True
+    # For users the helper does it that also made the mount.
+    program = shutil.which("fusermount3")
+    if program is None:
+        return False
+    words = [program, "-u", "-z", "-q", "--", mountpoint]
+    return subprocess.run(words, check=False, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
 def _device(mountpoint: str) -> str | None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -29,7 +29,7 @@ from datastore.errors import SnapshotNotFoundError
 from datastore.keyfile import need_key
 from datastore.names import MASTER_KEY_NAME, ROOT, Group, Namespace, Snapshot, complete_archive_name
 from fusefs.errors import MountError
-from fusefs.kernel import is_served, mount_options, raise_read_ahead
+from fusefs.kernel import detach, is_served, mount_options, raise_read_ahead
 from fusefs.mountpoint import check_fuse, check_mountpoint
 from fusefs.opened import OpenSnapshot, open_snapshot
 from fusefs.options import MountOptions
@@ -42,6 +42,8 @@ from repository.interface import Repository
 OpenRepository = Callable[[], AbstractAsyncContextManager[Repository]]
 #: Seconds that requests under way get to finish when a signal ends the mount.
 GRACE_S: Final = 5.0
+#: Seconds after which a request that was cut off and does not end counts as hanging.
+HANGING_S: Final = 1.0
 _READY: Final = b"ready"
 _LOG = logging.getLogger(__name__)
 
@@ -151,15 +153,20 @@ async def serve(
         # Before there is a mount: a signal that nobody waits for would leave it behind.
         with _signals() as signals:
             _attach(operations, mountpoint, mount_options(options.source or source, options.fuse))
+            life = _Life(mountpoint)
             try:
                 async with open_nursery() as serving:
-                    serving.start_soon(_end_on_signal, signals, serving.cancel_scope)
+                    serving.start_soon(_end_on_signal, signals, life, serving.cancel_scope)
                     serving.start_soon(_announce, mountpoint, ready)
-                    await pyfuse3.main()
+                    try:
+                        await pyfuse3.main()
+                    finally:
+                        life.over.set()
                     serving.cancel_scope.cancel()
             finally:
                 operations.release_all()
-                pyfuse3.close(unmount=True)
+                # Once it is gone, what is there may be somebody else's.
+                pyfuse3.close(unmount=not life.detached)
         nursery.cancel_scope.cancel()
 
 
@@ -231,8 +238,21 @@ def _signals() -> AbstractContextManager[AsyncIterator[int]]:
     return trio.open_signal_receiver(*(number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN))
 
 
-async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    """End the session at the first signal, give requests under way a little time, then cut them off."""
+@dataclass(slots=True)
+class _Life:
+    """What has become of a session."""
+
+    mountpoint: Path
+    over: trio.Event = field(default_factory=trio.Event)  #: the last request was answered
+    detached: bool = False  #: taken from its mountpoint before that
+
+
+async def _end_on_signal(signals: AsyncIterator[int], life: _Life, scope: trio.CancelScope) -> None:
+    """End the session at the first signal, give requests under way a little time, then cut them off.
+
+    What hangs in a system call (a file server that does not answer) cannot be cut off: it keeps the process, but not
+    the mount.
+    """
     import pyfuse3
 
     async for number in signals:
@@ -243,6 +263,13 @@ async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
         async for _ in signals:
             break  # a second one means now
     scope.cancel()
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(HANGING_S):
+            await life.over.wait()
+            return
+        life.detached = await trio.to_thread.run_sync(detach, str(life.mountpoint), abandon_on_cancel=True)
+        how = "is unmounted" if life.detached else "cannot be unmounted"
+        _LOG.warning("%s %s; a read that hangs is waited for", life.mountpoint, how)
 
 
 def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> None:

@@ -12,8 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from core.errors import FleeceError
+from datastore.blob import Blob
 from datastore.codec import CryptKey
 from datastore.names import Group, Namespace, Snapshot
+from datastore.reader import LocalReader
 from fusefs import mount as mounting
 from fusefs import pool
 from fusefs.mount import OneArchive, mount
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--key", default="")
     parser.add_argument("--idle", type=float, default=pool.IDLE_S)
     parser.add_argument("--watch", type=float, default=pool.WATCH_S)
+    parser.add_argument("--hang", type=Path, help="a FIFO: reading a chunk waits until somebody writes to it")
     parser.add_argument("--signal-when-attached", type=int)
     parser.add_argument("-o", dest="options", default="")
     arguments = parser.parse_args()
@@ -54,6 +57,14 @@ def main() -> int:
     # Tests cannot wait as long as users do.
     mounting.serve.__kwdefaults__ = {**(mounting.serve.__kwdefaults__ or {}), "idle_s": arguments.idle}
     pool.WATCH_S = arguments.watch  # type: ignore[misc]
+    if arguments.hang is not None:
+        read = LocalReader.read_chunk_blocking
+
+        def hang(self: LocalReader, digest: bytes) -> Blob:
+            arguments.hang.read_bytes()
+            return read(self, digest)
+
+        LocalReader.read_chunk_blocking = hang  # type: ignore[method-assign]
     if arguments.signal_when_attached is not None:
         attach = mounting._attach
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -285,6 +286,30 @@ def test_a_signal_ends_a_mount_that_is_in_use(shared_store: Path, mountpoint: Pa
         assert not is_mounted(mount.path)
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+def test_a_read_that_hangs_in_the_store_keeps_the_process_but_not_the_mount(
+    shared_store: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with mounted(shared_store, mountpoint, "--hang", str(fifo)) as mount:
+        ended = threading.Thread(target=error_of, args=[lambda: read_direct(mount.path / DISK, 0, 4096)])
+        ended.start()
+        # Opening it succeeds once the mount hangs in it.
+        with fifo.open("wb"):
+            for _ in range(2):
+                mount.process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            deadline = time.monotonic() + 20
+            while is_mounted(mount.path):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert mount.process.poll() is None
+            assert names(mount.path) == []
+        assert mount.process.wait(20) == 0
+        ended.join(20)
+        assert not ended.is_alive()
 
 
 @pytest.mark.parametrize("words", [["fusermount3", "-u"], ["umount"]])
