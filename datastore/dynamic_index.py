@@ -19,7 +19,15 @@ from typing import Final, Self
 from core.buffers import Buffer
 from core.errors import FleeceError, FormatError
 from datastore.blob import MAX_CHUNK_SIZE
-from datastore.index_file import DIGEST_SIZE, HEADER_SIZE, MAX_ENTRY_BYTES, IndexFile, read_index_file
+from datastore.index_file import (
+    DIGEST_SIZE,
+    HEADER_SIZE,
+    MAX_ENTRY_BYTES,
+    IndexFile,
+    IndexReader,
+    Outline,
+    check_head,
+)
 from datastore.names import ArchiveKind
 
 MAGIC: Final = bytes.fromhex("1c914ea519bab3cd")
@@ -55,11 +63,8 @@ class DynamicHeader:
         Raises:
             FormatError: too short, or another magic.
         """
-        if len(data) < HEADER_SIZE:
-            raise FormatError("read index", where, f"{len(data)} bytes, a header has {HEADER_SIZE}")
-        magic, *fields = _HEADER.unpack_from(data)
-        if magic != MAGIC:
-            raise FormatError("read index", where, f"unknown magic {magic.hex()}")
+        check_head(data, MAGIC, where)
+        _, *fields = _HEADER.unpack_from(data)
         return cls(*fields)
 
     def pack(self) -> bytes:
@@ -67,18 +72,15 @@ class DynamicHeader:
         return _HEADER.pack(MAGIC, self.uuid, self.ctime, self.csum)
 
 
-class DynamicIndex:
+class DynamicIndex(IndexReader):
     """A dynamic index opened for reading; implements `datastore.index.ArchiveIndex`."""
 
     kind: Final = ArchiveKind.DYNAMIC
 
     def __init__(self, header: DynamicHeader, entries: memoryview, where: str) -> None:
+        super().__init__(entries, len(entries) // _ENTRY.size, where)
         self.header: Final = header
-        self.where: Final = where
-        self.count: Final = len(entries) // _ENTRY.size
-        self._entries: Final = entries
         self.size: Final = self._end(self.count - 1)
-        self._csum: bytes | None = None
         self._digests: memoryview | None = None
 
     @classmethod
@@ -90,12 +92,7 @@ class DynamicIndex:
         """
         header = DynamicHeader.parse(data, where=where)
         entries = memoryview(data).toreadonly()[HEADER_SIZE:]
-        if not len(entries):
-            raise FormatError("read index", where, "it has no entries")
-        if len(entries) % _ENTRY.size:
-            raise FormatError(
-                "read index", where, f"{len(entries)} bytes of entries, each of them has {_ENTRY.size} bytes"
-            )
+        _checked_count(len(entries), where)
         bad = _first_bad_end(entries)
         if bad is not None:
             number, start, end = bad
@@ -104,25 +101,15 @@ class DynamicIndex:
         return cls(header, entries, where)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, where: str | None = None) -> Self:
-        """Read the index file `path`, 40 bytes of memory per chunk; `where` (default: the path) names it in messages.
-
-        The file is read, not mapped: were it truncated under a mapping, the process would die of SIGBUS.
-
-        Raises:
-            NotFoundError: no such file.
-            StoreError: it cannot be read.
-            FormatError: as `from_bytes`.
-        """
-        where = str(path) if where is None else where
-        return cls.from_bytes(read_index_file(path, where), where=where)
-
-    @property
-    def csum(self) -> bytes:
-        """SHA-256 over the entry area, computed at first use."""
-        if self._csum is None:
-            self._csum = hashlib.sha256(self._entries).digest()
-        return self._csum
+    def outlined(cls, outline: Outline, *, where: str) -> int:
+        """See `IndexReader.outlined`."""
+        DynamicHeader.parse(outline.head, where=where)
+        count = _checked_count(outline.length - HEADER_SIZE, where)
+        end, _ = _ENTRY.unpack(outline.tail)
+        if not count <= end <= count * MAX_CHUNK_SIZE:
+            why = f"{count} chunks end at {end}, each of them has 1 to {MAX_CHUNK_SIZE} bytes"
+            raise FormatError("read index", where, why)
+        return int(end)
 
     @property
     def digests(self) -> memoryview:
@@ -169,10 +156,6 @@ class DynamicIndex:
     def _end(self, number: int) -> int:
         end: int = _END.unpack_from(self._entries, _ENTRY.size * number)[0]
         return end
-
-    def _check(self, number: int) -> None:
-        if not 0 <= number < self.count:
-            raise IndexError(f"chunk {number} of {self.count}")
 
 
 class DynamicIndexWriter:
@@ -270,6 +253,15 @@ class DynamicIndexWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+def _checked_count(length: int, where: str) -> int:
+    """Number of entries in `length` bytes of them."""
+    if not length:
+        raise FormatError("read index", where, "it has no entries")
+    if length % _ENTRY.size:
+        raise FormatError("read index", where, f"{length} bytes of entries, each of them has {_ENTRY.size} bytes")
+    return length // _ENTRY.size
 
 
 def _is_many(count: int) -> bool:

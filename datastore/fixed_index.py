@@ -17,7 +17,15 @@ from typing import Final, Self
 from core.buffers import Buffer
 from core.errors import FleeceError, FormatError
 from datastore.blob import MAX_CHUNK_SIZE
-from datastore.index_file import DIGEST_SIZE, HEADER_SIZE, MAX_ENTRY_BYTES, IndexFile, read_index_file
+from datastore.index_file import (
+    DIGEST_SIZE,
+    HEADER_SIZE,
+    MAX_ENTRY_BYTES,
+    IndexFile,
+    IndexReader,
+    Outline,
+    check_head,
+)
 from datastore.names import ArchiveKind
 
 MAGIC: Final = bytes.fromhex("2f7f41ed91fd0fcd")
@@ -50,11 +58,8 @@ class FixedHeader:
         Raises:
             FormatError: too short, another magic, or sizes no writer makes.
         """
-        if len(data) < HEADER_SIZE:
-            raise FormatError("read index", where, f"{len(data)} bytes, a header has {HEADER_SIZE}")
-        magic, *fields = _HEADER.unpack_from(data)
-        if magic != MAGIC:
-            raise FormatError("read index", where, f"unknown magic {magic.hex()}")
+        check_head(data, MAGIC, where)
+        _, *fields = _HEADER.unpack_from(data)
         header = cls(*fields)
         if not 1 <= header.size < 1 << 63:
             raise FormatError("read index", where, f"the header says an image of {header.size} bytes")
@@ -77,19 +82,17 @@ def is_chunk_size(size: int) -> bool:
     return 0 < size <= MAX_CHUNK_SIZE and size & (size - 1) == 0
 
 
-class FixedIndex:
+class FixedIndex(IndexReader):
     """A fixed index opened for reading; implements `datastore.index.ArchiveIndex`."""
 
     kind: Final = ArchiveKind.FIXED
 
     def __init__(self, header: FixedHeader, digests: memoryview, where: str) -> None:
+        super().__init__(digests, header.count, where)
         self.header: Final = header
-        self.where: Final = where
         self.size: Final = header.size
         self.chunk_size: Final = header.chunk_size
-        self.count: Final = header.count
         self.digests: Final = digests
-        self._csum: bytes | None = None
 
     @classmethod
     def from_bytes(cls, data: Buffer, *, where: str) -> Self:
@@ -98,34 +101,13 @@ class FixedIndex:
         Raises:
             FormatError: not a fixed index, or its length does not fit its sizes.
         """
-        header = FixedHeader.parse(data, where=where)
-        expected = HEADER_SIZE + DIGEST_SIZE * header.count
-        if len(data) != expected:
-            raise FormatError(
-                "read index", where, f"{len(data)} bytes, header and {header.count} digests need {expected}"
-            )
+        header = _checked_header(data, len(data), where)
         return cls(header, memoryview(data).toreadonly()[HEADER_SIZE:], where)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, where: str | None = None) -> Self:
-        """Read the index file `path`, 32 bytes of memory per chunk; `where` (default: the path) names it in messages.
-
-        The file is read, not mapped: were it truncated under a mapping, the process would die of SIGBUS.
-
-        Raises:
-            NotFoundError: no such file.
-            StoreError: it cannot be read.
-            FormatError: as `from_bytes`.
-        """
-        where = str(path) if where is None else where
-        return cls.from_bytes(read_index_file(path, where), where=where)
-
-    @property
-    def csum(self) -> bytes:
-        """SHA-256 over the digest area, computed at first use."""
-        if self._csum is None:
-            self._csum = hashlib.sha256(self.digests).digest()
-        return self._csum
+    def outlined(cls, outline: Outline, *, where: str) -> int:
+        """See `IndexReader.outlined`."""
+        return _checked_header(outline.head, outline.length, where).size
 
     def digest(self, number: int) -> bytes:
         """Digest of chunk `number`.
@@ -156,9 +138,13 @@ class FixedIndex:
             raise IndexError(f"offset {offset} outside an image of {self.size} bytes")
         return offset // self.chunk_size
 
-    def _check(self, number: int) -> None:
-        if not 0 <= number < self.count:
-            raise IndexError(f"chunk {number} of {self.count}")
+
+def _checked_header(head: Buffer, length: int, where: str) -> FixedHeader:
+    header = FixedHeader.parse(head, where=where)
+    expected = HEADER_SIZE + DIGEST_SIZE * header.count
+    if length != expected:
+        raise FormatError("read index", where, f"{length} bytes, header and {header.count} digests need {expected}")
+    return header
 
 
 class FixedIndexWriter:

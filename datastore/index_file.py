@@ -1,9 +1,12 @@
-"""The files of both kinds of index: read whole, or written under a temporary name."""
+"""What both kinds of index have in common as files: read whole, or written under a temporary name."""
 
+import hashlib
 import os
 import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from core.buffers import Buffer
 from core.errors import FormatError, NotFoundError, os_reason
@@ -16,18 +19,96 @@ HEADER_SIZE: Final = 4096
 #: Bytes of entries of the largest index that is read or written: 2^26 chunks, 256 TiB of an image in 4 MiB chunks.
 #: A sparse file of a terabyte that looks like an index must not be read into memory.
 MAX_ENTRY_BYTES: Final = 40 << 26
+#: Bytes of the larger kind of entry.
+_TAIL_SIZE: Final = 40
 #: Where either header keeps the csum of the entries.
 _CSUM_OFFSET: Final = 32
 
 
-def read_index_file(path: str | os.PathLike[str], where: str) -> bytes:
-    """The bytes of the index file `path`, a regular file of bounded length.
+class Outline(NamedTuple):
+    """What is read of an index file before the rest of it may size a buffer."""
+
+    length: int  #: bytes of the whole file
+    head: bytes  #: the header, or less if the file is shorter
+    tail: bytes  #: its last 40 bytes, or less; of a dynamic index the last entry
+
+
+class IndexReader(ABC):
+    """An index opened for reading; the base of `FixedIndex` and `DynamicIndex`."""
+
+    def __init__(self, entries: memoryview, count: int, where: str) -> None:
+        self.where: Final = where
+        self.count: Final = count
+        self._entries: Final = entries
+        self._csum: bytes | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, where: str | None = None, size: int | None = None) -> Self:
+        """Read the index file `path`, 32 or 40 bytes of memory per chunk; `where` (default: the path) is for messages.
+
+        An index of another image or stream than one of `size` bytes, as the manifest lists it, is refused before it
+        takes memory; so is a file whose length does not fit what its beginning and end say. The file is read, not
+        mapped: were it truncated under a mapping, the process would die of SIGBUS.
+
+        Raises:
+            NotFoundError: no such file.
+            StoreError: it cannot be read.
+            FormatError: as `from_bytes`, or another size than `size`.
+        """
+        where = str(path) if where is None else where
+
+        def check(outline: Outline) -> None:
+            found = cls.outlined(outline, where=where)
+            if size is not None and found != size:
+                raise FormatError("read index", where, f"wrong size ({found} != {size})")
+
+        return cls.from_bytes(_read_index_file(path, where, check), where=where)
+
+    @classmethod
+    @abstractmethod
+    def outlined(cls, outline: Outline, *, where: str) -> int:
+        """Bytes of the image or stream, by head and tail of the file alone.
+
+        Raises:
+            FormatError: they do not fit each other and the file's length.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_bytes(cls, data: Buffer, *, where: str) -> Self:
+        """The index whose whole file is `data`; it is not copied.
+
+        Raises:
+            FormatError: it is none.
+        """
+
+    @property
+    def csum(self) -> bytes:
+        """SHA-256 over the entry area, computed at first use."""
+        if self._csum is None:
+            self._csum = hashlib.sha256(self._entries).digest()
+        return self._csum
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < self.count:
+            raise IndexError(f"chunk {number} of {self.count}")
+
+
+def check_head(data: Buffer, magic: bytes, where: str) -> None:
+    """See to it that `data` begins with a whole header of the kind of index that `magic` says.
 
     Raises:
-        NotFoundError: no such file.
-        FormatError: no regular file, or longer than any index.
-        StoreError: it cannot be read.
+        FormatError: too short, or another magic.
     """
+    if len(data) < HEADER_SIZE:
+        raise FormatError("read index", where, f"{len(data)} bytes, a header has {HEADER_SIZE}")
+    found = bytes(memoryview(data)[: len(magic)])
+    if found != magic:
+        raise FormatError("read index", where, f"unknown magic {found.hex()}")
+
+
+def _read_index_file(path: str | os.PathLike[str], where: str, check: Callable[[Outline], None]) -> bytes:
+    """The bytes of the index file `path`, a regular file of bounded length whose outline passes `check`."""
     try:
         # Non-blocking: a FIFO under this name must not hang us.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -37,6 +118,9 @@ def read_index_file(path: str | os.PathLike[str], where: str) -> bytes:
                 raise FormatError("read index", where, "it is no regular file")
             if status.st_size > HEADER_SIZE + MAX_ENTRY_BYTES:
                 raise FormatError("read index", where, f"{status.st_size} bytes, more than any index has")
+            head = os.pread(descriptor, HEADER_SIZE, 0)
+            tail = os.pread(descriptor, _TAIL_SIZE, max(0, status.st_size - _TAIL_SIZE))
+            check(Outline(status.st_size, head, tail))
             with open(descriptor, "rb", buffering=0, closefd=False) as file:
                 return file.readall()
         finally:

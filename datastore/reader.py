@@ -27,9 +27,9 @@ class LocalReader:
         """See `Reader.manifest`."""
         return await in_io_thread(self.store.read_manifest, self.snapshot)
 
-    async def open_index(self, name: str) -> ArchiveIndex:
+    async def open_index(self, name: str, *, size: int | None = None) -> ArchiveIndex:
         """See `Reader.open_index`."""
-        return await in_io_thread(open_snapshot_index, self.store, self.snapshot, name)
+        return await in_io_thread(open_snapshot_index, self.store, self.snapshot, name, size)
 
     async def read_blob(self, name: str) -> bytes:
         """See `Reader.read_blob`."""
@@ -76,21 +76,21 @@ async def open_reader(store: Datastore, snapshot: Snapshot) -> AsyncIterator[Loc
         yield LocalReader(store, snapshot)
 
 
-def open_snapshot_index(store: Datastore, snapshot: Snapshot, name: str) -> ArchiveIndex:
-    """Open the index `name` of `snapshot`; nothing is compared with the manifest.
+def open_snapshot_index(store: Datastore, snapshot: Snapshot, name: str, size: int | None = None) -> ArchiveIndex:
+    """Open the index `name` of `snapshot`, that of an archive of `size` bytes; nothing else is compared.
 
     Raises:
         NotFoundError: not there.
-        FormatError: no index.
+        FormatError: no index, or one of another size.
         StoreError: unreadable.
     """
     kind = archive_kind(name)
     where = f"{snapshot}/{name}"
     path = store.base / snapshot.path / name
     if kind is ArchiveKind.FIXED:
-        return FixedIndex.open(path, where=where)
+        return FixedIndex.open(path, where=where, size=size)
     if kind is ArchiveKind.DYNAMIC:
-        return DynamicIndex.open(path, where=where)
+        return DynamicIndex.open(path, where=where, size=size)
     raise UsageError("read index", where, "a blob is no index")
 
 

@@ -89,7 +89,7 @@ class LocalBackupSession:
         try:
             manifest = Manifest.parse(self.store.read_manifest(base), where=str(base))
             listed = manifest.file(name)
-            index = open_snapshot_index(self.store, base, name)
+            index = open_snapshot_index(self.store, base, name, listed.size)
         except FleeceError:
             return None
         return index if (index.csum, index.size) == (listed.csum, listed.size) else None

@@ -198,8 +198,15 @@ class Reader(Protocol):
         """The manifest blob as stored (raw)."""
         ...
 
-    async def open_index(self, name: str) -> ArchiveIndex:
-        """The index `name` (full file name). The caller compares it with the manifest."""
+    async def open_index(self, name: str, *, size: int | None = None) -> ArchiveIndex:
+        """The index `name` (full file name). The caller compares it with the manifest.
+
+        Given the `size` that the manifest lists, an index of another archive is refused before it takes memory.
+
+        Raises:
+            NotFoundError: not there.
+            FormatError: no index, or of another size.
+        """
         ...
 
     async def read_blob(self, name: str) -> bytes:

@@ -77,7 +77,7 @@ async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, na
     entry = manifest.file(name)
     if entry.crypt_mode is CryptMode.ENCRYPT and codec.key is None:
         raise need_key("read", f"{reader.snapshot}/{name}", manifest.fingerprint, None)
-    index = await reader.open_index(name)
+    index = await reader.open_index(name, size=entry.size)
     await check_index(index, entry)
     return Archive(index, entry, zero_digest(codec, entry.crypt_mode))
 

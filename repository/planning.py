@@ -228,7 +228,8 @@ async def plan_disks(
 
         async def open_index(name: str) -> ArchiveIndex | None:
             try:
-                return await reader.open_index(name)
+                listed = Manifest.parse(manifest, where=str(previous)).file(name)
+                return await reader.open_index(name, size=listed.size)
             except FleeceError:
                 return None
 

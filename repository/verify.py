@@ -327,7 +327,7 @@ class _Check:
             if archive_kind(entry.filename) is ArchiveKind.BLOB:
                 await self._blob(entry)
                 return []
-            index = await self.reader.open_index(entry.filename)
+            index = await self.reader.open_index(entry.filename, size=entry.size)
             await check_index(index, entry)
         except FleeceError as error:
             return [str(error)]

@@ -3,6 +3,7 @@ import os
 import random
 import resource
 import time
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from struct import pack
@@ -20,6 +21,7 @@ from datastore.index import ArchiveIndex
 from datastore.index_file import HEADER_SIZE
 from datastore.names import ArchiveKind
 
+GIB = 1 << 30
 WHERE = "host/a/2026-01-02T03:04:05Z/root.pxar.didx"
 # The worked example of the format.
 CHUNKS = [b"fleece" * 20_000, bytes(1000)]
@@ -158,6 +160,47 @@ def test_files_that_cannot_be_read_have_precise_errors(tmp_path: Path) -> None:
         DynamicIndex.open(tmp_path / "absent.didx")
     with pytest.raises(FormatError, match="no regular file"):
         DynamicIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "end", "listed", "message"),
+    [
+        (GIB // 40, 0, None, f"{GIB // 40} chunks end at 0, each of them has 1 to {MAX_CHUNK_SIZE} bytes"),
+        (GIB // 40, GIB // 40 - 1, None, f"{GIB // 40} chunks end at {GIB // 40 - 1}, each"),
+        (GIB // 40, MAX_CHUNK_SIZE * (GIB // 40) + 1, None, "chunks end at"),
+        (GIB // 40, GIB, 121_000, rf"wrong size \({GIB} != 121000\)"),
+        (2, 121_000, 120_000, r"wrong size \(121000 != 120000\)"),
+    ],
+)
+def test_a_long_file_that_is_not_what_the_manifest_or_its_own_end_says_takes_no_memory(
+    entries: int, end: int, listed: int | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.didx"
+    with path.open("wb") as file:
+        file.write(EXAMPLE[:HEADER_SIZE])
+        file.seek(HEADER_SIZE + 40 * (entries - 1))
+        file.write(pack("<Q32s", end, DIGESTS[0]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=message):
+            DynamicIndex.open(path, size=listed)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", [0, 8, HEADER_SIZE - 1, HEADER_SIZE, HEADER_SIZE + 39, len(EXAMPLE) - 40])
+def test_a_short_file_is_refused_by_its_outline_as_by_its_bytes(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "short.didx"
+    path.write_bytes(EXAMPLE[:length])
+    if length == len(EXAMPLE) - 40:
+        assert DynamicIndex.open(path, size=120_000).count == 1
+        return
+    with pytest.raises(FormatError) as by_bytes:
+        DynamicIndex.from_bytes(EXAMPLE[:length], where=str(path))
+    with pytest.raises(FormatError) as by_outline:
+        DynamicIndex.open(path)
+    assert str(by_outline.value) == str(by_bytes.value)
 
 
 def test_a_million_chunks_are_opened_quickly_in_bounded_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import os
 import random
 import stat
+import tracemalloc
 from pathlib import Path
 from struct import pack_into
 
@@ -16,6 +17,7 @@ from datastore.index import ArchiveIndex
 from datastore.index_file import HEADER_SIZE
 from datastore.names import ArchiveKind
 
+GIB = 1 << 30
 WHERE = "vm/100/2026-01-02T03:04:05Z/drive-scsi0.img.fidx"
 # The worked example of the format.
 CHUNKS = [bytes(4 << 20), b"\1" * (4 << 20), b"\2" * 4096]
@@ -157,6 +159,37 @@ def test_a_sparse_terabyte_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(FormatError, match="more than any index has"):
         FixedIndex.open(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "listed", "message"),
+    [
+        (SIZE, None, f"{GIB + HEADER_SIZE} bytes, header and 3 digests need 4192"),
+        ((4 << 20) * (GIB // 32), SIZE, rf"wrong size \({(4 << 20) * (GIB // 32)} != {SIZE}\)"),
+    ],
+)
+def test_a_long_file_that_is_not_what_the_manifest_or_its_own_header_says_takes_no_memory(
+    size: int, listed: int | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.fidx"
+    with path.open("wb") as file:
+        file.write(with_sizes(size, 4 << 20))
+        file.truncate(HEADER_SIZE + GIB)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=message):
+            FixedIndex.open(path, size=listed)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_size_that_the_manifest_lists_is_compared(tmp_path: Path) -> None:
+    path = tmp_path / "drive.fidx"
+    path.write_bytes(EXAMPLE)
+    assert FixedIndex.open(path, size=SIZE).count == 3
+    with pytest.raises(FormatError, match=rf"cannot read index {WHERE}: wrong size \({SIZE} != {SIZE + 1}\)"):
+        FixedIndex.open(path, where=WHERE, size=SIZE + 1)
 
 
 # ---- writing ----

@@ -49,6 +49,9 @@ async def test_a_finished_snapshot_is_listed_with_its_files_and_reads_back(repo:
             await reader.read_blob("other.conf.blob")
         with pytest.raises(NotFoundError):
             await reader.open_index("other.img.fidx")
+        assert (await reader.open_index("disk.img.fidx", size=len(IMAGE))).size == len(IMAGE)
+        with pytest.raises(FormatError, match=rf"disk\.img\.fidx: wrong size \({len(IMAGE)} != 1\)"):
+            await reader.open_index("disk.img.fidx", size=1)
         with pytest.raises(ChunkNotFoundError):
             await reader.read_chunk(bytes(32))
 

@@ -16,7 +16,7 @@ import trio
 
 from core.buffers import Buffer, WritableBuffer
 from core.disks import Extent, ExtentState, ReadPlan
-from core.errors import FleeceError, SourceError, TargetError
+from core.errors import FleeceError, FormatError, SourceError, TargetError
 from core.progress import Progress
 from datastore.blob import Blob
 from datastore.changes import NamespaceMove, NamespaceRemoval
@@ -282,11 +282,14 @@ class MemoryReader:
     async def manifest(self) -> bytes:
         return self.stored.files[MANIFEST_NAME]
 
-    async def open_index(self, name: str) -> ArchiveIndex:
+    async def open_index(self, name: str, *, size: int | None = None) -> ArchiveIndex:
         where = f"{self.snapshot}/{name}"
         if name not in self.stored.files:
             raise SnapshotNotFoundError("read index", where, "there is no such file")
-        return FixedIndex.from_bytes(self.stored.files[name], where=where)
+        index = FixedIndex.from_bytes(self.stored.files[name], where=where)
+        if size not in (None, index.size):
+            raise FormatError("read index", where, f"wrong size ({index.size} != {size})")
+        return index
 
     async def read_blob(self, name: str) -> bytes:
         if name not in self.stored.files:
