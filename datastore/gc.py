@@ -11,8 +11,6 @@ looked at again if anything of it vanished between the listing and the reading.
 """
 
 import logging
-import os
-import stat
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -22,20 +20,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from core.errors import FleeceError, NotFoundError, UsageError
+from core.errors import UsageError
 from core.limits import in_cpu_thread, in_io_thread
 from core.nursery import open_nursery
 from core.progress import Progress, Task
 from datastore.codec import ChunkCodec
-from datastore.dynamic_index import DynamicIndex
 from datastore.errors import LockedError, SnapshotNotFoundError, StoreError
-from datastore.files import store_errors
-from datastore.fixed_index import FixedIndex
+from datastore.gc_indexes import indexes_of, list_indexes, read_indexes
 from datastore.gc_status import GcStatus, write_status
-from datastore.index import ArchiveIndex
 from datastore.index_file import DIGEST_SIZE
 from datastore.marked import MarkedDigests
-from datastore.names import ArchiveKind, Group
 from datastore.store import Datastore
 from datastore.upid import Upid
 
@@ -66,7 +60,6 @@ _MAX_DRIFT_S: Final = 30.0
 #: Missing chunks that are named.
 _MAX_NAMED: Final = 20
 _ZERO_SIZE: Final = 4 << 20
-_INDEXES: Final = (ArchiveKind.FIXED.value, ArchiveKind.DYNAMIC.value)
 
 
 @dataclass(slots=True)
@@ -162,7 +155,7 @@ async def _collect(
     codec = ChunkCodec()
     zero = await in_cpu_thread(lambda: codec.encode(bytes(_ZERO_SIZE)))
     digest = await in_cpu_thread(codec.zero_digest, _ZERO_SIZE)
-    clock = _Clock()
+    clock = _Clock(store.base)
     async with open_nursery() as nursery:
         tested = trio.Event()
 
@@ -178,12 +171,12 @@ async def _collect(
         if oldest < min_atime:
             min_atime = oldest - _WRITER_MARGIN_S
         marked = await in_io_thread(MarkedDigests)
-        guard = _Guard(marked)
+        guard = _Guard(marked, clock)
         nursery.start_soon(_sweep, store, min_atime, oldest, guard, report, progress)
         marks = _Marks(store, marked, report, progress)
         await marks.run()
         await tested.wait()
-        clock.check(store.base)
+        clock.check()
         guard.allow()
     if report.missing_count:
         named = ", ".join(one.hex() for one in report.missing[:3]) + (", ..." if report.missing_count > 3 else "")
@@ -200,25 +193,26 @@ async def _sweep(
 class _Clock:
     """Finds out whether the clock was set during a run: ages mean nothing then."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: Path) -> None:
+        self._base = base
         self.start = time.time()
         self._monotonic = time.monotonic()
 
-    def check(self, base: Path) -> None:
+    def check(self) -> None:
         """Raises StoreError if it was."""
         drift = (time.time() - self.start) - (time.monotonic() - self._monotonic)
         if abs(drift) > _MAX_DRIFT_S:
             raise StoreError(
-                "collect garbage in", str(base), f"the clock was set by {drift:+.0f} seconds meanwhile",
-                "nothing was removed; start it again",
+                "collect garbage in", str(self._base), f"the clock was set by {drift:+.0f} seconds meanwhile",
+                "nothing that is in use was removed; start it again",
             )  # fmt: skip
 
 
 class _Guard:
     """See `datastore.interface.SweepGuard`."""
 
-    def __init__(self, marked: MarkedDigests) -> None:
-        self._marked = marked
+    def __init__(self, marked: MarkedDigests, clock: _Clock) -> None:
+        self._marked, self._clock = marked, clock
         self._ready = trio.Event()
 
     def allow(self) -> None:
@@ -231,19 +225,9 @@ class _Guard:
 
     def uses(self, digest: bytes) -> bool:
         """See `SweepGuard.uses`."""
+        # Set back during the sweep, the clock gives what a backup stores now the age of what is unused.
+        self._clock.check()
         return digest in self._marked
-
-
-@dataclass(slots=True)
-class _Read:
-    """What one call in a worker thread read."""
-
-    paths: list[str] = field(default_factory=list)  #: indexes that were read
-    digests: "list[NDArray[uint64]]" = field(default_factory=list)
-    waiting: int = 0  #: digests in there
-    repeated: int = 0  #: digests left out because the index read before has them in the same place
-    data_bytes: int = 0
-    vanished: bool = False
 
 
 class _Marks:
@@ -281,7 +265,7 @@ class _Marks:
                 except SnapshotNotFoundError:
                     continue  # its indexes are in `everything`
                 for group in groups:
-                    paths = await in_io_thread(_indexes_of, store, group)
+                    paths = await in_io_thread(indexes_of, store, group)
                     complete &= await self._read(paths, task)
             strange = [path for path in everything if path not in self._done]
             complete &= await self._read(strange, task)
@@ -298,7 +282,7 @@ class _Marks:
         complete = True
         while left:
             room = _MARK_AT_ONCE - self._marked.waiting
-            read = await in_io_thread(_read_indexes, self._store.base, left, previous, room)
+            read = await in_io_thread(read_indexes, self._store.base, left, previous, room)
             self._done.update(read.paths)
             self._report.status.index_file_count += len(read.paths)
             self._report.status.index_data_bytes += read.data_bytes
@@ -331,140 +315,6 @@ class _Marks:
         async with open_nursery() as nursery:
             for _ in range(_MARKERS):
                 nursery.start_soon(work)
-
-
-def list_indexes(base: Path) -> list[str]:
-    """Every `.fidx` and `.didx` below `base`, relative to it, wherever it lies; names that start with a dot are not
-    looked at and links not followed. What vanishes meanwhile is left out.
-
-    Raises:
-        StoreError: a folder cannot be read, or another datastore lies in it.
-    """
-    for parent in base.resolve().parents:
-        if _is_store(str(parent)):
-            raise _nested(base, parent)
-    found: list[str] = []
-    folders = [""]
-    while folders:
-        relative = folders.pop()
-        path = f"{base}/{relative}".rstrip("/")
-        if relative and _is_store(path):
-            raise _nested(Path(path), base)
-        with store_errors("look for indexes in", path):
-            try:
-                with os.scandir(path) as entries:
-                    for entry in entries:
-                        if entry.name.startswith("."):
-                            continue
-                        name = f"{relative}/{entry.name}".lstrip("/")
-                        if entry.name.endswith(_INDEXES):
-                            found.append(name)
-                        elif entry.is_dir(follow_symlinks=False):
-                            folders.append(name)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except PermissionError:
-                if relative == "lost+found":
-                    continue
-                raise
-    return sorted(found)
-
-
-def _is_store(path: str) -> bool:
-    return os.path.isdir(f"{path}/.chunks") and os.path.isfile(f"{path}/.lock")  # noqa: PTH112, PTH113 - hot
-
-
-def _nested(inner: Path, outer: Path) -> StoreError:
-    why = f"the datastore {inner} lies in the datastore {outer}"
-    return StoreError("collect garbage in", str(outer), why, "nothing was removed; move one of them elsewhere")
-
-
-def _indexes_of(store: Datastore, group: Group) -> list[str]:
-    """The indexes of a group's snapshots, finished or not, the newest first; relative to the store."""
-    found: list[str] = []
-    for snapshot in reversed(store.snapshots(group, unfinished=True)):
-        with store_errors("list", str(snapshot)):
-            try:
-                with os.scandir(store.base / snapshot.path) as entries:
-                    names = [entry.name for entry in entries if entry.name.endswith(_INDEXES)]
-            except FileNotFoundError:
-                # Whatever took its place is newer than the listing.
-                names = [f"vanished{_INDEXES[0]}"]
-        found += [f"{snapshot.path}/{name}" for name in sorted(names)]
-    return found
-
-
-def _read_indexes(base: Path, left: list[str], previous: "dict[str, NDArray[uint64]]", room: int) -> _Read:
-    """Read the indexes `left` (taken out of it) until more than `room` digests have come together.
-
-    Args:
-        base: the store's folder.
-        left: paths relative to it, a group's newest first.
-        previous: the digests of the last index by file name. Most of those of a snapshot are the same as in the one
-            after it, at the same place, which tells at once that they are known.
-        room: digests to be returned, at most one index more.
-    """
-    import numpy as np
-
-    read = _Read()
-    left.reverse()
-    try:
-        while left and read.waiting < room:
-            path = left.pop()
-            index = _open_index(base, path)
-            if index is None:
-                read.vanished = True
-                continue
-            digests = np.frombuffer(index.digests, np.uint64).reshape(index.count, DIGEST_SIZE // 8)
-            name = path.rpartition("/")[2]
-            fresh = _differing(digests, previous.get(name))
-            previous[name] = digests
-            read.paths.append(path)
-            read.data_bytes += index.size
-            read.digests.append(fresh)
-            read.waiting += len(fresh)
-            read.repeated += index.count - len(fresh)
-    finally:
-        left.reverse()
-    return read
-
-
-def _differing(digests: "NDArray[uint64]", before: "NDArray[uint64] | None") -> "NDArray[uint64]":
-    """Those of `digests` that `before` has not in the same place."""
-    if before is None:
-        return digests
-    import numpy as np
-
-    common = min(len(digests), len(before))
-    different = np.ones(len(digests), np.bool_)
-    different[:common] = (digests[:common] != before[:common]).any(axis=1)
-    return digests[different]
-
-
-def _open_index(base: Path, path: str) -> ArchiveIndex | None:
-    """The index; None if it vanished.
-
-    Raises:
-        StoreError: unreadable, or no index.
-    """
-    where = base / path
-    try:
-        if path.endswith(ArchiveKind.FIXED.value):
-            return FixedIndex.open(where, where=path)
-        return DynamicIndex.open(where, where=path)
-    except NotFoundError as error:
-        try:
-            if not stat.S_ISLNK(where.lstat().st_mode):
-                return None  # it is there again
-        except OSError:
-            return None
-        failure: FleeceError = error
-    except FleeceError as error:
-        failure = error
-    raise StoreError(
-        "collect garbage in", str(base), f"{path} cannot be read as an index: {failure.why}",
-        "nothing was removed, for it may name chunks; repair it, or remove it or its snapshot",
-    ) from failure  # fmt: skip
 
 
 def summary(report: GcReport) -> Iterable[str]:

@@ -41,6 +41,9 @@ class SweepGuard(Protocol):
         """True if this run has marked the chunk; for worker threads, about what is about to be removed.
 
         An age that says otherwise is wrong then, and so may be all others.
+
+        Raises:
+            StoreError: the clock was set meanwhile.
         """
         ...
 
@@ -141,6 +144,16 @@ class ChunkStore(Protocol):
         Raises:
             StoreError: it cannot be read or renamed.
             LockedError: another process holds the chunk for a minute.
+        """
+        ...
+
+    async def times_set_aside(self) -> int:
+        """A number that grows whenever a chunk is set aside, by this process or another one.
+
+        A backup takes over chunks without looking at them; if the number has grown since it began, it must.
+
+        Raises:
+            StoreError: it cannot be read.
         """
         ...
 

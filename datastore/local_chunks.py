@@ -6,10 +6,9 @@ Rules of insertion and their reasons: docs/formats.md, "Chunk store".
 import binascii
 import errno
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +20,7 @@ from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.progress import Progress
 from datastore.blob import MAX_ENCODED_CHUNK, Blob, BlobKind
-from datastore.errors import ChunkNotFoundError, LockedError, StoreError
+from datastore.errors import ChunkNotFoundError, StoreError
 from datastore.files import (
     FILE_MODE,
     Owner,
@@ -37,19 +36,21 @@ from datastore.files import (
     temporary_path,
     touch,
     touch_in,
-    unlink_existing,
     unlink_quietly,
     write_all,
 )
 from datastore.gc_status import GcStatus
 from datastore.interface import PutResult, SweepGuard
 from datastore.locks import ChunkLocks, ProcessLocker, Writer
+from datastore.sweep import Sweep
 
 CHUNK_FOLDER_MODE: Final = 0o750
 #: Seconds between the two looks of the access-time test: time stamps of file systems are as coarse as this.
 _ACCESS_TIME_WAIT_S: Final = 1.0
 #: Names for set-aside chunks run from `.0.bad` to `.9.bad`.
 _BAD_NAMES: Final = 10
+#: A byte for every time that a chunk was about to be set aside, or has been: its length is what counts.
+_SET_ASIDE: Final = ".fleece/set-aside"
 #: Folders in `.chunks`.
 _FOLDERS: Final = 1 << 16
 #: Names that a sweep lists before it may look at them, while the access-time test waits (100 bytes each).
@@ -58,9 +59,6 @@ _LISTED_EARLY: Final = 100_000
 _FOLDERS_AT_ONCE: Final = 512
 #: Threads that sweep. Names in memory are quick in one already; a disk that seeks likes more.
 _SWEEPERS: Final = 4
-#: Seconds a sweep waits for a chunk that somebody holds; it stays then.
-_SWEEP_WAIT_S: Final = 1.0
-_CHUNK_NAME: Final = re.compile(r"([0-9a-fA-F]{64})(?:......)?", re.DOTALL)
 
 
 class LocalChunkStore:
@@ -119,7 +117,7 @@ class LocalChunkStore:
             names += sum(len(inside) for _, inside in found)
             start += _FOLDERS_AT_ONCE
         await guard.ready()
-        sweep = _Sweep(self._folder, self._locks, min_atime, oldest_writer, guard, dry_run)
+        sweep = Sweep(self._folder, self._locks, min_atime, oldest_writer, guard, dry_run)
 
         def work() -> Iterator[list[tuple[str, list[str]]] | int]:
             for at in range(0, len(listed), _FOLDERS_AT_ONCE):
@@ -149,6 +147,18 @@ class LocalChunkStore:
     async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
         """See `ChunkStore.quarantine`."""
         return await in_io_thread(self._quarantine, digest, wrong)
+
+    async def times_set_aside(self) -> int:
+        """See `ChunkStore.times_set_aside`."""
+
+        def look() -> int:
+            with store_errors("look at", self._base / _SET_ASIDE):
+                try:
+                    return (self._base / _SET_ASIDE).stat().st_size
+                except FileNotFoundError:
+                    return 0
+
+        return await in_io_thread(look)
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `ChunkStore.disk_order`: by inode, as PBS; those that cannot be looked at last."""
@@ -366,106 +376,26 @@ class LocalChunkStore:
                     pass  # no blob at all
             names = self._bad_names(digest)
             bad = next((name for name in names if not os.path.lexists(name)), names[-1])
+            self._note_set_aside()
             try:
                 os.rename(path, bad)  # noqa: PTH104 - str paths throughout
             except FileNotFoundError:
                 return None
+            # Once more, for a backup that looked in between and found the chunk in its place.
+            with suppress(OSError):
+                self._note_set_aside()
             return os.path.basename(bad)  # noqa: PTH119
 
-
-class _Sweep:
-    """Looks at chunk files and removes old ones; used by several worker threads."""
-
-    def __init__(
-        self, root: str, locks: ChunkLocks, min_atime: int, oldest_writer: int, guard: SweepGuard, dry_run: bool
-    ) -> None:
-        self._root, self._locks, self._guard, self._dry_run = root, locks, guard, dry_run
-        self._min_atime, self._oldest_writer = min_atime, oldest_writer
-
-    def folders(self, listed: Sequence[tuple[str, list[str]]], status: GcStatus) -> None:
-        """Sweep the files of these folders and count them in `status`."""
-        for folder, names in listed:
-            trio.from_thread.check_cancelled()
-            for name in names:
-                match = _CHUNK_NAME.fullmatch(name)
-                if match is not None:
-                    self._file(folder, name, match[1], status)
-
-    def _file(self, folder: str, name: str, digest: str, status: GcStatus) -> None:
-        path = f"{self._root}/{folder}/{name}"
-        found = self._look(path)
-        if found is None:
-            return
-        if name.endswith(".using"):  # a mark that only stores of a bucket have
-            if not self._dry_run:
-                self._unlink(path)
-            return
-        bad = name.endswith(".bad")
-        if found[stat.ST_ATIME] < self._min_atime:
-            if self._dry_run:
-                self._count_removed(found, bad, status)
-                return
-            # The lock only for what is about to go, so that chunks that stay cost nothing; an insert may have touched
-            # the file since the look.
-            try:
-                with self._locks.hold(bytes.fromhex(digest), wait_s=_SWEEP_WAIT_S):
-                    now = self._look(path)
-                    if now is None:
-                        return
-                    if now[stat.ST_ATIME] < self._min_atime:
-                        self._remove(path, name == digest and digest[:4] == folder, bad, status)
-                        self._count_removed(now, bad, status)
-                        return
-                    found = now
-            except LockedError:
-                pass  # whoever holds it for so long uses it
-        self._count_kept(found, bad, status)
-
-    def _remove(self, path: str, proper: bool, bad: bool, status: GcStatus) -> None:
-        if proper and self._guard.uses(bytes.fromhex(path[-64:])):
-            raise StoreError(
-                "collect garbage in",
-                self._root,
-                f"chunk {path[-64:]} was touched, but its access time stays old; did a clock jump?",
-                "nothing that is in use was removed; see to the clocks and start again",
-            )
+    def _note_set_aside(self) -> None:
+        make_folders(self._base, ".fleece", self._owner)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self._base / _SET_ASIDE, flags, FILE_MODE)
         try:
-            self._unlink(path)
-        except StoreError:
-            status.still_bad += bad
-            raise
-
-    def _look(self, path: str) -> os.stat_result | None:
-        """The file's attributes; None if it is gone or no regular file."""
-        try:
-            found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError("look at chunk", path, os_reason(error)) from error
-        return found if stat.S_ISREG(found.st_mode) else None
-
-    def _unlink(self, path: str) -> None:
-        with store_errors("remove chunk", path):
-            unlink_existing(path)
-
-    def _count_removed(self, found: os.stat_result, bad: bool, status: GcStatus) -> None:
-        status.removed_bytes += found.st_size
-        if bad:
-            status.removed_bad += 1
-        else:
-            status.removed_chunks += 1
-
-    def _count_kept(self, found: os.stat_result, bad: bool, status: GcStatus) -> None:
-        if found[stat.ST_ATIME] < self._oldest_writer:
-            status.pending_bytes += found.st_size
-            if bad:
-                status.still_bad += 1
-            else:
-                status.pending_chunks += 1
-        else:
-            status.disk_bytes += found.st_size
-            status.disk_chunks += not bad
+            os.fchmod(fd, FILE_MODE)
+            self._owner.own(fd)
+            os.write(fd, b"\n")
+        finally:
+            os.close(fd)
 
 
 def fill_chunk_folder(chunks: Path, owner: Owner) -> None:

@@ -339,7 +339,11 @@ class ProcessLocker:
         """The running writers; entries of dead ones are removed."""
         running = []
         with store_errors("look for writers of", self.base):
-            for path in sorted(self._registry.glob("*")):
+            try:
+                entries = sorted(self._registry.iterdir())  # not glob, which passes over what it has no right to read
+            except FileNotFoundError:
+                return []
+            for path in entries:
                 try:
                     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
                 except FileNotFoundError:

@@ -19,7 +19,8 @@ from core.progress import Progress
 from datastore import gc, locks
 from datastore.codec import ChunkCodec
 from datastore.errors import LockedError, StoreError
-from datastore.gc import DEFAULT_CUTOFF_S, GcReport, collect_garbage, list_indexes
+from datastore.gc import DEFAULT_CUTOFF_S, GcReport, collect_garbage
+from datastore.gc_indexes import list_indexes
 from datastore.gc_status import GcStatus, read_status
 from datastore.marked import MarkedDigests
 from datastore.names import Snapshot
@@ -295,7 +296,7 @@ class TestWritersBeside:
         data = image("held", 1)
         await repo.forget(await write(repo, 1000, data))
         age(base, 3 * DAY)
-        monkeypatch.setattr("datastore.local_chunks._SWEEP_WAIT_S", 0.05)
+        monkeypatch.setattr("datastore.sweep._SWEEP_WAIT_S", 0.05)
         other = locks.ChunkLocks(base, repo.store.owner)
         with other.hold(CODEC.digest(data)):
             report = await collect_garbage(repo.store)
@@ -436,7 +437,7 @@ class TestIndexes:
         age(base, 3 * DAY)
         unfinished = base / "vm/100/1970-01-01T00:33:20Z"
         unfinished.mkdir()
-        real = gc._read_indexes
+        real = gc.read_indexes
 
         def prune_first(base: Path, left: list[str], *rest: Any) -> Any:
             if (base / first.path).exists():
@@ -444,7 +445,7 @@ class TestIndexes:
                 shutil.rmtree(base / first.path)
             return real(base, left, *rest)
 
-        monkeypatch.setattr(gc, "_read_indexes", prune_first)
+        monkeypatch.setattr(gc, "read_indexes", prune_first)
         report = await collect_garbage(repo.store)
         assert (report.status.removed_chunks, report.status.index_file_count, report.strange) == (0, 1, [])
         assert {digest.hex() for digest in digests_of(data)} <= chunks(base)
@@ -566,7 +567,7 @@ async def test_file_that_cannot_be_removed_stops_it(repo: LocalRepository, monke
     def refuse(path: str) -> bool:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("datastore.local_chunks.unlink_existing", refuse)
+    monkeypatch.setattr("datastore.sweep.unlink_existing", refuse)
     with pytest.raises(StoreError, match="remove chunk"):
         await collect_garbage(repo.store)
 
