@@ -5,6 +5,7 @@ it works on every backend.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -162,7 +163,8 @@ async def delete_namespace(store: Datastore, ns: Namespace, *, groups: bool = Fa
             "--delete-groups removes them and all their snapshots",
         )  # fmt: skip
     for group in held:
-        result.protected += await store.forget_group(group)
+        with suppress(SnapshotNotFoundError):  # its last snapshot was pruned meanwhile
+            result.protected += await store.forget_group(group)
     for one in reversed(below):  # depth first, so that what is inside comes before what it is in
         gone = await store.meta.delete_namespace(one)
         (result.removed if gone else result.kept).append(one)

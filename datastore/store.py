@@ -271,16 +271,27 @@ class Datastore:
         return (self.base / snapshot.path).is_dir()
 
     def is_finished(self, snapshot: Snapshot) -> bool:
-        """True if the snapshot has a manifest."""
+        """True if the snapshot has a manifest, or if that cannot be told: what is unfinished may be removed."""
         try:
             found = (self.base / snapshot.path / MANIFEST_NAME).lstat()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
         return stat.S_ISREG(found.st_mode)
 
     def is_protected(self, snapshot: Snapshot) -> bool:
-        """True if the snapshot must not be removed."""
-        return (self.base / snapshot.path / PROTECTED_NAME).exists()
+        """True if the snapshot must not be removed.
+
+        Raises:
+            StoreError: it cannot be told.
+        """
+        with store_errors("look at", f"{snapshot}/{PROTECTED_NAME}"):
+            try:
+                (self.base / snapshot.path / PROTECTED_NAME).lstat()
+            except FileNotFoundError:
+                return False
+            return True
 
     def read_manifest(self, snapshot: Snapshot) -> bytes:
         """The snapshot's manifest blob as stored.
@@ -314,9 +325,12 @@ class Datastore:
         except StoreError:
             return None
 
-    def group_notes(self, group: Group) -> str:
-        """The group's notes."""
-        return self._text(f"{group.path}/notes") or ""
+    def listed_notes(self, group: Group) -> str:
+        """The group's notes; empty if they cannot be read, which does not spoil a listing."""
+        try:
+            return self._text(f"{group.path}/notes") or ""
+        except StoreError:
+            return ""
 
     def usage(self) -> tuple[int, int, int]:
         """Bytes in all, used and available on the file system of the store.
@@ -360,7 +374,11 @@ class Datastore:
         with store_errors("list", str(snapshot)):
             try:
                 with os.scandir(self.base / snapshot.path) as entries:
-                    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+                    names = {
+                        entry.name
+                        for entry in entries
+                        if entry.is_file(follow_symlinks=False) or entry.name == PROTECTED_NAME
+                    }
             except FileNotFoundError as error:
                 raise SnapshotNotFoundError("list", str(snapshot), os_reason(error)) from error
         manifest, raw = None, b""

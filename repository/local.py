@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,8 +60,14 @@ class LocalRepository:
             groups = self.store.groups(ns) if group is None else [group]
             infos = []
             for snapshot in (one for each in groups for one in self.store.snapshots(each, unfinished=unfinished)):
-                with suppress(SnapshotNotFoundError):  # removed meanwhile
+                try:
                     infos.append(_info(self.store.entry(snapshot)))
+                except SnapshotNotFoundError:
+                    continue  # removed meanwhile
+                except StoreError:
+                    # Verify names it and tells why; neither that nor a listing may end at one bad folder.
+                    finished, owner = self.store.is_finished(snapshot), self.store.listed_owner(snapshot.group)
+                    infos.append(_info(SnapshotEntry(snapshot, finished, False, owner, (), None)))
             return infos
 
         return await in_io_thread(collect)
@@ -174,7 +180,7 @@ class LocalRepository:
         return GroupInfo(
             group,
             owner=self.store.listed_owner(group),
-            comment=self.store.group_notes(group),
+            comment=self.store.listed_notes(group),
             count=len(finished),
             latest=finished[-1] if finished else None,
         )
