@@ -18,6 +18,7 @@ from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
 from datastore.blob import MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob
+from datastore.changes import update_manifest
 from datastore.digests import DigestSet
 from datastore.dynamic_index import DynamicIndexWriter
 from datastore.errors import LockedError, OwnerError, StoreError
@@ -30,6 +31,7 @@ from datastore.manifest import Manifest
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Group, Snapshot, archive_kind
 from datastore.reader import open_snapshot_index
 from datastore.store import Datastore
+from datastore.upid import Upid
 
 #: Owner of a new group where nobody says otherwise.
 DEFAULT_OWNER: Final = "root@pam"
@@ -61,6 +63,7 @@ class LocalBackupSession:
     snapshot: Snapshot
     base: Snapshot | None
     warnings: list[str] = field(default_factory=list)  #: for people, for example about a foreign owner
+    _set_aside: int = 0  #: `ChunkStore.times_set_aside` when it began, or when it looked last
     _known: DigestSet = field(default_factory=DigestSet)
     _writers: dict[int, _OpenIndex] = field(default_factory=dict)
     _next_writer: int = 1
@@ -238,9 +241,35 @@ class LocalBackupSession:
         with trio.CancelScope(shield=True):
             # From here on the outcome is decided by the disk, not by an impatient caller.
             await self.store.meta.sync([*folders, ""])
+            if missing := await self._set_aside_meanwhile():
+                why = f"verify set {missing} of its chunks aside meanwhile, since they are corrupt"
+                raise StoreError("finish", where, why, "back it up again when 'fleece verify' has ended")
             path = f"{self.snapshot.path}/{MANIFEST_NAME}"
             await self.store.meta.put(path, (self._manifest.header, self._manifest.payload), replace=False, sync=True)
             self._finished = True
+            # Verify looks for the users of what it set aside later than that. It saw this snapshot, or we see its note.
+            if missing := await self._set_aside_meanwhile():
+                state = {"state": "failed", "upid": str(Upid.new("backup", where))}
+                await update_manifest(self.store, self.snapshot, {"verify_state": state})
+                self.warnings.append(f"verify set {missing} of its chunks aside while it ended: back it up again")
+
+    async def _set_aside_meanwhile(self) -> int:
+        """How many chunks of the indexes are not there any more, if some of the store were set aside.
+
+        Those that the base has were taken over, and those that were there were kept, without a look into them. Of what
+        was set aside before this session began, but had not been recorded yet, the base's state tells.
+        """
+        times = await self.store.chunks.times_set_aside()
+        unusable = self.base is not None and await in_io_thread(_usable_base, self.store, self.base) is None
+        if times == self._set_aside and not unusable:
+            return 0
+        self._set_aside = times
+        missing: set[bytes] = set()
+        for name in self._files:
+            if archive_kind(name) is not ArchiveKind.BLOB:
+                index = await in_io_thread(open_snapshot_index, self.store, self.snapshot, name)
+                missing.update(await self.store.chunks.mark(index.digests))
+        return len(missing)
 
     async def abort(self) -> None:
         """See `BackupSession.abort`."""
@@ -303,6 +332,7 @@ async def open_session(
             base = await in_io_thread(_find_base, store, snapshot)
             if base is not None:
                 await stack.enter_async_context(store.locks.snapshot(base, shared=True))
+            set_aside = await store.chunks.times_set_aside()  # before the base's state, which verify writes first
             usable = await in_io_thread(_usable_base, store, base)
             lock = await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
             # No checkpoint from here to the session, which removes the folder if it fails.
@@ -310,7 +340,7 @@ async def open_session(
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            session = LocalBackupSession(store, snapshot, usable, warnings)
+            session = LocalBackupSession(store, snapshot, usable, warnings, set_aside)
         except BaseException:
             if new_group:
                 await _remove_group(store, snapshot.group, group_lock)

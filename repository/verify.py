@@ -9,7 +9,7 @@ so that the next backup stores them anew.
 import errno
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,8 @@ from datastore.blob import Blob
 from datastore.codec import ChunkCodec
 from datastore.crypt_mode import CryptMode
 from datastore.digests import DigestSet
-from datastore.errors import ChunkNotFoundError, KeyNeededError, LockedError, SnapshotNotFoundError, StoreError
+from datastore.errors import ChunkNotFoundError, KeyNeededError, LockedError, SnapshotNotFoundError
+from datastore.filters import GroupFilter, passes
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import ROOT, ArchiveKind, BackupType, Namespace, Snapshot, archive_kind
@@ -33,6 +34,7 @@ from datastore.upid import Upid
 from repository.fetch import fetch
 from repository.interface import Reader, Repository, VerifyRecorder
 from repository.locate import Archive, check_index, load_readable
+from repository.users import record_users
 
 #: Chunks in a row that the system cannot read before the run stops: it is the disk, not the chunks.
 MAX_SYSTEM_ERRORS: Final = 20
@@ -86,15 +88,32 @@ class Seen:
     bytes: int = 0  #: plain bytes of chunks read
 
 
-async def choose(repository: Repository, ns: Namespace = ROOT) -> list[Snapshot]:
+async def choose(
+    repository: Repository, ns: Namespace = ROOT, *, depth: int | None = None, filters: Sequence[GroupFilter] = ()
+) -> list[Snapshot]:
     """The finished snapshots of a namespace and those below it, in the order in which PBS verifies them.
 
     Groups as listed, of each the newest snapshot first, and without the group of `proxmox-backup-client benchmark`.
+
+    Args:
+        repository: where they lie.
+        ns: the namespace.
+        depth: how many levels below it; None: all.
+        filters: only groups that these mean.
+
+    Raises:
+        SnapshotNotFoundError: the namespace is not there.
     """
     chosen: list[Snapshot] = []
-    for namespace in await repository.namespaces(ns):
-        for info in await repository.groups(namespace):
-            if (info.group.type, info.group.id) != _BENCHMARK:
+    for namespace in await repository.namespaces(ns, depth=depth):
+        try:
+            groups = await repository.groups(namespace)
+        except SnapshotNotFoundError:
+            if namespace == ns:
+                raise
+            continue  # removed meanwhile
+        for info in groups:
+            if (info.group.type, info.group.id) != _BENCHMARK and passes(filters, info.group):
                 found = await repository.snapshots(namespace, info.group)
                 chosen += [one.snapshot for one in reversed(found)]
     return chosen
@@ -140,7 +159,10 @@ async def verify(
             # Also when the run was interrupted: no backup may build on a snapshot that lacks a chunk now.
             with trio.move_on_after(_RECORD_TIMEOUT_S) as scope:
                 scope.shield = True
-                await _record_users(repository, recorder, seen, results, progress, upid)
+                failed = [result.snapshot for result in results if result.errors]
+                users = await record_users(repository, recorder, seen.set_aside, failed, progress, upid)
+                for result in results:
+                    result.errors += users.get(result.snapshot, [])
     return results
 
 
@@ -215,7 +237,9 @@ async def verify_snapshot(
                     await record.state(result.state)
                 except LockedError as error:
                     result.errors.append(f"the result could not be recorded: {error}")
-                except StoreError as error:
+                except SnapshotNotFoundError:
+                    raise
+                except FleeceError as error:
                     progress.warn(f"the result could not be recorded: {error}")
     except LockedError as error:
         result.skipped = f"locked ({error.why})"
@@ -239,54 +263,6 @@ def _verified_before(manifest: Manifest, options: VerifyOptions) -> str:
     if options.outdated_after is not None and days > options.outdated_after:
         return ""
     return f"verified {days} days ago" if days > 1 else "recently verified"
-
-
-async def _record_users(
-    repository: Repository,
-    recorder: VerifyRecorder,
-    seen: Seen,
-    results: Iterable[VerifyResult],
-    progress: Progress,
-    upid: Upid,
-) -> None:
-    """Find every snapshot that uses a chunk which was set aside, and record those that are not failed yet."""
-    looked_at = {result.snapshot: result for result in results}
-    for ns in await repository.namespaces():
-        for info in await repository.snapshots(ns):
-            result = looked_at.get(info.snapshot)
-            if result is not None and result.errors:
-                continue
-            try:
-                used = await _uses(repository, info.snapshot, seen.set_aside)
-                if not used:
-                    continue
-                line = f"uses {len(used)} chunks that were found corrupt, the first one: {used[0].hex()}"
-                progress.warn(f"{info.snapshot} {line}")
-                if result is not None:
-                    result.errors.append(line)
-                await recorder.record_verification(info.snapshot, "failed", str(upid))
-            except (LockedError, SnapshotNotFoundError) as error:
-                progress.log(f"{info.snapshot} not looked at: {error.why}")
-            except FleeceError as error:
-                progress.warn(f"{info.snapshot} not looked at: {error}")
-
-
-async def _uses(repository: Repository, snapshot: Snapshot, digests: Iterable[bytes]) -> list[bytes]:
-    """Which of `digests` a snapshot uses."""
-    wanted = set(digests)
-    used: set[bytes] = set()
-    async with repository.reader(snapshot) as reader:
-        manifest, _ = await load_readable(reader, ChunkCodec())
-        for entry in manifest.files:
-            if archive_kind(entry.filename) is not ArchiveKind.BLOB:
-                index = await reader.open_index(entry.filename)
-                used |= await in_cpu_thread(_found_in, index, wanted)
-    return sorted(used)
-
-
-def _found_in(index: ArchiveIndex, wanted: set[bytes]) -> set[bytes]:
-    packed = index.digests
-    return {digest for at in range(0, len(packed), 32) if (digest := bytes(packed[at : at + 32])) in wanted}
 
 
 @dataclass(slots=True)
@@ -351,7 +327,7 @@ class _Check:
 
     async def _chunks(self, index: ArchiveIndex, entry: ManifestFile) -> list[str]:
         archive = Archive(index, entry, None)
-        errors: list[str] = []
+        errors = _Lines(index.where)
         numbers = list(self._unseen(index, errors))
         total = sum(index.span(number)[1] for number in numbers)
         with self.progress.task(f"{self.reader.snapshot}/{entry.filename}", total) as task:
@@ -360,11 +336,9 @@ class _Check:
                 await self._count(archive, number, data, errors, task)
 
             await fetch(self.reader, self.codec, archive, numbers, consume)
-        if len(errors) > MAX_CHUNK_LINES:
-            errors[MAX_CHUNK_LINES:] = [f"{index.where}: {len(errors) - MAX_CHUNK_LINES} more chunks are bad"]
-        return errors
+        return errors.all()
 
-    def _unseen(self, index: ArchiveIndex, errors: list[str]) -> Iterator[int]:
+    def _unseen(self, index: ArchiveIndex, errors: "_Lines") -> Iterator[int]:
         """Numbers of chunks that are to be read, each digest once; known faults go to `errors`."""
         here: dict[bytes, int] = {}
         for number in range(index.count):
@@ -376,12 +350,12 @@ class _Check:
                 here[digest] = length
                 yield number
             elif size is None:
-                errors.append(f"{index.where} at {offset}: {self.seen.bad[digest]}")
+                errors.add(f"{index.where} at {offset}: {self.seen.bad[digest]}")
             elif size != length:
-                errors.append(f"{index.where} at {offset}: chunk {digest.hex()} has {size} bytes, not {length}")
+                errors.add(f"{index.where} at {offset}: chunk {digest.hex()} has {size} bytes, not {length}")
 
     async def _count(
-        self, archive: Archive, number: int, data: Buffer | FleeceError, errors: list[str], task: Task
+        self, archive: Archive, number: int, data: Buffer | FleeceError, errors: "_Lines", task: Task
     ) -> None:
         digest, (_, length) = archive.index.digest(number), archive.index.span(number)
         task.advance(length)
@@ -397,8 +371,8 @@ class _Check:
                 self.seen.good.add(digest, length)
                 return
             data = again
-        errors.append(str(data))
-        self.progress.log(str(data))
+        if errors.add(str(data)):
+            self.progress.log(str(data))
         if _is_system_error(data):
             self.seen.system_errors += 1
             if self.seen.system_errors >= MAX_SYSTEM_ERRORS:
@@ -475,6 +449,27 @@ class _Check:
 
     def _is_wrong(self, digest: bytes, blob: Blob) -> bool:
         return self._plain_size(blob, digest) is None
+
+
+class _Lines:
+    """Lines about single chunks of one file: the first `MAX_CHUNK_LINES`, and how many more; there may be millions."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._lines: list[str] = []
+        self._more = 0
+
+    def add(self, line: str) -> bool:
+        """Add a line; False if it is only counted."""
+        if len(self._lines) < MAX_CHUNK_LINES:
+            self._lines.append(line)
+            return True
+        self._more += 1
+        return False
+
+    def all(self) -> list[str]:
+        """The lines, and one about the others."""
+        return [*self._lines, f"{self._where}: {self._more} more chunks are bad"] if self._more else self._lines
 
 
 def _is_system_error(error: BaseException | None) -> bool:
