@@ -27,6 +27,7 @@ fleece verify --outdated-after 30 --max-duration 4h    the rest the next night
 fleece verify vm/100                                   all snapshots of a group
 fleece verify vm/100/latest                            one snapshot
 fleece verify --ns customers/a                         a namespace and those below it
+fleece verify --max-depth 0 --group-filter type:vm     the virtual machines of the namespace itself
 fleece verify --no-record                              only look: nothing in the datastore changes
 fleece verify --output json | jq '.[] | select(.state == "failed")'
 fleece verify --keyfile /etc/fleece/backup.key         also the digests of chunks encrypted with this key
@@ -39,6 +40,14 @@ def verify(
     invocation: Invocation,
     selection: Annotated[
         str | None, typer.Argument(metavar="GROUP|SNAPSHOT", help="Only this group or snapshot.")
+    ] = None,
+    max_depth: Annotated[
+        int | None,
+        typer.Option("--max-depth", min=0, max=7, help="Only so many namespace levels below.", show_default=False),
+    ] = None,
+    group_filter: Annotated[
+        list[str] | None,
+        typer.Option("--group-filter", metavar="FILTER", help="Only these groups; may be repeated."),
     ] = None,
     ignore_verified: Annotated[
         bool | None,
@@ -84,10 +93,15 @@ def verify(
     """
     from agent.documents import in_namespace, parse_selection
     from core.units import parse_size
-    from repository.verify import VerifyOptions
+    from datastore.filters import GroupFilter
+    from repository.verify import VerifyOptions, choose
     from repository.verify import verify as verify_snapshots
 
     parse_selection(selection, invocation.namespace())
+    if selection is not None and (max_depth is not None or group_filter):
+        why = "--max-depth and --group-filter choose groups themselves"
+        raise UsageError("verify", selection, why, "leave them, or the group, out")
+    filters = tuple(GroupFilter.parse(text) for text in group_filter or ())
     options = VerifyOptions(
         ignore_verified=outdated_after is not None if ignore_verified is None else ignore_verified,
         outdated_after=outdated_after,
@@ -101,7 +115,10 @@ def verify(
 
     async def work(progress: "Progress") -> "list[VerifyResult]":
         async with invocation.repository() as repository:
-            chosen = await _chosen(repository, invocation, selection)
+            if selection is None:
+                chosen = await choose(repository, invocation.namespace(), depth=max_depth, filters=filters)
+            else:
+                chosen = await _chosen(repository, invocation, selection)
             return await verify_snapshots(repository, chosen, codec, progress, options)
 
     results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
@@ -125,17 +142,14 @@ def verify(
         )  # fmt: skip
 
 
-async def _chosen(repository: "Repository", invocation: Invocation, selection: str | None) -> "list[Snapshot]":
-    """What is to be verified, in PBS's order: the newest snapshot of a group first."""
+async def _chosen(repository: "Repository", invocation: Invocation, selection: str) -> "list[Snapshot]":
+    """The snapshot, or those of the group in PBS's order: the newest first."""
     from agent.documents import find_snapshot, parse_selection
-    from repository.verify import choose
 
     ns = invocation.namespace()
     wanted = parse_selection(selection, ns)
     if isinstance(wanted, str):
         return [await find_snapshot(repository, wanted, ns)]
-    if wanted is None:
-        return await choose(repository, ns)
     found = [info.snapshot for info in await repository.snapshots(ns, wanted)]
     if not found:
         raise NotFoundError("verify", str(wanted), "the group has no finished snapshot", "'fleece list' shows them")

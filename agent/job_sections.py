@@ -67,6 +67,8 @@ class VerifyJob(_Job):
 
     type: Literal["verify"]
     ns: NamespaceText | None = None
+    max_depth: Annotated[int, Field(ge=0, le=7)] | None = None  #: None: everything below
+    group_filter: list[Filter] = Field(default_factory=list)
     ignore_verified: bool = True
     outdated_after: Annotated[int, Field(ge=0)] | None = None  #: days
     max_duration: Duration | None = None

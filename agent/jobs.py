@@ -193,6 +193,7 @@ async def _verify(
     from agent.documents import in_namespace
     from agent.keys import KeyOptions, reading_key
     from core.units import parse_size
+    from datastore.filters import GroupFilter
     from repository.verify import VerifyOptions, choose, verify
 
     options = VerifyOptions(
@@ -205,7 +206,9 @@ async def _verify(
     if key.note:
         progress.log(key.note)
     codec = key.codec()
-    results = await verify(repository, await choose(repository, ns), codec, progress, options)
+    filters = tuple(map(GroupFilter.parse, section.group_filter))
+    chosen = await choose(repository, ns, depth=section.max_depth, filters=filters)
+    results = await verify(repository, chosen, codec, progress, options)
     for one in results:
         skipped = f", not looked at: {one.skipped}" if one.skipped else ""
         progress.log(f"{in_namespace(one.snapshot)}: {one.state}{skipped}")

@@ -99,6 +99,18 @@ def test_verify_and_gc_run_and_a_damaged_snapshot_fails_the_job(jobs: Fleece, st
     assert last["error"]["why"] == "damaged"
 
 
+def test_a_verify_job_looks_as_deep_and_at_the_groups_that_it_is_told(jobs: Fleece, store_folder: Path) -> None:
+    for ns, group in (("", "vm/1"), ("", "ct/1"), ("a", "vm/2"), ("a/b", "vm/3")):
+        fill(store_folder, group, 1, ns=ns)
+    path = jobs.home / "fleece.toml"
+    path.write_text(path.read_text().replace('"verify"', '"verify"\nmax-depth = 1\ngroup-filter = ["type:vm"]'))
+    assert jobs.json("job", "run", "check")["result"]["ok"] == 2
+    verified = jobs.json("verify", "--max-depth", "1", "--group-filter", "exclude:type:ct")
+    assert [(one["ns"], one["snapshot"].partition("/20")[0]) for one in verified] == [("", "vm/1"), ("a", "vm/2")]
+    for arguments in (["vm/1", "--max-depth", "0"], ["--group-filter", "vm/1"], ["--max-depth", "8"]):
+        assert jobs("verify", *arguments, "--output", "json").code == 2
+
+
 def test_a_failed_job_is_recorded_with_its_reason(jobs: Fleece) -> None:
     answer = jobs("job", "run", "lost", "--output", "json")
     assert answer.code == 1
