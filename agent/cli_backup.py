@@ -119,27 +119,29 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
-        from agent.sessions import new_session
+        from agent.sessions import new_session, until_listed
         from repository.backup import SnapshotWriter
         from repository.report import BackupReport
 
         started = time.monotonic()
         # A small file that is missing should not cost the time of a disk.
         blobs = await read_small_files(parsed)
-        async with (
-            invocation.repository() as repository,
-            new_session(
-                repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
-            ) as session,
-        ):
-            writer = SnapshotWriter(session, keys.codec, progress, wrapped_key=keys.wrapped_key)
-            async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
-                if sources:
-                    await writer.add_disks(sources, bwlimit=rate)
-            for name, data in blobs:
-                await writer.add_blob(name, data)
-            await writer.finish(notes=notes)
-            return BackupReport(session.snapshot, writer.reports, time.monotonic() - started)
+        with until_listed(progress) as listed:
+            async with (
+                invocation.repository() as repository,
+                new_session(
+                    repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+                ) as session,
+            ):
+                writer = SnapshotWriter(session, keys.codec, progress, wrapped_key=keys.wrapped_key)
+                async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
+                    if sources:
+                        await writer.add_disks(sources, bwlimit=rate)
+                for name, data in blobs:
+                    await writer.add_blob(name, data)
+                await writer.finish(notes=notes)
+                listed(session.snapshot)
+                return BackupReport(session.snapshot, writer.reports, time.monotonic() - started)
 
     report = invocation.run(work, what="back up", where=str(group))
     show_report(invocation, report)

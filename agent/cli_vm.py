@@ -141,25 +141,27 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
-        from agent.sessions import new_session
+        from agent.sessions import new_session, until_listed
         from agent.vm_backup import back_up_vm
 
-        async with (
-            invocation.repository(section.repository) as repository,
-            new_session(
-                repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
-            ) as session,
-        ):
-            return await back_up_vm(
-                settings,
-                repository,
-                session,
-                keys.codec,
-                progress,
-                bwlimit=rate,
-                notes=notes,
-                wrapped_key=keys.wrapped_key,
-            )
+        with until_listed(progress) as listed:
+            async with (
+                invocation.repository(section.repository) as repository,
+                new_session(
+                    repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+                ) as session,
+            ):
+                return await back_up_vm(
+                    settings,
+                    repository,
+                    session,
+                    keys.codec,
+                    progress,
+                    bwlimit=rate,
+                    notes=notes,
+                    wrapped_key=keys.wrapped_key,
+                    on_listed=listed,
+                )
 
     show_report(invocation, invocation.run(work, what="back up", where=str(group)))
 

@@ -1,8 +1,9 @@
 """Opening a backup session at a free second, waiting for who holds the group."""
 
+import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Final
 
 import trio
@@ -11,7 +12,7 @@ from core.errors import FleeceError, UsageError
 from core.progress import Progress
 from core.units import format_duration
 from datastore.errors import LockedError
-from datastore.names import Group
+from datastore.names import Group, Snapshot
 from repository.interface import BackupSession, Repository
 
 #: A newest snapshot further ahead than this is no backup of the same second, but a wrong clock.
@@ -84,6 +85,25 @@ async def new_session(
         for warning in session.warnings:
             progress.warn(warning)
         yield session
+
+
+@contextmanager
+def until_listed(progress: Progress) -> Iterator[Callable[[Snapshot], None]]:
+    """Heed a cancellation of the block only until the function it gets is called with the finished snapshot.
+
+    From there on what was asked for is done, and only clean-up is left, which has deadlines of its own: the block goes
+    on to its end. If it was cancelled meanwhile, `progress` gets a warning that the snapshot is listed.
+    """
+    finished: list[Snapshot] = []
+    with trio.CancelScope() as scope:
+
+        def listed(snapshot: Snapshot) -> None:
+            finished.append(snapshot)
+            scope.shield = True
+
+        yield listed
+    if finished and trio.current_effective_deadline() == -math.inf:
+        progress.warn(f"interrupted when the backup was done already: the snapshot {finished[0]} is whole and listed")
 
 
 def parse_backup_time(text: str) -> int:

@@ -6,7 +6,7 @@ repository. Whatever fails or is killed before that costs a longer read next tim
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -141,24 +141,27 @@ async def back_up_vm(
     bwlimit: int | None = None,
     notes: str | None = None,
     wrapped_key: bytes | None = None,
+    on_listed: Callable[[Snapshot], None] = lambda _snapshot: None,
 ) -> BackupReport:
     """Back up the VM into `session`, running or not, and hand its bitmaps over when the snapshot is finished.
 
-    `wrapped_key`, the backup key under a master key, is stored with it.
+    `wrapped_key`, the backup key under a master key, is stored with it. `on_listed` is called as soon as the snapshot
+    is finished: a cancellation after that finds it listed, and the bitmaps are handed over all the same.
 
     Raises:
         FleeceError: it could not be backed up; the VM is as before, and no snapshot is listed.
 
-    Cancelled, it leaves no snapshot, and in the VM nothing but the bitmaps of the last backup.
+    Cancelled before, it leaves no snapshot, and in the VM nothing but the bitmaps of the last backup.
     """
     started = time.monotonic()
     files = [(one.name, await in_io_thread(read_small_file, Path(one.source))) for one in settings.files]
     writer = SnapshotWriter(session, codec, progress, wrapped_key=wrapped_key)
     if await is_running(settings):
-        frozen_s = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes)
+        frozen_s = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes, on_listed)
     else:
         frozen_s = 0.0
         await _back_up_stopped(settings, writer, progress, files, bwlimit, notes)
+        on_listed(session.snapshot)
     return BackupReport(session.snapshot, writer.reports, time.monotonic() - started, frozen_s)
 
 
@@ -170,6 +173,7 @@ async def _back_up_running(
     files: Sequence[tuple[str, bytes]],
     bwlimit: int | None,
     notes: str | None,
+    on_listed: Callable[[Snapshot], None],
 ) -> float:
     session = writer.session
     group = session.snapshot.group
@@ -200,6 +204,7 @@ async def _back_up_running(
             await writer.finish(notes=notes)
             finished = True
             view.commit()
+            on_listed(session.snapshot)
     except FleeceError as error:
         if not finished:
             raise

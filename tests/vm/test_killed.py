@@ -4,6 +4,7 @@ The command halts itself at the point (`tests.support.stopping_fleece`) and is t
 """
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,32 @@ async def test_two_killed_runs_in_a_row_are_cleaned_up_by_the_third(distribution
                 await running.kill()
         report = await lab.backup(vm, code=3)
         assert report.archives["drive-disk0.img"]["mode"] == "incremental"
+        await lab.assert_restores(report, guest.images())
+
+
+@pytest.mark.parametrize(
+    "point", ["finish:after", "command:blockdev-reopen:2", "command:transaction:3", "command:transaction:3:after"]
+)
+async def test_a_signal_that_comes_when_the_snapshot_is_listed_takes_nothing_back(
+    point: str, distribution: QemuBinary, lab: Lab
+) -> None:
+    async with lab.vm(distribution, [VmDisk(lab.raw("a", 12 * MIB), "disk0")]) as vm:
+        guest = PlayedGuest(vm, {"disk0": 12 * MIB})
+        await lab.backup(vm)
+        await guest.write("disk0", 0x11, 0, 512)
+        async with lab.stopped_backup(vm, point) as running:
+            running.process.send_signal(signal.SIGTERM)
+            running.go_on()
+            outcome = await running.ended()
+        assert outcome.code == 3, outcome
+        (warning,) = outcome.document["warnings"]
+        assert f"the snapshot {outcome.document['snapshot']} is whole and listed" in warning
+        assert (await lab.snapshots())[-1] == outcome.document["snapshot"]
+        await lab.assert_restores(outcome, guest.images())
+        # The bitmap counts from that snapshot.
+        await guest.write("disk0", 0x22, 5 * MIB, 512)
+        report = await lab.backup(vm)
+        assert report.archives["drive-disk0.img"]["read"] == CHUNK
         await lab.assert_restores(report, guest.images())
 
 
