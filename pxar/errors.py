@@ -1,0 +1,17 @@
+"""What can go wrong with file archives.
+
+FleeceError
+├── FormatError
+│   └── ArchiveError        bytes that no writer of file archives makes
+└── EncodeError             (ValueError) something that a file archive cannot hold
+"""
+
+from core.errors import FleeceError, FormatError
+
+
+class ArchiveError(FormatError):
+    """A file archive that is cut off, damaged or forged; the text names the position in the stream."""
+
+
+class EncodeError(FleeceError, ValueError):
+    """Something that a file archive cannot hold: a name, a size that changed while it was written, a wrong order."""
