@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ class Datastore:
             await store._local.check_access_times(codec.zero_digest(size), codec.encode(bytes(size)))
         except BaseException:
             store.close()
-            await in_io_thread(_undo_creation, path, made)
+            await in_io_thread(made.undo)
             raise
         return store
 
@@ -529,8 +529,39 @@ class Datastore:
                 return None
 
 
-def _create(path: Path) -> list[Path]:
-    """Make the files of an empty store; returns what is to be undone: the folders that were missing."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a creation has to take back if it fails: what was not there before."""
+
+    folders: Sequence[Path]  #: the store's own and those above it, from below
+    trees: Sequence[Path]  #: of the store's own folders
+    lock: Path | None
+
+    @classmethod
+    def missing(cls, path: Path) -> Self:
+        """What a creation in `path` will make."""
+        lock = path / ".lock"
+        return cls(
+            [folder for folder in (path, *path.parents) if not folder.exists()],
+            [tree for tree in (path / ".chunks", path / ".fleece") if not os.path.lexists(tree)],
+            None if os.path.lexists(lock) else lock,
+        )
+
+    def undo(self) -> None:
+        """Remove it; folders that are in use by others stay."""
+        for tree in self.trees:
+            remove_tree(tree)
+        if self.lock is not None:
+            self.lock.unlink(missing_ok=True)
+        for folder in self.folders:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+
+def _create(path: Path) -> _Made:
+    """Make the files of an empty store."""
     if path.is_dir():
         if (path / ".chunks").exists() and not (path / ".chunks" / "ffff").exists():
             why = "an earlier creation was interrupted there"
@@ -545,7 +576,7 @@ def _create(path: Path) -> list[Path]:
     for parent in path.resolve().parents:
         if (parent / ".chunks").is_dir() and (parent / ".lock").exists():
             raise UsageError("create datastore", str(path), f"it lies inside the datastore {parent}")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made = _Made.missing(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         os.chmod(path, FOLDER_MODE)  # noqa: PTH101 - beside chown, which pathlib lacks
@@ -560,7 +591,7 @@ def _create(path: Path) -> list[Path]:
     except UsageError:
         raise  # somebody else has begun a store here since we looked: nothing of it is ours
     except BaseException:
-        _undo_creation(path, made)
+        made.undo()
         raise
     return made
 
@@ -587,17 +618,6 @@ def _destroy(base: Path) -> None:
     # It may hold foreign files, be a mount point, or lie in a folder that is not ours: the store is gone in any case.
     with suppress(OSError):
         base.rmdir()
-
-
-def _undo_creation(path: Path, made: list[Path]) -> None:
-    for name in (".chunks", ".fleece"):
-        remove_tree(path / name)
-    (path / ".lock").unlink(missing_ok=True)
-    for folder in made:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
 
 
 def _check_layout(path: Path) -> None:

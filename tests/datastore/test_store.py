@@ -91,6 +91,19 @@ async def test_a_failed_creation_leaves_nothing(tmpfs: Path, monkeypatch: pytest
     assert list(tmpfs.iterdir()) == []
 
 
+async def test_a_failed_creation_leaves_what_was_there_before(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmpfs / ".lock").write_bytes(b"theirs")
+    (tmpfs / ".fleece").mkdir()
+    (tmpfs / ".fleece" / "uuid").write_text("theirs")
+    monkeypatch.setattr("datastore.local_chunks.touch", lambda path: None)
+    monkeypatch.setattr("datastore.local_chunks._ACCESS_TIME_WAIT_S", 0)
+    with pytest.raises(StoreError, match="does not change its access time"):
+        await Datastore.create(tmpfs)
+    assert sorted(path.name for path in tmpfs.iterdir()) == [".fleece", ".lock"]
+    assert (tmpfs / ".lock").read_bytes() == b"theirs"
+    assert (tmpfs / ".fleece" / "uuid").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("what", ["missing", "file", "empty folder", "no lock", "foreign layout"])
 async def test_what_is_no_store_is_not_opened(tmpfs: Path, what: str) -> None:
     path = tmpfs / "store"
