@@ -153,7 +153,10 @@ def history(
     if name is not None and name not in recorded:
         _section(invocation, name)
     names = recorded if name is None else [name] if name in recorded else []
-    runs = sorted((run for one in names for run in _store(one).runs()), key=lambda run: run.start)[-limit:]
+    runs = [run for one in names for run in _store(one).runs()]
+    if name is None:  # those of one job are in order, even if the clock was set
+        runs.sort(key=lambda run: run.start)
+    runs = runs[-limit:]
 
     def lines() -> list[str]:
         rows = [

@@ -4,6 +4,7 @@ Below the state folder, `jobs/NAME/`: `lock` (held while the job runs), `history
 one when it ends) and `logs/RUN.log`. A run whose end is missing while nobody holds the lock was killed.
 """
 
+import errno
 import fcntl
 import io
 import json
@@ -23,8 +24,13 @@ from core.errors import BusyError, FleeceError, NotFoundError, os_reason
 KEPT_RUNS: Final = 100
 #: Bytes of one log; what comes after is left out, and the log says so.
 MAX_LOG_SIZE: Final = 8 << 20
-#: Bytes of a history that are read: ten times what `KEPT_RUNS` runs take.
+#: Bytes of a history that are read, the last ones; a larger one is made shorter when the next run begins. Usual are
+#: 50 KiB, but every run may have a hundred long warnings.
 _MAX_HISTORY: Final = 16 << 20
+#: Characters of one text in the history; the log has all of it.
+_MAX_TEXT: Final = 1000
+#: Seconds: no time in a history is later.
+_MAX_TIME: Final = 253_402_300_799
 _FILE_MODE: Final = 0o640
 #: How often, and with which pause in seconds, a lock is tried that somebody may only be looking at.
 _TRIES: Final = 20
@@ -105,6 +111,7 @@ class Recording:
         self.run, self.log = run, log
         self.problems = problems  #: why it is recorded in part only
         self._store = store
+        self._begun = _uptime()
 
     def end(
         self,
@@ -120,10 +127,12 @@ class Recording:
             FleeceError: the history cannot be written.
         """
         run = self.run
-        run.end, run.state, run.result = time.time(), state, result
-        run.warnings = [text[:1000] for text in (warnings or [])[:100]]
+        # Not the clock's time: it may have been set meanwhile.
+        run.end, run.state, run.result = run.start + _uptime() - self._begun, state, result
+        run.warnings = [text[:_MAX_TEXT] for text in (warnings or [])[:100]]
         if error is not None:
-            run.error = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+            parts = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+            run.error = {name: text[:_MAX_TEXT] for name, text in parts.items()}
         self._store.append(
             {"run": run.id, "event": "end", "end": run.end, "state": state, "warnings": run.warnings,
              "error": run.error, "result": result}
@@ -203,7 +212,7 @@ class JobStore:
         running = self.running()
         found: dict[str, Run] = {}
         for entry in self._lines():
-            with suppress(KeyError, TypeError, ValueError, AttributeError):
+            with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 self._take(found, entry)
         runs = list(found.values())
         for number, run in enumerate(runs):
@@ -214,15 +223,22 @@ class JobStore:
     def _take(self, found: dict[str, Run], entry: dict[str, Any]) -> None:
         run_id = str(entry["run"])
         if entry["event"] == "start":
-            found[run_id] = Run(run_id, self.name, str(entry["type"]), float(entry["start"]), int(entry["pid"]))
+            found[run_id] = Run(run_id, self.name, str(entry["type"]), _time(entry["start"]), int(entry["pid"]))
         elif entry["event"] == "end":
             run = found[run_id]
-            run.end, run.state = float(entry["end"]), str(entry["state"])
-            run.warnings, run.error, run.result = list(entry["warnings"]), entry["error"], entry["result"]
+            end, error, result = _time(entry["end"]), entry["error"], entry["result"]
+            if error is not None:
+                error = {name: str(error[name]) for name in ("what", "where", "why", "hint")}
+            if result is not None and not isinstance(result, dict):
+                raise ValueError("no figures")
+            run.warnings, run.error, run.result = list(map(str, entry["warnings"])), error, result
+            run.end, run.state = end, str(entry["state"])
 
     def _lines(self) -> list[dict[str, Any]]:
         try:
             with (self.folder / "history.jsonl").open("rb") as file:
+                # The newest count. A line that this cuts is none.
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _MAX_HISTORY))
                 raw = file.read(_MAX_HISTORY)
         except FileNotFoundError:
             return []
@@ -240,7 +256,7 @@ class JobStore:
         Raises:
             FleeceError: it cannot be written.
         """
-        text = json.dumps(entry, ensure_ascii=True)
+        text = json.dumps(entry)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             fd = os.open(self.folder / "history.jsonl", flags, _FILE_MODE)
@@ -248,7 +264,9 @@ class JobStore:
                 size = os.fstat(fd).st_size
                 # What a crash cut off must not swallow this line too.
                 torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-                os.write(fd, f"{'' if not torn else chr(10)}{text}\n".encode())
+                line = f"{'' if not torn else chr(10)}{text}\n".encode()
+                if os.write(fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(fd)
         except OSError as error:
@@ -260,9 +278,9 @@ class JobStore:
         known = list(dict.fromkeys(str(entry.get("run")) for entry in entries if entry.get("event") == "start"))
         kept = set(known[-(KEPT_RUNS - 1) :])
         try:
-            if len(known) >= KEPT_RUNS:
+            if len(known) >= KEPT_RUNS or self._size() > _MAX_HISTORY:
                 new = self.folder / "history.new"
-                lines = [json.dumps(entry, ensure_ascii=True) for entry in entries if str(entry.get("run")) in kept]
+                lines = [json.dumps(entry) for entry in entries if str(entry.get("run")) in kept]
                 new.write_text("".join(f"{line}\n" for line in lines))
                 new.chmod(_FILE_MODE)
                 new.replace(self.folder / "history.jsonl")
@@ -271,6 +289,12 @@ class JobStore:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise self._error("rotate the history of the job", error) from error
+
+    def _size(self) -> int:
+        try:
+            return (self.folder / "history.jsonl").stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def log_path(self, run_id: str) -> Path:
         """Where the log of a run lies."""
@@ -304,6 +328,19 @@ def _lock(fd: int) -> bool:
         else:
             return True
     return False
+
+
+def _uptime() -> float:
+    """Seconds that nobody sets, suspended ones included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _time(value: Any) -> float:
+    """A time as a history may have it; NaN and the like are none."""
+    seconds = float(value)
+    if not 0 <= seconds <= _MAX_TIME:
+        raise ValueError("no time")
+    return seconds
 
 
 def split_run(text: str) -> tuple[str, str | None]:
