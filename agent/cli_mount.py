@@ -68,7 +68,8 @@ def mount(
 
     def on_ready() -> None:
         invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
 
     mount_on(
         invocation.repository,

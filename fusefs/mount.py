@@ -89,6 +89,7 @@ def mount(
         MountError: the mountpoint or this host is not fit for it.
         FleeceError: the repository cannot be opened, or the archive cannot be shown.
     """
+    _fill_standard_streams()
     options = options or MountOptions()
     folder = check_mountpoint(mountpoint, store)
     check_fuse()
@@ -272,10 +273,17 @@ async def _end_on_signal(signals: AsyncIterator[int], life: _Life, scope: trio.C
         _LOG.warning("%s %s; a read that hangs is waited for", life.mountpoint, how)
 
 
+def _fill_standard_streams() -> None:
+    """Keep what is opened from now on from getting the number of a standard stream that the caller closed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> None:
     """Run `serve_it(ready)` in a new process; return when it calls `ready`, or raise the error it ended with before."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the caller closed it
+        stream.flush()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -308,10 +316,14 @@ def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: 
         nonlocal told
         if not told:
             told = True
-            # The parent may have been killed meanwhile.
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 os.write(pipe, answer)
-            os.close(pipe)
+            except BrokenPipeError:
+                if answer == _READY:
+                    # Nobody is to find a mount later that he gave up.
+                    raise MountError("mount", "it", "the command was killed before it was usable") from None
+            finally:
+                os.close(pipe)
 
     def ready() -> None:
         null = os.open(os.devnull, os.O_RDWR)

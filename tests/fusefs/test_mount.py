@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -423,6 +424,35 @@ def test_the_background_keeps_no_pipe_of_its_caller_open(shared_store: Path, mou
     finally:
         os.close(reading)
         subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize("background", [[], ["--background"]])
+def test_a_caller_without_standard_streams_gets_a_mount(
+    shared_store: Path, mountpoint: Path, background: list[str]
+) -> None:
+    mountpoint.mkdir()
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command(shared_store, mountpoint, *background)]
+    with subprocess.Popen(words, cwd=CHECKOUT, env=ENVIRONMENT) as process:
+        try:
+            if background:
+                assert process.wait(60) == 0
+            deadline = time.monotonic() + 30
+            while not is_mounted(mountpoint):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert (mountpoint / DISK).stat().st_size == len(IMAGE)
+        finally:
+            if is_mounted(mountpoint):
+                subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+
+
+def test_a_command_that_was_killed_leaves_no_mount_to_be_made_in_the_background() -> None:
+    code = (
+        "import os; from fusefs.mount import _background; reading, writing = os.pipe(); os.close(reading);"
+        "_background(lambda ready: ready(), writing, None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, env=ENVIRONMENT, timeout=60).returncode == 1
 
 
 # mount(8).
