@@ -202,7 +202,7 @@ async def _verify(
         max_duration_s=None if section.max_duration is None else parse_duration(section.max_duration),
         max_bytes=None if section.max_bytes is None else parse_size(section.max_bytes),
     )
-    key = reading_key(KeyOptions(keyfile=section.keyfile, default_keyfile=keyfile), may_ask=False)
+    key = reading_key(KeyOptions(keyfile=section.keyfile, default_keyfile=keyfile), attended=False)
     if key.note:
         progress.log(key.note)
     codec = key.codec()

@@ -243,8 +243,8 @@ def _ways(variable: str) -> str:
     return f"set {variable}, or {variable}_FD, _FILE or _CMD"
 
 
-def passphrase(variable: str, prompt: str, what: str, where: str) -> bytes:
-    """A passphrase that exists already: from the environment, else from the terminal.
+def passphrase(variable: str, prompt: str, what: str, where: str, *, attended: bool = True) -> bytes:
+    """A passphrase that exists already: from the environment, else (`attended`) from the terminal.
 
     Raises:
         PassphraseError: neither gives one.
@@ -252,6 +252,8 @@ def passphrase(variable: str, prompt: str, what: str, where: str) -> bytes:
     found = passphrase_from_environment(variable)
     if found is not None:
         return found
+    if not attended:
+        raise PassphraseError(what, where, "it is protected by a passphrase, and nobody is asked here", _ways(variable))
     if not can_ask():
         raise PassphraseError(
             what, where, "it is protected by a passphrase, and there is no terminal to ask for it", _ways(variable)
@@ -277,8 +279,8 @@ def new_passphrase(variable: str, prompt: str) -> bytes:
     return first
 
 
-def unlock(file: KeyFile, where: str) -> CryptKey:
-    """The key of `file`, asking for its passphrase if it has one.
+def unlock(file: KeyFile, where: str, *, attended: bool = True) -> CryptKey:
+    """The key of `file`, asking for its passphrase if it has one and `attended`.
 
     Raises:
         PassphraseError, FormatError: as `KeyFile.unlock`.
@@ -287,9 +289,9 @@ def unlock(file: KeyFile, where: str) -> CryptKey:
         return file.unlock(None, where=where)
     file.kdf.check(where)
     hint = f", hint {file.hint!r}" if file.hint else ""
-    return file.unlock(
-        passphrase(PASSPHRASE_VARIABLE, f"Passphrase of {where}{hint}: ", "unlock the key", where), where=where
-    )
+    prompt = f"Passphrase of {where}{hint}: "
+    secret = passphrase(PASSPHRASE_VARIABLE, prompt, "unlock the key", where, attended=attended)
+    return file.unlock(secret, where=where)
 
 
 # Keys.
@@ -369,12 +371,13 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
     return BackupKeys(ChunkCodec(key, mode), wrapped)
 
 
-def reading_key(options: KeyOptions, *, may_ask: bool = True) -> ReadingKey:
+def reading_key(options: KeyOptions, *, may_ask: bool = True, attended: bool = True) -> ReadingKey:
     """The key to read snapshots with: the one that is named, else a default one, if there is one that can be unlocked.
 
     Args:
         options: of the command line.
         may_ask: whether the terminal may be asked for the passphrase of a default key.
+        attended: whether it may be asked for anything.
 
     Raises:
         UsageError: options that exclude each other, or a mode that needs a key and no key.
@@ -398,11 +401,11 @@ def reading_key(options: KeyOptions, *, may_ask: bool = True) -> ReadingKey:
             except PassphraseError as error:
                 # The passphrase may belong to something else, and plain snapshots need no key at all.
                 return ReadingKey(note=f"the default key was not used: {error}")
-        if not (may_ask and can_ask()):
+        if not (attended and may_ask and can_ask()):
             name = f" {short_fingerprint(found.file.fingerprint)}" if found.file.fingerprint else ""
             note = f"the default key{name} of {found.where} needs its passphrase: {_ways(PASSPHRASE_VARIABLE)}"
             return ReadingKey(note=note)
-    return ReadingKey(unlock(found.file, found.where))
+    return ReadingKey(unlock(found.file, found.where, attended=attended))
 
 
 def find_named_or_default(path: Path | None, name: str) -> Path:

@@ -132,6 +132,20 @@ def test_a_backup_asks_for_the_passphrase_of_its_key(stored: Fleece, locked_key:
     assert files(stored, "host/web/latest")["vm.conf.blob"] == "encrypt"
 
 
+def test_a_job_asks_nobody_even_at_a_terminal(stored: Fleece, locked_key: Path, small: Path) -> None:
+    stored.json("backup", f"vm.conf:{small}", "--backup-id", "web")
+    (stored.home / "fleece.toml").write_text(
+        f'[job.check]\ntype = "verify"\nrepository = "{stored.repo}"\nkeyfile = "{locked_key}"\n'
+    )
+    terminal = Terminal(stored, "job", "run", "check")
+    assert terminal.end() == 1
+    assert b"protected by a passphrase, and nobody is asked here" in terminal.shown
+    assert b"Passphrase of" not in terminal.shown
+    stored.environment["PBS_ENCRYPTION_PASSWORD"] = PASSPHRASE
+    assert stored.json("job", "run", "check")["state"] == "ok"
+    assert PASSPHRASE not in stored("job", "log", "check").out
+
+
 def test_without_a_terminal_nothing_is_asked_but_the_ways_are_told(
     stored: Fleece, locked_key: Path, small: Path, tmp_path: Path
 ) -> None:
