@@ -34,6 +34,18 @@ Count = Annotated[int, Field(ge=1)]
 Duration = Annotated[str, checked(parse_duration)]
 
 
+def check_cutoff(text: str) -> None:
+    """Refuse what no garbage collection takes, when the file is read and not in the night.
+
+    Raises:
+        UsageError: no time, too short or too long a one.
+    """
+    from datastore.gc import MAX_CUTOFF_S, MIN_CUTOFF_S
+
+    if not MIN_CUTOFF_S <= parse_duration(text) <= MAX_CUTOFF_S:
+        raise UsageError("use the cut-off", repr(text), "1m to 48h are possible")
+
+
 class _Job(Section):
     schedule: Schedule | None = None  #: None: only by 'fleece job run'
     repository: str | None = None  #: None: the configuration's default
@@ -80,7 +92,7 @@ class GcJob(_Job):
     """Collects garbage."""
 
     type: Literal["gc"]
-    cutoff: Duration | None = None
+    cutoff: Annotated[str, checked(check_cutoff)] | None = None
     lock_wait: Duration | None = None
 
 

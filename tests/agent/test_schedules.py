@@ -74,3 +74,10 @@ def test_the_next_time_is_told_in_unix_seconds() -> None:
 def test_without_systemd_nobody_knows_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert next_elapse("daily") is None
+
+
+@pytest.mark.parametrize("cutoff", ["59s", "49h", "1", "soon"])
+def test_a_cutoff_that_no_collection_takes_is_refused_before_the_night(cutoff: str) -> None:
+    with pytest.raises(ValueError, match=r"are possible|not a number"):
+        GcJob(type="gc", cutoff=cutoff)
+    assert GcJob(type="gc", cutoff="48h").cutoff == "48h"
