@@ -37,6 +37,7 @@ from datastore.upid import Upid
 DEFAULT_OWNER: Final = "root@pam"
 #: Seconds that throwing away a failed snapshot may take.
 _ABORT_TIMEOUT_S: Final = 60.0
+_ABORT_HINT: Final = "the next backup of the group removes it"
 
 
 @dataclass(slots=True)
@@ -306,6 +307,9 @@ async def open_session(
 ) -> AsyncIterator[LocalBackupSession]:
     """Write `snapshot` while the block runs; without `finish` everything of it is removed at the end.
 
+    If it cannot be removed, the error of the block comes out all the same, with a note; only where there is none, or
+    just a cancellation, that failure is the error.
+
     Takes, in this order, the store's shared lock, the group's, the base's (shared) and the snapshot's; first removes
     what killed sessions left in the group.
 
@@ -341,25 +345,49 @@ async def open_session(
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
             session = LocalBackupSession(store, snapshot, usable, warnings, set_aside)
-        except BaseException:
+        except BaseException as error:
             if new_group:
-                await _remove_group(store, snapshot.group, group_lock)
+                async with _cleaning(snapshot, error):
+                    await _remove_group(store, snapshot.group, group_lock)
             raise
+
+        async def clean(cause: BaseException | None) -> None:
+            if session._finished:
+                return
+            async with _cleaning(snapshot, cause):
+                await session.abort()
+                lock.release(unlink=True)
+                if new_group:
+                    await _remove_group(store, snapshot.group, group_lock)
+
         try:
             yield session
-        finally:
-            if not session._finished:
-                with trio.fail_after(_ABORT_TIMEOUT_S, shield=True):
-                    await session.abort()
-                    lock.release(unlink=True)
-                    if new_group:
-                        await _remove_group(store, snapshot.group, group_lock)
+        except BaseException as error:
+            await clean(error)
+            raise
+        await clean(None)
+
+
+@asynccontextmanager
+async def _cleaning(snapshot: Snapshot, cause: BaseException | None) -> AsyncIterator[None]:
+    """Shielded, for a bounded time; what goes wrong in the block becomes a note at `cause`, and does not hide it.
+
+    Raises:
+        StoreError: it went wrong, and `cause` is none, or a cancellation, which nobody would read the note of.
+    """
+    try:
+        with trio.fail_after(_ABORT_TIMEOUT_S, shield=True):
+            yield
+    except (FleeceError, OSError, trio.TooSlowError) as failure:
+        why = f"not done within {_ABORT_TIMEOUT_S:g} s" if isinstance(failure, trio.TooSlowError) else str(failure)
+        if not isinstance(cause, Exception):
+            raise StoreError("remove what was written of", str(snapshot), why, _ABORT_HINT) from failure
+        cause.add_note(f"afterwards what was written of {snapshot} could not be removed: {why}; {_ABORT_HINT}")
 
 
 async def _remove_group(store: Datastore, group: Group, lock: HeldLock) -> None:
-    with trio.CancelScope(shield=True):
-        if await store.remove_empty_group(group):
-            lock.release(unlink=True)
+    if await store.remove_empty_group(group):
+        lock.release(unlink=True)
 
 
 def _check_owner(store: Datastore, group: Group, owner: str | None) -> list[str]:

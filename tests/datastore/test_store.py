@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from core.errors import UsageError
+from core.errors import SourceError, UsageError
 from datastore import pbs
+from datastore import session as session_module
 from datastore.errors import LockedError, OwnerError, ProtectedError, SnapshotNotFoundError, StoreError
 from datastore.files import Owner, SyncLevel, make_folder, remove_tree
 from datastore.interface import PutResult
+from datastore.local_meta import LocalMetaStore
 from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore, SnapshotEntry
@@ -254,6 +256,58 @@ async def test_folders_that_vanish_under_a_backup_are_a_clear_error(store_folder
                 await session.put_chunk(writer, ChunkCodec().digest(b"fleece"), 6, blob)
                 await session.put_blob("vm.conf.blob", blob)
     repo.close()
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written cannot be removed."""
+
+    async def refused(self: LocalMetaStore, path: str) -> None:
+        raise StoreError("remove", path, "Input/output error")
+
+    monkeypatch.setattr(LocalMetaStore, "delete_tree", refused)
+
+
+@pytest.mark.usefixtures("stuck")
+async def test_the_first_error_of_a_backup_is_told_although_its_removal_fails_too(store_folder: Path) -> None:
+    store = await Datastore.open(store_folder)
+    snapshot = Group.parse("vm/100").at(1000)
+    with pytest.raises(SourceError, match="cannot read disk: broken") as caught:
+        async with open_session(store, snapshot):
+            raise SourceError("read", "disk", "broken")
+    (note,) = caught.value.__notes__
+    assert f"what was written of {snapshot} could not be removed: " in note
+    assert "Input/output error" in note
+    store.close()
+
+
+@pytest.mark.usefixtures("stuck")
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_cannot_be_removed_is_the_error_where_there_is_no_other(cancelled: bool, store_folder: Path) -> None:
+    store = await Datastore.open(store_folder)
+    snapshot = Group.parse("vm/100").at(1000)
+    told = pytest.raises(StoreError, match=f"cannot remove what was written of {snapshot}: .*Input/output error")
+    with told, trio.CancelScope() as scope:
+        async with open_session(store, snapshot):
+            if cancelled:
+                scope.cancel()
+                await trio.sleep_forever()
+    store.close()
+
+
+async def test_a_removal_that_hangs_is_given_up(store_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hanging(self: Datastore, group: Group) -> bool:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(Datastore, "remove_empty_group", hanging)
+    monkeypatch.setattr(session_module, "_ABORT_TIMEOUT_S", 0.2)
+    store = await Datastore.open(store_folder)
+    with pytest.raises(SourceError) as caught:
+        async with open_session(store, Group.parse("vm/100").at(1000)):
+            raise SourceError("read", "disk", "broken")
+    assert "not done within 0.2 s" in caught.value.__notes__[0]
+    store.close()
 
 
 async def test_a_snapshot_with_a_failed_verification_is_no_base(store_folder: Path) -> None:
