@@ -46,3 +46,8 @@ def shared_store(store_pool: StorePool) -> Iterator[Path]:
         yield base
     finally:
         store_pool.take_back(base)
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    return tmp_path / "mnt"

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -147,6 +147,21 @@ def command(store: Path, mountpoint: Path, *options: str) -> list[str]:
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+
+
+def run(store: Path, mountpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(store, mountpoint, *options), capture_output=True, timeout=60, cwd=CHECKOUT, env=ENVIRONMENT, text=True
+    )
+
+
+def error_of(call: Callable[[], object]) -> int | None:
+    """The number of the error that `call` ends with, None if it has none."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno
+    return None
 
 
 @contextmanager
