@@ -76,7 +76,7 @@ class ArchiveEncoder:
         self._open: list[_Directory] = []
         self._records: bytearray | None = None  #: of the innermost open directory; None: nothing may be added
         self._begun = False
-        self._file: tuple[bytes, int, int, int] | None = None  #: name, position, metadata bytes, size
+        self._file: tuple[bytes, bytes, int, int] | None = None  #: name, entry to be written, its position, size
         self._content_end = 0
         #: Where in the payload stream the last file's payload ends.
         self._payload_end = 0
@@ -144,18 +144,18 @@ class ArchiveEncoder:
         """
         if not 0 <= size <= MAX_CONTENT:
             raise EncodeError("write", shown(name), f"{size} is no size of a file")
-        payload = self._payload
+        self._check(name, meta)
+        payload, position = self._payload, self._archive.position
         if payload is None:
-            position = self._add(name, meta, _header(PAYLOAD, HEADER_SIZE + size))
+            self._archive.write(_entry(name, meta, _header(PAYLOAD, HEADER_SIZE + size)))
+            self._file = name, b"", position, size
         else:
-            self._check(name, meta)
             payload.suggest()
             start = payload.position
             self._check_injected(start)
             payload.write(_header(PAYLOAD, HEADER_SIZE + size))
-            self._payload_end = start + HEADER_SIZE + size
-            position = self._add(name, meta, _reference(PAYLOAD_REF, PAIR_SIZE, start, size))
-        self._file = (name, position, self._archive.position - position, size)
+            # Written when the content is complete, so that a file can be left out to the end.
+            self._file = name, _entry(name, meta, _reference(PAYLOAD_REF, PAIR_SIZE, start, size)), position, size
         self._content_end = self._content.position + size
         self._records = None
         return position
@@ -166,17 +166,39 @@ class ArchiveEncoder:
         Raises:
             EncodeError: it is shorter or longer than announced, or no file is open.
         """
-        if self._file is None:
-            raise EncodeError("write", "archive", "no file is open")
-        name, position, head, size = self._file
+        name, entry, position, size = self._open_file()
         missing = self._content_end - self._content.position
         if missing:
             why = f"{size} bytes were announced, {missing} are missing"
             raise EncodeError("write", shown(name), why if missing > 0 else f"{-missing} bytes more than {size}")
+        if entry:
+            self._archive.write(entry)
+            # As PBS does it: the content counts although it lies in the other stream.
+            size += len(entry)
+        else:
+            size = self._archive.position - position
         self._file = None
+        self._payload_end = self._content_end
         self._records = self._open[-1].records
-        # As PBS does it: the content counts even where it lies in the other stream.
-        self._records += _row(hash_name(name), position, head + size)
+        self._records += _row(hash_name(name), position, size)
+
+    def abandon_file(self) -> None:
+        """Leave the file that is open out. What was written of its content stays in the payload stream, as padding.
+
+        Raises:
+            EncodeError: no file is open, or the archive is self-contained and has it already.
+        """
+        name, entry, _, _ = self._open_file()
+        if not entry:
+            raise EncodeError("leave out", shown(name), "a self-contained archive has its beginning already")
+        self._file = None
+        self._payload_end = self._content.position
+        self._records = self._open[-1].records
+
+    def _open_file(self) -> tuple[bytes, bytes, int, int]:
+        if self._file is None:
+            raise EncodeError("write", "archive", "no file is open")
+        return self._file
 
     def reference(self, name: bytes, meta: bytes, offset: int, size: int) -> int:
         """A regular file whose payload lies, or will be injected, at `offset` of the payload stream.
@@ -289,7 +311,7 @@ class ArchiveEncoder:
     def _add(self, name: bytes, meta: bytes, item: bytes = b"") -> int:
         self._check(name, meta)
         position = self._archive.position
-        self._archive.write(b"%b%b%b\0%b%b" % (_FILENAME, _size(HEADER_SIZE + len(name) + 1), name, meta, item))
+        self._archive.write(_entry(name, meta, item))
         return position
 
     def _check(self, name: bytes, meta: bytes | None) -> bytearray:
@@ -305,6 +327,10 @@ class ArchiveEncoder:
         if not ENTRY_V1_SIZE <= len(meta) <= MAX_METADATA:
             why = f"{len(meta)} bytes of metadata, {ENTRY_V1_SIZE} to {MAX_METADATA} are allowed"
             raise EncodeError("write", shown(name), why)
+
+
+def _entry(name: bytes, meta: bytes, item: bytes) -> bytes:
+    return b"%b%b%b\0%b%b" % (_FILENAME, _size(HEADER_SIZE + len(name) + 1), name, meta, item)
 
 
 def _text(name: bytes, text: bytes) -> bytes:

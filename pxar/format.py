@@ -145,6 +145,55 @@ class Beginning(NamedTuple):
     end: int  #: position of the root's ENTRY
 
 
+def read_beginning(data: Buffer, *, where: str) -> Beginning:
+    """What stands before the root, at the beginning of an archive.
+
+    Raises:
+        ArchiveError: a version that is unknown, a prelude that is too long.
+        Short: `data` end within it.
+    """
+    kind, size = peek_header(data, 0)
+    if kind != FORMAT_VERSION:
+        return Beginning(1, None, 0)
+    if size != HEADER_SIZE + U64.size:
+        raise bad(where, 0, f"FORMAT_VERSION of {size} bytes, it has {HEADER_SIZE + U64.size}")
+    check_length(data, size)
+    (version,) = U64.unpack_from(data, HEADER_SIZE)
+    if version not in (1, SPLIT_VERSION):
+        raise bad(where, 0, f"version {version} of the format, known are 1 and {SPLIT_VERSION}")
+    kind, length = peek_header(data, size)
+    if kind != PRELUDE:
+        return Beginning(version, None, size)
+    if version == 1:
+        raise bad(where, size, "a PRELUDE in version 1 of the format")
+    if not HEADER_SIZE <= length <= HEADER_SIZE + MAX_PRELUDE:
+        raise bad(where, size, f"PRELUDE of {length} bytes, the limit is {HEADER_SIZE + MAX_PRELUDE}")
+    check_length(data, size + length)
+    return Beginning(version, bytes(data[size + HEADER_SIZE : size + length]), size + length)
+
+
+def peek_header(data: Buffer, offset: int) -> tuple[int, int]:
+    """Type and size of the item at `data[offset]`.
+
+    Raises:
+        Short: `data` end within the header.
+    """
+    if len(data) < offset + HEADER_SIZE:
+        raise Short(offset + HEADER_SIZE)
+    kind, size = HEADER.unpack_from(data, offset)
+    return kind, size
+
+
+def check_length(data: Buffer, needed: int) -> None:
+    """Make sure that `data` have `needed` bytes.
+
+    Raises:
+        Short: they do not.
+    """
+    if len(data) < needed:
+        raise Short(needed)
+
+
 def item_name(kind: int) -> str:
     """The name of an item type for people; a number if it is none."""
     if kind == GOODBYE_TAIL_MARKER or kind not in HASHED_NAMES:
