@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datastore.codec import CryptKey
     from datastore.keyfile import KeyFile
 
-KeyPath = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The key file; else the default one.")]
+KeyPath = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The key file; else the one of backups.")]
 KdfOption = Annotated[
     Literal["scrypt", "none", "pbkdf2"],
     typer.Option("--kdf", help="How the file is protected: by a passphrase (scrypt) or not at all (none)."),
@@ -115,9 +115,10 @@ def create(
 
     _check_hint(kdf, hint)
     target = path or new_default_file(KEY_NAME)
+    note = _what_it_changes(invocation) if path is None else ""
     _refuse_existing(target, "create the key")
     file = _protected(CryptKey.from_raw(os.urandom(KEY_SIZE)), kdf, hint)
-    _store_new(invocation, target, file, "create the key", "created")
+    _store_new(invocation, target, file, "create the key", "created", note)
 
 
 def change_passphrase(
@@ -129,12 +130,12 @@ def change_passphrase(
     FLEECE_NEW_ENCRYPTION_PASSWORD (_FD, _FILE, _CMD), and each else from the terminal. Other copies of the file keep
     the old one.
     """
-    from agent.keys import KEY_NAME, NEW_PASSPHRASE_VARIABLE, find_named_or_default, unlock
+    from agent.keys import NEW_PASSPHRASE_VARIABLE, unlock
     from datastore.keyfile import read_key_file
     from datastore.private_files import replace
 
     _check_hint(kdf, hint)
-    target = find_named_or_default(path, KEY_NAME)
+    target = _existing_key(invocation, path)
     old = read_key_file(target)
     key = unlock(old, str(target))
     file = _protected(key, kdf, hint, variable=NEW_PASSPHRASE_VARIABLE, old=old)
@@ -147,10 +148,9 @@ def show(invocation: Invocation, path: KeyPath = None) -> None:
     """Show what can be known of a key file without its passphrase; never the key."""
     import dataclasses
 
-    from agent.keys import KEY_NAME, find_named_or_default
     from datastore.keyfile import read_key_file
 
-    target = find_named_or_default(path, KEY_NAME)
+    target = _existing_key(invocation, path)
     file = read_key_file(target)
     if file.kdf is None:
         # Its fingerprint has to be true; old files have none.
@@ -209,11 +209,12 @@ def import_master_pubkey(
 
 def show_master_pubkey(invocation: Invocation, path: KeyPath = None) -> None:
     """Show a public master key."""
-    from agent.keys import MASTER_PUBLIC_NAME, find_named_or_default
+    from agent.keys import MASTER_PUBLIC_NAME, find_existing
     from datastore.master_key import MasterPublicKey
     from datastore.private_files import read_small
 
-    target = find_named_or_default(path, MASTER_PUBLIC_NAME)
+    configured = None if path is not None else invocation.key_options().default_master
+    target = find_existing(path, configured, MASTER_PUBLIC_NAME)
     key = MasterPublicKey.parse(read_small(target, what="read the master public key"), where=str(target))
     document = {
         "path": str(target),
@@ -249,6 +250,7 @@ def import_with_master_key(
 
     _check_hint(kdf, hint)
     target = path or new_default_file(KEY_NAME)
+    note = _what_it_changes(invocation) if path is None else ""
     _refuse_existing(target, "import the key as")
     private = read_small(master_keyfile, what="read the master private key")
     wrapped = read_small(encrypted_keyfile, what="read the encrypted key", limit=MAX_WRAPPED_SIZE)
@@ -260,7 +262,7 @@ def import_with_master_key(
         )  # fmt: skip
     found = unwrap_key(wrapped, private, secret, where=str(encrypted_keyfile), master=str(master_keyfile))
     key = found.unlock(None, where=str(encrypted_keyfile))
-    _store_new(invocation, target, _protected(key, kdf, hint, old=found), "import the key as", "imported")
+    _store_new(invocation, target, _protected(key, kdf, hint, old=found), "import the key as", "imported", note)
 
 
 def paperkey(
@@ -275,17 +277,33 @@ def paperkey(
 
     Also the private half of a master key. A key without a passphrase is on the paper for everybody to read.
     """
-    from agent.keys import KEY_NAME, find_named_or_default
     from agent.paper_key import PaperKey
     from datastore.private_files import read_small
 
-    target = find_named_or_default(path, KEY_NAME)
+    target = _existing_key(invocation, path)
     paper = PaperKey.of(read_small(target, what="read the key"), subject, where=str(target))
     page = paper.html() if output_format == "html" else paper.text()
     if page is None:
         to_stderr("Note: the program qrencode is not installed: no QR codes, text only")
         page = paper.plain_text()
     print(page, end="")
+
+
+def _existing_key(invocation: Invocation, path: Path | None) -> Path:
+    from agent.keys import KEY_NAME, find_existing
+
+    return find_existing(path, None if path is not None else invocation.key_options().default_keyfile, KEY_NAME)
+
+
+def _what_it_changes(invocation: Invocation) -> str:
+    """What a new default key means for a host that has a key already; empty if it has none."""
+    from agent.keys import KEY_NAME, default_file
+
+    if configured := invocation.key_options().default_keyfile:
+        return f"backups go on to use {configured}, which the configuration names"
+    if other := default_file(KEY_NAME):
+        return f"backups used the key {other} until now, the new one from now on: keep both"
+    return ""
 
 
 def _check_hint(kdf: str, hint: str | None) -> None:
@@ -320,10 +338,12 @@ def _protected(
     return KeyFile.make(key, secret, kdf=kdf, hint=hint, created=old.created if old is not None else None)
 
 
-def _store_new(invocation: Invocation, path: Path, file: "KeyFile", what: str, done: str) -> None:
+def _store_new(invocation: Invocation, path: Path, file: "KeyFile", what: str, done: str, note: str) -> None:
     from datastore.private_files import write_new
 
     write_new(path, file.encode(), what=what)
+    if note:
+        invocation.warnings.append(note)
     # In JSON too, and even if quiet: there is no second chance to say it.
     document = {**_document(file, path), "warning": _LOST}
     _warn_if_exposed(invocation, path)

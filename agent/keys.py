@@ -408,13 +408,18 @@ def reading_key(options: KeyOptions, *, may_ask: bool = True, attended: bool = T
     return ReadingKey(unlock(found.file, found.where, attended=attended))
 
 
-def find_named_or_default(path: Path | None, name: str) -> Path:
-    """`path`, else the default file `name`.
+def find_existing(path: Path | None, configured: Path | None, name: str) -> Path:
+    """The file that `fleece key` is to look at: `path`, else the one that backups use.
+
+    Args:
+        path: named on the command line.
+        configured: named by the configuration in place of the default file.
+        name: of the default file.
 
     Raises:
-        NotFoundError: there is no default one.
+        NotFoundError: none is named, and there is no default one.
     """
-    found = path or default_file(name)
+    found = path or configured or default_file(name)
     if found is None:
         raise NotFoundError("find", name, f"there is none in {' or '.join(map(str, key_folders()))}", "name the file")
     return found

@@ -17,7 +17,7 @@ from datastore.keyfile import KeyFile
 from datastore.master_key import create_pair
 
 from ..conftest import Fleece
-from .conftest import KEY, OTHER, OTHER_SHORT, PASSPHRASE, SHORT, failed, files
+from .conftest import KEY, OTHER, OTHER_SHORT, PASSPHRASE, SHORT, failed, files, key_file
 
 
 def test_a_created_key_warns_that_its_loss_loses_everything_and_is_private(fleece: Fleece, tmp_path: Path) -> None:
@@ -206,3 +206,31 @@ def test_paper_keys_have_qr_codes_where_the_program_is_there_and_never_in_argume
     program.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     failed(fleece("key", "paperkey", key), "broken")
     failed(fleece("key", "paperkey", program), "no valid JSON")
+
+
+def test_without_a_file_the_key_is_meant_that_backups_use(
+    fleece: Fleece, tmp_path: Path, key: Path, master: tuple[bytes, bytes]
+) -> None:
+    theirs = key_file(tmp_path / "config/proxmox-backup" / KEY_NAME, OTHER)
+    assert fleece.json("key", "show")["path"] == str(theirs)
+    (tmp_path / "m.pem").write_bytes(master[1])
+    (tmp_path / "fleece.toml").write_text(f'keyfile = "{key}"\nmaster-pubkey-file = "{tmp_path}/m.pem"\n')
+    for command in (("show",), ("change-passphrase", "--kdf", "none")):
+        assert fleece.json("key", *command)["fingerprint"] == KEY.fingerprint_text
+    assert KEY.fingerprint_text in fleece("key", "paperkey").out
+    assert fleece.json("key", "show-master-pubkey")["path"] == f"{tmp_path}/m.pem"
+    # A named file needs no valid configuration.
+    (tmp_path / "fleece.toml").write_text("nonsense = 1\n")
+    assert fleece.json("key", "show", theirs)["fingerprint"] == OTHER.fingerprint_text
+
+
+def test_a_new_default_key_says_which_one_it_replaces(fleece: Fleece, tmp_path: Path, key: Path) -> None:
+    theirs = key_file(tmp_path / "config/proxmox-backup" / KEY_NAME)
+    answer = fleece("key", "create", "--kdf", "none")
+    assert answer.code == 3
+    assert f"backups used the key {theirs} until now" in answer.err
+    (tmp_path / "config/fleece" / KEY_NAME).unlink()
+    (tmp_path / "fleece.toml").write_text(f'keyfile = "{key}"\n')
+    answer = fleece("key", "create", "--kdf", "none")
+    assert answer.code == 3
+    assert f"backups go on to use {key}" in answer.err
