@@ -113,6 +113,22 @@ def test_dry_run_says_what_would_be_read_and_writes_nothing(stored: Fleece, imag
     assert not (stored.repo / "host").exists()
 
 
+def test_the_sync_level_of_the_configuration_and_of_a_registered_datastore_is_that_of_a_backup(
+    stored: Fleece, conf: Path
+) -> None:
+    assert stored.repo is not None
+    arguments = "backup", f"vm.conf:{conf}", "--backup-id", "web", "--output", "json"
+    assert stored(*arguments).code == 0
+    stored.json("datastore", "create", stored.repo, "--reuse", "--name", "quick", "--sync-level", "none")
+    (stored.home / "fleece.toml").write_text(f'[repository.named]\npath = "{stored.repo}"\nsync-level = "file"\n')
+    for repo, code in (("quick", 3), ("named", 0)):
+        answer = stored(*arguments, "--repo", repo)
+        assert answer.code == code, answer
+        # What a power cut may cost is said where the level is none.
+        warnings = answer.document["warnings"]
+        assert [warning.partition(":")[0] for warning in warnings] == ["sync level 'none'"] * (code == 3)
+
+
 @pytest.mark.parametrize("source", ["empty", "missing", "folder"])
 def test_a_source_that_cannot_be_backed_up_leaves_no_snapshot(source: str, stored: Fleece, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
