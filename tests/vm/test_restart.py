@@ -1,12 +1,14 @@
 """What a restart, a crash, a swap of disks and a change of size do to the next backup: full with a reason, or not."""
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.fleece_command import Outcome
 from tests.support.qemu_binaries import QemuBinary
-from tests.support.running import QmpRefused, VmDisk
+from tests.support.running import QmpRefused, RunningQemu, VmDisk
 from tests.vm.lab import CHUNK, MIB, Lab, PlayedGuest
 
 pytestmark = pytest.mark.qemu
@@ -32,19 +34,32 @@ async def two_kinds(lab: Lab, binary: QemuBinary) -> list[VmDisk]:
 SIZES = {"kept": 24 * MIB, "lost": 12 * MIB}
 
 
+@asynccontextmanager
+async def played(
+    lab: Lab, binary: QemuBinary, disks: Sequence[VmDisk], before: PlayedGuest | None = None
+) -> AsyncIterator[tuple[RunningQemu, PlayedGuest]]:
+    """A VM and its guest: one with `SIZES`, or the one from `before` a restart, which knows what is on the disks."""
+    async with lab.vm(binary, disks) as vm:
+        yield vm, PlayedGuest(vm, SIZES) if before is None else PlayedGuest.going_on(vm, before)
+
+
+async def first_backup(lab: Lab, vm: RunningQemu, guest: PlayedGuest) -> Outcome:
+    """A backup of a disk `kept` with 10 MiB on it."""
+    await guest.write("kept", 0x11, 0, 10 * MIB)
+    return await lab.backup(vm)
+
+
 async def test_after_a_restart_a_qcow2_disk_is_read_by_its_bitmap_and_a_raw_one_says_why_it_is_not(
     qemu: QemuBinary, lab: Lab
 ) -> None:
     disks = await two_kinds(lab, qemu)
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
+    async with played(lab, qemu, disks) as (vm, guest):
         await guest.write("kept", 0x11, 0, 10 * MIB)
         await guest.write("lost", 0x12, 0, 6 * MIB)
         await lab.backup(vm)
         await guest.write("kept", 0x22, 5 * MIB, 4096)  # before the restart
         await vm.quit()
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, disks, guest) as (vm, guest):
         await guest.write("kept", 0x33, 20 * MIB, 4096)  # and after it
         await guest.write("lost", 0x34, 0, 512)
         report = await lab.backup(vm)
@@ -97,8 +112,7 @@ async def test_two_equal_disks_swapped_over_a_restart_are_read_in_full_and_are_r
         await lab.backup(vm)
         await vm.quit()
     guest.now = {"disk0": guest.now["disk1"], "disk1": guest.now["disk0"]}
-    async with lab.vm(qemu, machine(*reversed(paths))) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, machine(*reversed(paths)), guest) as (vm, guest):
         await guest.write("disk0", 0x33, 4 * MIB, 512)
         shown = {name: disk["next"]["mode"] for name, disk in (await lab.show(vm)).items()}
         assert shown == {"drive-disk0.img": "full", "drive-disk1.img": "full"}
@@ -117,18 +131,14 @@ async def test_a_crash_of_qemu_between_backups_makes_inconsistent_bitmaps_which_
     qemu: QemuBinary, lab: Lab
 ) -> None:
     disks = await two_kinds(lab, qemu)
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
-        await guest.write("kept", 0x11, 0, 10 * MIB)
-        await lab.backup(vm)
+    async with played(lab, qemu, disks) as (vm, guest):
+        await first_backup(lab, vm, guest)
         await vm.quit()  # the bitmap gets into the image
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, disks, guest) as (vm, guest):
         await guest.write("kept", 0x22, 0, 4096)
         await guest.flush()
         await vm.kill()
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, disks, guest) as (vm, guest):
         assert [bitmap["inconsistent"] for bitmap in await vm.bitmaps("fmt-kept")] == [True]
         reason = "bitmap inconsistent after a crash of QEMU"
         assert (await lab.show(vm))["drive-kept.img"]["next"]["reason"] == reason
@@ -144,8 +154,7 @@ async def test_a_crash_of_qemu_in_mid_backup_is_a_clear_error_and_the_next_one_r
     point: str, qemu: QemuBinary, lab: Lab
 ) -> None:
     disks = await two_kinds(lab, qemu)
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
+    async with played(lab, qemu, disks) as (vm, guest):
         await guest.write("kept", 0x11, 0, 10 * MIB)
         await guest.write("lost", 0x11, 0, 10 * MIB)
         first = await lab.backup(vm)
@@ -165,8 +174,7 @@ async def test_a_crash_of_qemu_in_mid_backup_is_a_clear_error_and_the_next_one_r
             assert "QEMU" in str(outcome.error), outcome.error
             assert await lab.snapshots() == [first.document["snapshot"]]
     await lab.nothing_left.check_host()
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, disks, guest) as (vm, guest):
         report = await lab.backup(vm)
         kept, lost = how(report)["drive-kept.img"], how(report)["drive-lost.img"]
         assert kept[0] == "full"
@@ -180,10 +188,8 @@ async def test_a_vm_that_is_shut_down_in_mid_backup_keeps_in_its_image_what_was_
     qemu: QemuBinary, lab: Lab
 ) -> None:
     disks = await two_kinds(lab, qemu)
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
-        await guest.write("kept", 0x11, 0, 10 * MIB)
-        first = await lab.backup(vm)
+    async with played(lab, qemu, disks) as (vm, guest):
+        first = await first_backup(lab, vm, guest)
         await guest.write("kept", 0x22, 0, 4096)
         async with lab.stopped_backup(vm, "read:1") as running:
             await guest.write("kept", 0x33, 13 * MIB, 4096)  # after the instant
@@ -194,8 +200,7 @@ async def test_a_vm_that_is_shut_down_in_mid_backup_keeps_in_its_image_what_was_
         assert "QEMU" in str(outcome.error), outcome.error
         assert await lab.snapshots() == [first.document["snapshot"]]
     await lab.nothing_left.check_host()
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest.going_on(vm, guest)
+    async with played(lab, qemu, disks, guest) as (vm, guest):
         recording = sorted(bitmap["recording"] for bitmap in await vm.bitmaps("fmt-kept"))
         assert recording == [False, True]  # the old one was disabled at the instant, the new one has counted since
         assert (await lab.show(vm))["drive-kept.img"]["next"] == {
@@ -209,10 +214,8 @@ async def test_a_vm_that_is_shut_down_in_mid_backup_keeps_in_its_image_what_was_
 
 async def test_a_disk_that_grew_is_read_in_full_and_none_can_grow_during_a_backup(qemu: QemuBinary, lab: Lab) -> None:
     disks = await two_kinds(lab, qemu)
-    async with lab.vm(qemu, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
-        await guest.write("kept", 0x11, 0, 10 * MIB)
-        await lab.backup(vm)
+    async with played(lab, qemu, disks) as (vm, guest):
+        await first_backup(lab, vm, guest)
 
         # Between two backups.
         await guest.grow("kept", 26 * MIB + 512)
@@ -242,8 +245,7 @@ async def test_a_disk_that_grew_is_read_in_full_and_none_can_grow_during_a_backu
 
 async def test_a_resize_while_the_map_is_read_does_not_end_the_vm(distribution: QemuBinary, lab: Lab) -> None:
     disks = await two_kinds(lab, distribution)
-    async with lab.vm(distribution, disks) as vm:
-        guest = PlayedGuest(vm, SIZES)
+    async with played(lab, distribution, disks) as (vm, guest):
         await lab.backup(vm)
         await guest.write("lost", 0x11, 0, 4096)
         # QEMU would abort if it took a new size while a bitmap is exported.
