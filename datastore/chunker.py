@@ -103,7 +103,10 @@ class Cutter:
         return self._chunker.length
 
     def suggest(self, offset: int) -> None:
-        """A chunk should end at `offset`; told before the block that holds it, in rising order."""
+        """A chunk should end at `offset`, the larger ones later; told before the block that holds it or ends at it.
+
+        One that is told after that block is lost, as in PBS.
+        """
         self._suggested.append(offset)
 
     def inject(self, boundary: int, size: int) -> None:
