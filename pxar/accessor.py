@@ -219,7 +219,7 @@ class Directory(_Entry):
         """True, also of an empty directory."""
         return True
 
-    def lookup(self, name: bytes) -> Node | None:
+    def lookup(self, name: bytes) -> "Node | None":
         """The child of this name; None if there is none.
 
         Raises:
@@ -233,7 +233,7 @@ class Directory(_Entry):
                 return node
         return None
 
-    def stream(self) -> Iterator[Node]:
+    def stream(self) -> Iterator["Node"]:
         """The children in archive order, which for all known writers is that of their names; read block by block.
 
         Raises:
@@ -259,7 +259,7 @@ class Directory(_Entry):
             behind = node._behind()
             yield node
 
-    def children(self) -> list[Node]:
+    def children(self) -> list["Node"]:
         """The children, sorted by the bytes of their names.
 
         Raises:
@@ -307,7 +307,7 @@ def _block(places: list[tuple[int, int]], index: int, stop: int) -> int:
     return min(last + _ENTRY_READ, stop) - start
 
 
-_CLASSES: Final[dict[Kind, type[Node]]] = {
+_CLASSES: Final[dict[Kind, type["Directory | FileNode | Symlink | Device | Special | Hardlink"]]] = {
     Kind.DIRECTORY: Directory,
     Kind.FILE: FileNode,
     Kind.SYMLINK: Symlink,
@@ -344,7 +344,7 @@ class ArchiveAccessor:
             raise bad(where, start, "the root is no directory")
         self.root = Directory(self, b"", start, start, size, head, None)
 
-    def lookup(self, path: bytes) -> Node | None:
+    def lookup(self, path: bytes) -> "Node | None":
         """What lies at `path`, from the root; a leading `/` and `.` in it change nothing. None if there is nothing.
 
         Raises:
@@ -409,11 +409,11 @@ class ArchiveAccessor:
             raise bad(self.where, start, "no GOODBYE where a table must begin")
         return start, memoryview(data)[HEADER_SIZE : size - ROW_SIZE]
 
-    def _node(self, start: int, limit: int, stop: int, wanted: bytes | None = None) -> Node | None:
+    def _node(self, start: int, limit: int, stop: int, wanted: bytes | None = None) -> "Node | None":
         """The entry whose FILENAME is at `start`; None if its name is not the one wanted."""
         return self._growing(start, stop, lambda data: self._parsed(data, 0, start, limit, wanted))
 
-    def _parsed(self, data: Buffer, offset: int, base: int, limit: int, wanted: bytes | None = None) -> Node | None:
+    def _parsed(self, data: Buffer, offset: int, base: int, limit: int, wanted: bytes | None = None) -> "Node | None":
         """As `_node`, for the FILENAME at `data[offset]`; `base` is the position of `data`."""
         name, at = read_name(data, offset, where=self.where, base=base)
         if wanted is not None and name != wanted:

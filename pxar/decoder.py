@@ -185,7 +185,7 @@ class ArchiveDecoder:
             if not self._content_is_apart:
                 archive.skip(self._left)
                 self._left = 0
-            kind, size = HEADER.unpack(archive.peek(HEADER_SIZE))
+            kind, size = HEADER.unpack_from(archive.peek(HEADER_SIZE))
             if kind == FILENAME:
                 position = archive.position
                 name, end = archive.parse(self._name_at(position))
@@ -226,7 +226,7 @@ class ArchiveDecoder:
         if start < payload.position:
             raise bad(payload.where, payload.position, f"a file's content lies before, at {start}")
         payload.skip(start - payload.position)
-        if HEADER.unpack(payload.peek(HEADER_SIZE)) != (PAYLOAD, HEADER_SIZE + entry.size):
+        if HEADER.unpack_from(payload.peek(HEADER_SIZE)) != (PAYLOAD, HEADER_SIZE + entry.size):
             raise bad(payload.where, start, f"no PAYLOAD with {entry.size} bytes")
         payload.take(HEADER_SIZE)
         self._file, self._left = None, entry.size
