@@ -147,8 +147,8 @@ class SnapshotPool(Generic[T]):
             if self._entries.get(entry.snapshot) is entry:
                 del self._entries[entry.snapshot]
             entry.wake.set()
-        except FleeceError as error:
-            # Not being able to look says nothing about the snapshot.
+        except Exception as error:
+            # Not being able to look says nothing about the snapshot, whose users must keep its lock.
             _LOG.debug("%s", error)
 
     def released(self, entry: _Entry[T]) -> None:

@@ -6,6 +6,7 @@ read ahead for, in batches that grow while he goes on; not while he goes over wh
 drive out what he comes back to.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ DEFAULT_CACHE_SIZE: Final = 128 << 20
 _STREAMS: Final = 16
 #: Part of the cache that read-ahead may fill before it is asked for.
 _READ_AHEAD_SHARE: Final = 2
+_LOG = logging.getLogger(__name__)
 
 
 class ChunkCache:
@@ -135,8 +137,10 @@ class ChunkCache:
             await self._read(reader, numbers)
             digests = (reader.archive.index.digest(number) for number in numbers)
             self._fresh.update(digest for digest in digests if digest in self._chunks)
-        except FleeceError:
-            pass
+        except Exception as error:
+            # Nor may a fault of ours end the other archives' use.
+            if not isinstance(error, FleeceError):
+                _LOG.warning("reading ahead in %s failed", reader.archive.where, exc_info=error)
         finally:
             self._ahead -= sum(reader.archive.index.span(number)[1] for number in numbers)
 
