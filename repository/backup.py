@@ -1,11 +1,11 @@
-"""Backup: disks and small files into a session, and at the end the manifest.
+"""Backup: disks, streams and small files into a session, and at the end the manifest.
 
 How chunks flow is in `repository.pipeline`, how disks become chunks in `repository.disk_backup`, what is read and why
 in `repository.planning`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from core.disks import DiskSource
@@ -30,11 +30,12 @@ from repository.interface import BackupSession
 from repository.pipeline import Pipeline, UploadStats
 from repository.planning import Base, ChunkMap, DiskPlan, check_size, choose_base, plan_disk
 from repository.report import ArchiveReport
+from repository.stream_backup import StreamBackup, StreamSpec, store_streams
 from repository.throttle import Throttle
 
 
 class SnapshotWriter:
-    """Fills one backup session: disks, small files, and at the end the manifest.
+    """Fills one backup session: disks, streams, small files, and at the end the manifest.
 
     Used by one task at a time. After an error the session can only be aborted. `wrapped_key`, the backup key under a
     master key, is stored beside the manifest.
@@ -95,6 +96,49 @@ class SnapshotWriter:
         reports = [disk.report for disk in disks]
         self.reports += reports
         return reports
+
+    async def add_streams(
+        self,
+        name: str,
+        specs: Sequence[StreamSpec],
+        write: Callable[[Sequence[StreamBackup]], None],
+        *,
+        bwlimit: int | Throttle | None = None,
+    ) -> list[ArchiveReport]:
+        """Store streams that one thread writes; they are listed in the manifest in the given order.
+
+        Args:
+            name: of the whole, for the progress.
+            specs: the streams, file names all different. Chunks of their namesakes in the base are known chunks.
+            write: called in a worker thread with the streams; it fills them, in any order, and may `finish` each.
+            bwlimit: bytes a second, or a throttle shared with others.
+
+        Raises:
+            FleeceError: what `write` or the session raises.
+
+        Cancelled, `write` is waited for until it uses a stream again; chunks that were stored stay without use.
+        """
+        throttle = Throttle(bwlimit) if isinstance(bwlimit, int) else bwlimit
+        pipeline = Pipeline(self.session, self.codec, self._stats)
+        streams = []
+        for spec in specs:
+            await self.session.previous_index(spec.filename)
+            writer = await self.session.open_index(spec.filename)
+            report = ArchiveReport(strip_archive_type(spec.filename), 0, spec.mode, spec.reason)
+            streams.append(StreamBackup(spec, writer, pipeline, report, throttle))
+        async with pipeline.opened():
+            await store_streams(pipeline, streams, self.progress, name, lambda: write(streams))
+        for stream in streams:
+            self._manifest.add(ManifestFile(stream.filename, self.codec.mode, stream.size, stream.csum))
+        reports = [stream.report for stream in streams]
+        self.reports += reports
+        return reports
+
+    async def previous_manifest(self) -> bytes | None:
+        """The base's manifest blob as stored, None without a base; asked for once."""
+        if not self._asked_previous:
+            self._previous, self._asked_previous = await self.session.previous_manifest(), True
+        return self._previous
 
     async def add_blob(self, name: str, data: bytes) -> ArchiveReport:
         """Store the small file `name` (with or without `.blob`).
@@ -160,9 +204,8 @@ class SnapshotWriter:
         return raw, hashlib.sha256(raw).digest()
 
     async def _base(self, source: DiskSource) -> Base:
-        if not self._asked_previous:
-            self._previous, self._asked_previous = await self.session.previous_manifest(), True
-        return await choose_base(source, self.codec, self.session.base, self._previous, self.session.previous_index)
+        manifest = await self.previous_manifest()
+        return await choose_base(source, self.codec, self.session.base, manifest, self.session.previous_index)
 
     async def _open(self, source: DiskSource, plan: DiskPlan, chunks: ChunkMap, base: Base) -> DiskBackup:
         filename = complete_archive_name(source.name)
