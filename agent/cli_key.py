@@ -196,11 +196,13 @@ def import_master_pubkey(
 ) -> None:
     """Make a public master key the default one: every encrypted backup then holds its own key, encrypted with it."""
     from agent.keys import MASTER_PUBLIC_NAME, new_default_file
+    from datastore.codec import KEY_SIZE, CryptKey
     from datastore.master_key import MasterPublicKey
     from datastore.private_files import read_small, write_new
 
     pem = read_small(path, what="read the master public key")
-    MasterPublicKey.parse(pem, where=str(path))
+    # Too short a one would fail every backup.
+    MasterPublicKey.parse(pem, where=str(path)).wrap(CryptKey.from_raw(bytes(KEY_SIZE)))
     target = new_default_file(MASTER_PUBLIC_NAME)
     if not (target.exists() and read_small(target, what="read the master public key") == pem):
         write_new(target, pem, what="import the master public key as", mode=0o644)

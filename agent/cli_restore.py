@@ -88,7 +88,8 @@ def restore(
             "leave out --output, or restore to a file",
         )  # fmt: skip
     ns = invocation.namespace()
-    reading_key = invocation.reading_key()
+    # Whoever needs the wrapped key has lost the other, its file or its passphrase.
+    reading_key = None if _is_wrapped_key(archive) else invocation.reading_key()
     started = time.monotonic()
 
     async def work(progress: "Progress") -> tuple[str, list[Restored]]:
@@ -97,7 +98,7 @@ def restore(
         async with invocation.repository() as repository:
             found = await find_snapshot(repository, snapshot, ns)
             async with repository.reader(found) as reader:
-                codec, manifest = await _opened(reader, reading_key, archive, progress)
+                codec, manifest = await _opened(reader, reading_key, progress)
                 job = _Job(reader, codec, manifest, force, image_format, progress)
                 if everything is not None:
                     return str(found), await job.all_to_folder(everything)
@@ -127,22 +128,28 @@ def restore(
     invocation.emit(document, lines)
 
 
+def _is_wrapped_key(archive: str | None) -> bool:
+    from datastore.names import MASTER_KEY_NAME, strip_archive_type
+
+    return archive is not None and strip_archive_type(archive) == strip_archive_type(MASTER_KEY_NAME)
+
+
 async def _opened(
-    reader: "Reader", reading_key: "ReadingKey", archive: str | None, progress: "Progress"
+    reader: "Reader", reading_key: "ReadingKey | None", progress: "Progress"
 ) -> "tuple[ChunkCodec, Manifest]":
     """The manifest of the snapshot, its signature checked if it has one, and what reads its archives.
+
+    Without a reading key that is only the wrapped key, which is what leads to the key and never encrypted with it.
 
     Raises:
         KeyNeededError: it was made with another key than the one at hand.
         FormatError: it is broken or altered.
     """
     from datastore.codec import ChunkCodec
-    from datastore.names import MASTER_KEY_NAME, strip_archive_type
     from repository.restore import load_manifest
 
     manifest = await load_manifest(reader, ChunkCodec())
-    if archive is not None and strip_archive_type(archive) == strip_archive_type(MASTER_KEY_NAME):
-        # It is what leads to the key, and never encrypted with it.
+    if reading_key is None:
         return ChunkCodec(), manifest
     codec = reading_key.codec_for(manifest, str(reader.snapshot))
     if codec.key is not None:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent.cli_key import _warn_if_exposed, create_master_key
 from agent.invocation import Invocation
@@ -147,6 +149,8 @@ def test_a_master_key_recovers_the_key_of_a_backup_whose_key_is_lost(
     assert (result["state"], result["errors"]) == ("ok", [])
     key.unlink()
 
+    # Also where the configuration still names the lost key.
+    (tmp_path / "fleece.toml").write_text(f'keyfile = "{key}"\n')
     assert stored("restore", "host/web/latest", "rsa-encrypted.key", tmp_path / "wrapped").code == 0
     assert (tmp_path / "wrapped").stat().st_size == 512
     recover = ("key", "import-with-master-key", tmp_path / "new.key", "--master-keyfile", made["private"],
@@ -170,6 +174,12 @@ def test_a_default_master_key_is_not_replaced(fleece: Fleece, tmp_path: Path, ma
     failed(fleece("key", "import-master-pubkey", tmp_path / "b.pem"), "there is a file already")
     (tmp_path / "c.pem").write_text("nothing")
     failed(fleece("key", "import-master-pubkey", tmp_path / "c.pem"), "no PEM file of a public key")
+    # Two thousand bits, which hold no key: every backup would fail.
+    short = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
+    (tmp_path / "d.pem").write_bytes(short.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "config/fleece" / MASTER_PUBLIC_NAME).unlink()
+    failed(fleece("key", "import-master-pubkey", tmp_path / "d.pem"), "it cannot hold 255 bytes", code=2)
+    assert not (tmp_path / "config/fleece" / MASTER_PUBLIC_NAME).exists()
 
 
 def test_paper_keys_have_qr_codes_where_the_program_is_there_and_never_in_arguments(
