@@ -1,0 +1,415 @@
+"""Change detection: unchanged files are not read, their old chunks go into the new payload stream as they are.
+
+An old chunk holds many files. Whether it is worth taking it over shows only once it is known how many of them are
+still there, so entries wait in a cache until their payloads' range in the old stream ends: at a new or changed file, at
+a gap, at the end. Then the chunks of the range are put in, or, if too much of them would be of no use, its files are
+read and written again. Docs: docs/formats.md, "Change detection".
+
+Differences from PBS's client, none of which a reader can tell:
+
+- A chunk that ends where the range ends is the last one; PBS takes the next one too.
+- The chunk that was held back is known by its place in the index and not by its digest, which repeats in zeros.
+- It must be put in anyway, so what a further range needs of it costs nothing.
+- A cache that is full is written out early if that is worth it already, and never because of its last chunk.
+- A name that was a further name of a file, and is its first one now, is found.
+"""
+
+import os
+from collections.abc import Sequence
+from struct import Struct
+from typing import Final, NamedTuple, TypeAlias
+
+from core.errors import FleeceError
+from pxar.create_report import CreateReport, Trouble
+from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter
+from pxar.filesystem import Opened, Scanned
+from pxar.folders import Folder
+from pxar.format import FILENAME, HEADER, HEADER_SIZE, MAX_NAME, PAIR_SIZE, PAYLOAD_REF
+from pxar.reference import OldFile, OldFolder, Reference, unchanged
+from pxar.sinks import PayloadSink, ReusedChunk
+from pxar.source import Source
+
+#: How much of what is put in may be of no use: the share of PBS's client.
+MAX_PADDING: Final = 0.1
+#: Entries in the cache (400 bytes each). From the first number on it is written out once that is worth it.
+EARLY: Final = 4096
+FULL: Final = 65536
+#: Chunks handed over at a time.
+_GROUP: Final = 128
+
+#: FILENAME headers by the length of the name.
+_FILENAMES: Final = [HEADER.pack(FILENAME, HEADER_SIZE + length + 1) for length in range(256)]
+_REFERENCE: Final = HEADER.pack(PAYLOAD_REF, PAIR_SIZE)
+_PAIR: Final = Struct("<QQ")
+
+#: A file in the cache: name, metadata, size, place in the range; its device and inode if it has several names.
+CachedFile: TypeAlias = tuple[bytes, bytes, int, int, tuple[int, int] | None]
+
+
+class _Link(NamedTuple):
+    """A further name of a file."""
+
+    name: bytes
+    key: tuple[int, int]
+
+
+class _Other(NamedTuple):
+    """What has no content."""
+
+    name: bytes
+    found: Scanned | Opened
+
+
+class _Start(NamedTuple):
+    """A folder is entered."""
+
+    folder: Folder
+    meta: bytes
+
+
+class _End(NamedTuple):
+    """A folder is left."""
+
+
+class _Held(NamedTuple):
+    """The last chunk of what was put in, not yet put in itself: the next range may begin in it."""
+
+    number: int
+    size: int
+    used: int  #: bytes that files refer to
+    end: int  #: of these, in the old stream
+
+
+class Lookahead:
+    """Takes a walk's entries in order and passes them on to an `EntryWriter`, as references where that is worth it."""
+
+    def __init__(
+        self, writer: EntryWriter, source: Source, payload: PayloadSink, reference: Reference, *, loose: bool = False
+    ) -> None:
+        """`loose`: see `reference.unchanged`."""
+        self._writer, self._source, self._payload = writer, source, payload
+        self._chunks = reference.chunks
+        self._reference = reference
+        self._loose = loose
+        self._report: CreateReport = writer.report
+        self._cache: list[CachedFile | _Link | _Other | _Start | _End] = []
+        self._check_at = EARLY
+        #: The folder that the first entry of the cache lies in.
+        self._folder = source.root
+        #: Range of the old payload stream that the cached files' payloads fill.
+        self._start = self._end = 0
+        self._files = 0
+        self._held: _Held | None = None
+        #: Files with several names that are in the cache.
+        self._waiting: set[tuple[int, int]] = set()
+        self._lost = False  #: the reference cannot be read any more
+
+    # --- entries in order --------------------------------------------------------------------------------------------
+
+    def start_folder(self, folder: Folder, meta: bytes) -> None:
+        """`folder`, not the root, is entered."""
+        if self._cache:
+            self._cache.append(_Start(folder, meta))
+        else:
+            self._writer.start_folder(folder.name, meta)
+
+    def end_folder(self, parent: Folder) -> None:
+        """A folder in `parent` is left."""
+        if self._cache:
+            self._cache.append(_End())
+        else:
+            self._writer.end_folder()
+
+    def other(self, folder: Folder, name: bytes, found: Scanned | Opened) -> None:
+        """A symlink, device, FIFO or socket."""
+        if self._cache:
+            self._cache.append(_Other(name, found))
+        else:
+            self._writer.other(folder, name, found)
+
+    def new_file(self, folder: Folder, name: bytes, found: Opened) -> None:
+        """A regular file that is to be read, unless it is a further name; closes it."""
+        if found[5] > 1 and self._link(folder, name, found):
+            os.close(found[9])
+            return
+        try:
+            self._flush(keep=False)
+        except BaseException:
+            os.close(found[9])
+            raise
+        self._writer.file(folder, name, found)
+
+    def file(self, folder: Folder, old: OldFolder, name: bytes, found: Scanned) -> bool:
+        """A regular file that `files` did not take; False if it must be opened and given to `new_file`."""
+        _, meta, size, dev, ino, nlink, *_ = found
+        if nlink > 1 and self._link(folder, name, found):
+            return True
+        before = self._old_file(old, name)
+        if before is None or not unchanged(before, meta, size, loose=self._loose):
+            return False
+        self._extend(folder, before.offset, size)
+        place = before.offset - self._start
+        if nlink > 1 and len(folder.path_of(name)) <= MAX_NAME:
+            self._cache.append((name, meta, size, place, (dev, ino)))
+            self._waiting.add((dev, ino))
+        else:
+            self._cache.append((name, meta, size, place, None))
+        self._files += 1
+        return True
+
+    def files(
+        self, folder: Folder, old: OldFolder, names: Sequence[bytes], scanned: Sequence[Scanned | int], index: int
+    ) -> int:
+        """Take entries from `index` on as long as they are unchanged files that come next in the old folder.
+
+        Returns:
+            The index of the first that is anything else, or has to be looked at more closely.
+        """
+        if len(self._cache) >= self._check_at:
+            self._relieve()
+        positions, turn = old.positions, old.next
+        if self._lost or turn >= len(positions):
+            return index
+        reference = old.reference
+        try:
+            reference.load(positions[turn])
+        except FleeceError as error:
+            self._lose(error)
+            return index
+        data, base = reference.data, reference.base
+        if not self._cache:
+            self._folder = folder
+        append, startswith, pair = self._cache.append, data.startswith, _PAIR.unpack_from
+        start, end = self._start, self._end
+        first, count, last = index, len(names), len(positions)
+        room = len(data) - _PAIR.size
+        while index < count and turn < last:
+            found = scanned[index]
+            if found.__class__ is int:
+                break
+            mode, meta, size, _, _, nlink, _, _, warning = found  # type: ignore[misc]
+            name = names[index]
+            if nlink != 1 or mode & FORMAT != FILE or warning or len(name) >= len(_FILENAMES):
+                break
+            wanted = b"%b%b\0%b%b" % (_FILENAMES[len(name)], name, meta, _REFERENCE)
+            place = positions[turn] - base
+            if place < 0 or not startswith(wanted, place):
+                break
+            place += len(wanted)
+            if place > room:
+                break
+            offset, before = pair(data, place)
+            if before != size:
+                break
+            if offset != end:
+                # A gap: what is in the cache is settled first.
+                self._start, self._end = start, end
+                self._files += index - first
+                first = index
+                self._extend(folder, offset, size)
+                append = self._cache.append
+                start, end = self._start, self._end
+            else:
+                end += HEADER_SIZE + size
+            append((name, meta, size, offset - start, None))
+            index += 1
+            turn += 1
+        self._start, self._end = start, end
+        self._files += index - first
+        old.next = turn
+        return index
+
+    def finish(self) -> None:
+        """All entries have come; the root is still open."""
+        self._flush(keep=False)
+
+    # --- the reference -----------------------------------------------------------------------------------------------
+
+    def root(self) -> OldFolder | None:
+        """The root of the previous archive."""
+        return self._reference.root
+
+    def folder(self, old: OldFolder, name: bytes) -> OldFolder | None:
+        """The folder `name` in `old`; None if there was none, or nothing can be read any more."""
+        if self._lost:
+            return None
+        try:
+            return old.folder(name)
+        except FleeceError as error:
+            self._lose(error)
+            return None
+
+    def _old_file(self, old: OldFolder, name: bytes) -> OldFile | None:
+        if self._lost:
+            return None
+        try:
+            return old.file(name)
+        except FleeceError as error:
+            self._lose(error)
+            return None
+
+    def _lose(self, error: FleeceError) -> None:
+        self._lost = True
+        self._report.note(Trouble.REFERENCE, f"{self._reference.where} {Trouble.REFERENCE.value}: {error.why}")
+
+    # --- the cache ---------------------------------------------------------------------------------------------------
+
+    def _link(self, folder: Folder, name: bytes, found: Scanned | Opened) -> bool:
+        """Take a file as a further name of one that is in the archive or in the cache; False if it is none."""
+        key = (found[3], found[4])
+        if key in self._waiting:
+            self._cache.append(_Link(name, key))
+            return True
+        if not self._writer.linked(key):
+            return False
+        if self._cache:
+            self._cache.append(_Link(name, key))
+        else:
+            self._writer.link(name, key)
+        return True
+
+    def _extend(self, folder: Folder, offset: int, size: int) -> None:
+        """The range goes on with the payload at `offset`, or a new one begins there."""
+        if offset != self._end:
+            if self._start != self._end:
+                self._flush(keep=True)
+            self._start = offset
+        if not self._cache:
+            self._folder = folder
+        self._end = offset + HEADER_SIZE + size
+
+    def _relieve(self) -> None:
+        """The cache is large: write it out if that is worth it now, or if it is full."""
+        size = len(self._cache)
+        if size >= FULL or self._start == self._end or self._worth(more=False):
+            self._flush(keep=True, more=True)
+        else:
+            self._check_at = size + EARLY
+
+    def _worth(self, *, more: bool) -> bool:
+        """Whether the chunks of the range may be put in: little of them is of no use. `more` as in `_flush`."""
+        start, end = self._start, self._end
+        if end > self._chunks.size:
+            return False  # no such payloads: the archive and the index do not belong together
+        first, last = self._chunks.find(start), self._chunks.find(end - 1)
+        held = self._held
+        extra = 0
+        if held is None or held.number != first or start < held.end:
+            extra += start - self._chunks.span(first)[0]
+            held = None
+        if not more and (held is None or last != first):
+            offset, size = self._chunks.span(last)
+            extra += offset + size - end
+        return extra <= MAX_PADDING * (end - start + extra)
+
+    def _flush(self, *, keep: bool, more: bool = False) -> None:
+        """Write what is in the cache.
+
+        `keep`: a range may follow that begins in the last chunk, so it is held back. `more`: the range goes on, so the
+        rest of its last chunk does not count as useless.
+        """
+        if self._start == self._end:
+            self._write(None)  # nothing in the cache has content
+        elif self._worth(more=more):
+            self._reuse(keep)
+        else:
+            self._put_in_held()
+            self._write(None)
+        self._start = self._end
+        self._files = 0
+        self._waiting.clear()
+        self._check_at = EARLY
+        if not keep:
+            self._put_in_held()
+
+    def _reuse(self, keep: bool) -> None:
+        """Write the cache with references to the chunks of the range, and put these in."""
+        chunks, start, end = self._chunks, self._start, self._end
+        first, last = chunks.find(start), chunks.find(end - 1)
+        held = self._held
+        used = 0
+        if held is not None:
+            if held.number == first and start >= held.end:
+                used = held.used
+            else:
+                self._put_in_held()
+        self._held = None
+        report = self._report
+        report.reused_files += self._files
+        report.files += self._files
+        report.reused_size += end - start
+        report.size += end - start - HEADER_SIZE * self._files
+        self._write(self._payload.position + start - chunks.span(first)[0])
+        group: list[ReusedChunk] = []
+        for number in range(first, last + 1):
+            offset, size = chunks.span(number)
+            used += min(end, offset + size) - max(start, offset)
+            if keep and number == last:
+                self._held = _Held(number, size, used, end)
+                break
+            self._count(size, used)
+            used = 0
+            group.append(ReusedChunk(chunks.digest(number), size))
+            if len(group) == _GROUP:
+                self._payload.inject(group)
+                group = []
+        if group:
+            self._payload.inject(group)
+
+    def _put_in_held(self) -> None:
+        held = self._held
+        if held is not None:
+            self._held = None
+            self._count(held.size, held.used)
+            self._payload.inject([ReusedChunk(self._chunks.digest(held.number), held.size)])
+
+    def _count(self, size: int, used: int) -> None:
+        report = self._report
+        report.injected_chunks += 1
+        report.injected_size += size
+        report.padding += size - used
+        report.partial_chunks += used < size
+
+    def _write(self, base: int | None) -> None:
+        """Write the entries of the cache; files refer to payloads from `base` on, or are read if that is None."""
+        entries, self._cache = self._cache, []
+        writer, folder = self._writer, self._folder
+        reference = writer.encoder.reference
+        for entry in entries:
+            if entry.__class__ is tuple:
+                name, meta, size, place, key = entry  # type: ignore[misc]
+                if base is None:
+                    self._read(folder, name)
+                elif key is None:
+                    reference(name, meta, base + place, size)
+                else:
+                    writer.remember(folder, name, key, reference(name, meta, base + place, size))
+            elif isinstance(entry, _Other):
+                writer.other(folder, entry.name, entry.found)
+            elif isinstance(entry, _Link):
+                if writer.linked(entry.key):
+                    writer.link(entry.name, entry.key)
+                else:
+                    self._read(folder, entry.name)  # its first name has vanished
+            elif isinstance(entry, _Start):
+                folder = entry.folder
+                writer.start_folder(folder.name, entry.meta)
+            else:
+                assert folder.parent is not None
+                folder = folder.parent
+                writer.end_folder()
+
+    def _read(self, folder: Folder, name: bytes) -> None:
+        """Open an entry anew, whatever it is by now, and write it."""
+        found = self._source.open(folder, name)
+        if found is None:
+            return
+        kind = found[0] & FORMAT
+        if kind == FILE:
+            self._writer.file(folder, name, found)
+            return
+        os.close(found[9])
+        if kind == FOLDER:
+            self._report.warn(Trouble.VANISHED, folder.path_of(name), "a folder took its place")
+        else:
+            self._writer.other(folder, name, found)
