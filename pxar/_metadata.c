@@ -1,8 +1,8 @@
 /* Names of a folder and the metadata of many of its entries, one call each, encoded as they stand in an archive.
  *
  * pxar/filesystem.py is the only user; pxar/filesystem_python.py is the readable form, the oracle and the fallback.
- * What is read, in which order, and which errors count is described there and in docs/formats.md. Every call releases
- * the GIL once, for all its system calls; Python objects are made at the end.
+ * What is read, in which order, and which errors count: docs/formats.md, "File metadata". Every call releases the GIL
+ * once, for all its system calls; Python objects are made at the end.
  */
 
 #ifndef Py_LIMITED_API

@@ -3,10 +3,12 @@
 FleeceError
 ├── FormatError
 │   └── ArchiveError        bytes that no writer of file archives makes
-└── EncodeError             (ValueError) something that a file archive cannot hold
+├── EncodeError             (ValueError) something that a file archive cannot hold
+└── UsageError
+    └── PatternError        (ValueError) a pattern for paths that breaks the syntax
 """
 
-from core.errors import FleeceError, FormatError
+from core.errors import FleeceError, FormatError, UsageError
 
 
 class ArchiveError(FormatError):
@@ -15,3 +17,7 @@ class ArchiveError(FormatError):
 
 class EncodeError(FleeceError, ValueError):
     """Something that a file archive cannot hold: a name, a size that changed while it was written, a wrong order."""
+
+
+class PatternError(UsageError, ValueError):
+    """A pattern for paths that breaks the syntax."""

@@ -1,6 +1,6 @@
 """What of a file's metadata is read or restored, and what each file system has of it.
 
-Layout: docs/formats.md, "File archives". The low bits of these flags are also the `flags` word of an ENTRY item: the
+Layout: docs/formats.md, "File metadata". The low bits of these flags are also the `flags` word of an ENTRY item: the
 inode attributes that `chattr` and FAT know.
 """
 

@@ -1,7 +1,7 @@
 """What `_metadata.c` does, name by name: its oracle in tests, and what serves where it was not built.
 
 `filesystem.py` is the only caller and says what the results are. The order of items, which extended attributes are
-stored and which errors are passed over: docs/formats.md, "File archives".
+stored and which errors are passed over: docs/formats.md, "File metadata".
 """
 
 import ctypes
