@@ -235,12 +235,23 @@ class ArchiveReader:
             if self.is_zero(number):
                 pieces.append(bytes(stop - offset))
             else:
-                self._follow(number, True)
-                chunk = await self.cache.load(self, number)
-                self._check_length(number, chunk)
+                chunk = await self.chunk(number)
                 pieces.append(memoryview(chunk)[offset - start : stop - start])
             offset = stop
         return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+    async def chunk(self, number: int) -> Buffer:
+        """The whole chunk `number`, decoded; what follows is read ahead if chunks are asked for in order.
+
+        Raises:
+            FleeceError: it is bad, missing or unreadable.
+        """
+        if self.is_zero(number):
+            return bytes(FIXED_CHUNK_SIZE)
+        self._follow(number, True)
+        chunk = await self.cache.load(self, number)
+        self._check_length(number, chunk)
+        return chunk
 
     def _clip(self, offset: int, length: int) -> int:
         if offset < 0 or length < 0:

@@ -3,84 +3,31 @@
 The metadata stream is read by the thread that walks the folders; the payload stream is known by its index only.
 """
 
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
-from core.buffers import Buffer
 from core.errors import FleeceError
 from datastore.codec import ChunkCodec
 from datastore.errors import KeyNeededError
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest
 from datastore.names import Snapshot
-from repository.fetch import read_batch
-from repository.interface import Reader, Repository
-from repository.locate import Archive, open_archive
+from repository.archive import open_archive_reader, open_cache
+from repository.interface import Repository
+from repository.stored_bytes import StoredBytes
 
-#: Decoded chunks kept: the one being read, the one before, and those read ahead.
-_KEPT: Final = 4
-#: Chunks read ahead while one is used.
-_AHEAD: Final = 2
+#: Bytes of decoded metadata chunks kept: the one being read, and some read ahead.
+_CACHE_SIZE: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class StreamReference:
     """What a split archive of the previous snapshot gives."""
 
-    archive: "StoredBytes"  #: the metadata stream
+    archive: StoredBytes  #: the metadata stream
     payload: ArchiveIndex  #: of the payload stream; its chunks are known to the session
-
-
-class StoredBytes:
-    """A stored stream that a worker thread reads, started by `trio.to_thread`; a `pxar.sinks.ReferenceBytes`."""
-
-    def __init__(self, reader: Reader, codec: ChunkCodec, archive: Archive) -> None:
-        self.size: Final = archive.index.size
-        self._reader, self._codec, self._archive = reader, codec, archive
-        self._chunks: OrderedDict[int, Buffer] = OrderedDict()
-        self._start = self._end = 0  # of the chunk used last
-        self._view = memoryview(b"")
-
-    def read(self, offset: int, length: int) -> Buffer:
-        """Bytes from `offset` on: `length` of them, or fewer at the end of the stream; a view where that saves a copy.
-
-        Raises:
-            FleeceError: a chunk of this range cannot be read.
-        """
-        if self._start <= offset and offset + length <= self._end:
-            return self._view[offset - self._start : offset - self._start + length]
-        pieces: list[Buffer] = []
-        end = min(offset + length, self.size)
-        while offset < end:
-            self._use(self._archive.index.find(offset))
-            piece = self._view[offset - self._start : end - self._start]
-            pieces.append(piece)
-            offset += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _use(self, number: int) -> None:
-        chunk = self._chunks.get(number)
-        if chunk is None:
-            last = min(number + _AHEAD, self._archive.index.count)
-            wanted = [near for near in range(number, last) if near not in self._chunks]
-            results = trio.from_thread.run(read_batch, self._reader, self._codec, self._archive, wanted)
-            for near, result in results:
-                if not isinstance(result, FleeceError):
-                    self._chunks[near] = result
-                elif near == number:
-                    raise result
-            chunk = self._chunks[number]
-        self._chunks.move_to_end(number)
-        while len(self._chunks) > _KEPT:
-            self._chunks.popitem(last=False)
-        self._start, size = self._archive.index.span(number)
-        self._end = self._start + size
-        self._view = memoryview(chunk).cast("B")
 
 
 @asynccontextmanager
@@ -113,23 +60,15 @@ async def open_reference(
     if index is None:
         yield f"index {payload} of the previous snapshot is missing or damaged"
         return
-    opening = repository.reader(base)
-    try:
-        reader = await opening.__aenter__()
-    except FleeceError as error:
-        yield f"the previous snapshot cannot be read ({error.why})"
-        return
-    try:
-        parsed = Manifest.parse(manifest, where=str(base), key=codec.key)
+    async with AsyncExitStack() as stack:
         try:
-            archive = await open_archive(reader, codec, parsed, metadata)
+            reader = await stack.enter_async_context(repository.reader(base))
+            parsed = Manifest.parse(manifest, where=str(base), key=codec.key)
+            cache = await stack.enter_async_context(open_cache(_CACHE_SIZE))
+            archive = StoredBytes(await open_archive_reader(reader, codec, parsed, metadata, cache))
         except FleeceError as error:
-            yield f"{metadata} of the previous snapshot cannot be read ({error.why})"
-            return
-        yield StreamReference(StoredBytes(reader, codec, archive), index)
-    finally:
-        with trio.CancelScope(shield=True):
-            await opening.__aexit__(None, None, None)
+            reason = f"{metadata} of the previous snapshot cannot be read ({error.why})"
+        yield reason or StreamReference(archive, index)
 
 
 def _unusable(base: Snapshot | None, manifest: bytes | None, codec: ChunkCodec, name: str) -> str:

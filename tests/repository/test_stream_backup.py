@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import trio
 
-from core.errors import FleeceError
+from core.errors import FleeceError, NotFoundError
 from datastore.chunker import Cutter
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
@@ -19,6 +19,7 @@ from repository.backup import SnapshotWriter
 from repository.interface import BackupSession
 from repository.local import LocalRepository, open_local
 from repository.restore import load_manifest
+from repository.stored_bytes import open_streams
 from repository.stream_backup import GATHERED, StreamBackup, StreamSpec
 from repository.stream_reference import StreamReference, open_reference
 from repository.verify import verify
@@ -304,3 +305,27 @@ async def test_reason_for_no_reference(repo: LocalRepository) -> None:
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert path != newest
     assert await reason(ChunkCodec()) == f"index {PAYLOAD} of the previous snapshot is missing or damaged"
+
+
+async def test_streams_of_an_archive_are_read_by_a_thread(repo: LocalRepository) -> None:
+    choose = random.Random(9)
+    meta, payload = choose.randbytes(300_000), choose.randbytes(5 << 20)
+
+    def write(streams: Sequence[StreamBackup]) -> None:
+        streams[0].write(payload)
+        streams[1].write(meta)
+
+    snapshot = await back_up(repo, 1_700_000_000, write)
+    codec = ChunkCodec()
+    async with repo.reader(snapshot) as reader:
+        manifest = await load_manifest(reader, codec)
+        for name in ("root", "root.pxar", "root.mpxar", "root.ppxar.didx", "root.pxar.didx"):
+            async with open_streams(reader, codec, manifest, name) as streams:
+                assert streams.name == "root"
+                assert streams.payload is not None
+                assert (streams.archive.size, streams.payload.size) == (len(meta), len(payload))
+                whole = streams.payload.read
+                assert await trio.to_thread.run_sync(lambda: whole(0, len(payload) + 5)) == payload  # noqa: B023
+        with pytest.raises(NotFoundError, match="no such file archive"):
+            async with open_streams(reader, codec, manifest, "etc.pxar"):
+                pass
