@@ -13,6 +13,7 @@ from core.errors import FleeceError, FormatError
 from datastore import catalog
 from datastore.catalog import DIRECTORY, FILE, MAGIC, Catalog, CatalogEntry, CatalogWriter, pack_signed, pack_varint
 from datastore.codec import CryptKey
+from tests.fuzz import fuzz_catalog
 from tests.support.golden_streams import open_stream
 
 #: The example of the format.
@@ -421,6 +422,23 @@ def test_flipped_bits_are_refused_or_read_to_an_end() -> None:
 @given(body=st.binary(max_size=60), root=st.integers(0, 80))
 def test_any_bytes_are_refused_or_read_to_an_end(body: bytes, root: int) -> None:
     read_all(MAGIC + body + root.to_bytes(8, "little"))
+
+
+REFUSED = {"huge-block", "huge-count", "self", "shared-blocks", "truncated"}
+
+
+@pytest.mark.parametrize("path", sorted(fuzz_catalog.CORPUS.iterdir()), ids=lambda path: path.name)
+def test_the_corpus_of_the_fuzzer_is_refused_or_read_to_an_end(path: Path) -> None:
+    count = fuzz_catalog.one_input(path.read_bytes())
+    assert (count < 0) == (path.name in REFUSED)
+
+
+def test_mutations_of_the_corpus_are_refused_or_read_to_an_end() -> None:
+    corpus = [path.read_bytes() for path in sorted(fuzz_catalog.CORPUS.iterdir())]
+    rng = random.Random(11)
+    results = [fuzz_catalog.one_input(fuzz_catalog.mutated(rng, corpus)) for _ in range(2000)]
+    assert min(results) == -1
+    assert max(results) > 0
 
 
 def test_catalogs_of_the_large_trees_are_written_again_byte_for_byte(golden: Path) -> None:
