@@ -1,4 +1,4 @@
-"""`fleece backup`: disk images and single files into one snapshot."""
+"""`fleece backup`: folders, disk images and single files into one snapshot."""
 
 import time
 from contextlib import asynccontextmanager
@@ -6,11 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from agent.archive_options import (
+    ChangeDetectionOption,
+    ChunkSizeOption,
+    EntriesOption,
+    ExcludeFromOption,
+    ExcludeOption,
+    IncludeDeviceOption,
+    archive_options,
+)
 from agent.invocation import Invocation, command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from agent.file_archives import FileArchiveReport
     from agent.specifications import Specification
     from core.disks import DiskSource
     from core.progress import Progress
@@ -48,6 +58,9 @@ def add_to(application: typer.Typer) -> None:
         application,
         "backup",
         examples="""
+fleece backup root.pxar:/ etc.pxar:/etc
+fleece backup root.pxar:/ --change-detection-mode metadata --exclude /var/cache --exclude '*.tmp'
+fleece backup home.pxar:/home --include-dev /home/shared --exclude-caches
 fleece backup root.img:/dev/vg/root --backup-id db1
 fleece backup disk.img:/var/lib/vm/web.qcow2 vm.conf:/etc/vm/web.conf --backup-type vm --backup-id web
 fleece backup disk.img:nbd://storage/web --backup-id web --bwlimit 100M
@@ -72,8 +85,8 @@ def backup(
     specifications: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME.img:SOURCE|NAME.conf:FILE...",
-            help="Disk images (raw or qcow2 file, block device, NBD URI) and small files.",
+            metavar="NAME.pxar:FOLDER|NAME.img:SOURCE|NAME.conf:FILE...",
+            help="Folders, disk images (raw or qcow2 file, block device, NBD URI) and small files.",
         ),
     ],
     backup_id: Annotated[str | None, typer.Option("--backup-id", metavar="ID", help="Else this host's name.")] = None,
@@ -85,15 +98,38 @@ def backup(
     lock_wait: LockWaitOption = 0.0,
     image_format: FormatOption = None,
     force: Annotated[bool, typer.Option("--force", help="Also read images that a running VM uses.")] = False,
+    change_detection: ChangeDetectionOption = None,
+    exclude: ExcludeOption = None,
+    exclude_from: ExcludeFromOption = None,
+    exclude_caches: Annotated[
+        bool, typer.Option("--exclude-caches", help="Leave out what lies beside a valid CACHEDIR.TAG.")
+    ] = False,
+    include_dev: IncludeDeviceOption = None,
+    all_file_systems: Annotated[
+        bool, typer.Option("--all-file-systems", help="Enter every mount point but those of the kernel's own.")
+    ] = False,
+    skip_lost_and_found: Annotated[
+        bool, typer.Option("--skip-lost-and-found", help="Leave lost+found folders out.")
+    ] = False,
+    skip_e2big_xattr: Annotated[
+        bool, typer.Option("--skip-e2big-xattr", help="Leave extended attributes out that are too large to be read.")
+    ] = False,
+    entries_max: EntriesOption = 1 << 20,
+    chunk_size: ChunkSizeOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Store disk images and small files in one new snapshot.
+    """Store folders, disk images and small files in one new snapshot.
 
-    A source that is written to meanwhile gives an inconsistent image: for a running virtual machine there is
+    A folder becomes a file archive with owners, permissions, ACLs, extended attributes and hard links. Other file
+    systems mounted below it are stored as empty folders, unless --include-dev or --all-file-systems say otherwise.
+    Files that vanish, change or cannot be read are warnings (exit code 3). With --change-detection-mode metadata
+    unchanged files are not read: they are recognised by size, time, owner and mode, and their old chunks are used.
+
+    A disk that is written to meanwhile gives an inconsistent image: for a running virtual machine there is
     'fleece vm backup'. qcow2 is recognised by the file's name only; everything else is read as it is.
     """
     from agent.sessions import parse_backup_time
-    from agent.specifications import parse_specifications
+    from agent.specifications import SpecificationKind, parse_specifications
     from datastore.names import BackupType, Group
 
     parsed = parse_specifications(specifications)
@@ -102,10 +138,24 @@ def backup(
     ctime = parse_backup_time(backup_time) if backup_time is not None else None
     group_owner = invocation.owner(owner)
     keys = invocation.backup_keys()
+    folders = [one for one in parsed if one.kind is SpecificationKind.ARCHIVE]
+    options = archive_options(
+        mode=change_detection or invocation.config.change_detection_mode,
+        exclude=exclude,
+        exclude_from=exclude_from,
+        exclude_caches=exclude_caches,
+        include_dev=include_dev,
+        all_file_systems=all_file_systems,
+        skip_lost_and_found=skip_lost_and_found,
+        skip_e2big_xattr=skip_e2big_xattr,
+        entries_max=entries_max,
+        chunk_size=chunk_size,
+    )
 
     if dry_run:
 
-        async def plan(progress: "Progress") -> "list[DiskPlan]":
+        async def plan(progress: "Progress") -> "tuple[list[DiskPlan], list[FileArchiveReport]]":
+            from agent.file_archives import plan_file_archives
             from repository.planning import plan_disks
 
             async with (
@@ -113,9 +163,14 @@ def backup(
                 open_images(parsed, progress, image_format=image_format, force=force) as sources,
             ):
                 await read_small_files(parsed)
-                return await plan_disks(repository, group, sources, keys.codec)
+                disks = await plan_disks(repository, group, sources, keys.codec)
+                archives = []
+                if folders:
+                    archives = await plan_file_archives(repository, group, folders, keys.codec, options)
+                return disks, archives
 
-        show_plan(invocation, group, invocation.run(plan, what="plan the backup of", where=str(group)))
+        disks, archives = invocation.run(plan, what="plan the backup of", where=str(group))
+        show_plan(invocation, group, disks, archives)
         return
 
     async def work(progress: "Progress") -> "BackupReport":
@@ -137,11 +192,17 @@ def backup(
                 async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
                     if sources:
                         await writer.add_disks(sources, bwlimit=rate)
+                figures = []
+                if folders:
+                    from agent.file_archives import add_file_archives
+
+                    figures = await add_file_archives(writer, repository, folders, options, bwlimit=rate)
                 for name, data in blobs:
                     await writer.add_blob(name, data)
                 await writer.finish(notes=notes)
                 listed(session.snapshot)
-                return BackupReport(session.snapshot, writer.reports, time.monotonic() - started)
+                duration = time.monotonic() - started
+                return BackupReport(session.snapshot, writer.reports, duration, file_archives=figures)
 
     report = invocation.run(work, what="back up", where=str(group))
     show_report(invocation, report)
@@ -193,11 +254,19 @@ async def read_small_files(specifications: "Sequence[Specification]") -> "list[t
     ]
 
 
-def show_plan(invocation: Invocation, group: "Group", plans: "Sequence[DiskPlan]") -> None:
+def show_plan(
+    invocation: Invocation, group: "Group", plans: "Sequence[DiskPlan]", archives: "Sequence[FileArchiveReport]" = ()
+) -> None:
     """The result of `--dry-run`."""
     from core.units import format_size
 
     document = {"group": str(group), "dry-run": True, "archives": [plan.to_json() for plan in plans]}
+    if archives:
+        document["file-archives"] = [archive.to_json() for archive in archives]
+    for archive in archives:
+        for warning in archive.figures.warnings:
+            if f"{archive.name}: {warning}" not in invocation.warnings:
+                invocation.warnings.append(f"{archive.name}: {warning}")
 
     def lines() -> list[str]:
         text = []
@@ -206,6 +275,8 @@ def show_plan(invocation: Invocation, group: "Group", plans: "Sequence[DiskPlan]
             text.append(
                 f"{plan.name}: {plan.mode.value}{why}, would read {format_size(plan.read)} of {format_size(plan.size)}"
             )
+        for archive in archives:
+            text += archive.lines(dry_run=True)
         return [*text, "nothing was written"]
 
     invocation.emit(document, lines)

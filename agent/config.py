@@ -77,6 +77,7 @@ class Config(KeySettings):
     owner: Owner | None = None
     scratch: AbsolutePath | None = None
     bwlimit: Size | None = None
+    change_detection_mode: Literal["legacy", "data", "metadata"] | None = None  #: of folders; None is legacy
     repository: dict[RepositoryName, RepositorySection] = Field(default_factory=dict)
     vm: dict[str, VmSection] = Field(default_factory=dict)
     job: dict[JobName, JobSection] = Field(default_factory=dict)

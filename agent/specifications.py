@@ -1,4 +1,4 @@
-"""What `fleece backup` is told to store: `NAME.img:SOURCE`, `NAME.conf:FILE`."""
+"""What `fleece backup` is told to store: `NAME.pxar:FOLDER`, `NAME.img:SOURCE`, `NAME.conf:FILE`."""
 
 import os
 import re
@@ -13,12 +13,16 @@ from core.errors import SourceError, UsageError, os_reason
 from datastore.blob import MAX_BLOB_SIZE
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]*\.([a-z0-9]+)")
-_NAMES_HINT: Final = "write NAME.img:DISK for a disk image, NAME.conf:FILE for a small file"
+_ARCHIVE_NAME: Final = re.compile(r"[A-Za-z0-9_\-]+")
+_NAMES_HINT: Final = (
+    "write NAME.pxar:FOLDER for a folder, NAME.img:DISK for a disk image, NAME.conf:FILE for a small file"
+)
 
 
 class SpecificationKind(Enum):
     """What becomes of a source."""
 
+    ARCHIVE = "pxar"
     IMAGE = "img"
     BLOB = "conf"
 
@@ -27,13 +31,13 @@ class SpecificationKind(Enum):
 class Specification:
     """One archive to be made."""
 
-    name: str  #: without type extension, `disk.img`, `web.conf`
+    name: str  #: without type extension, `root.pxar`, `disk.img`, `web.conf`
     kind: SpecificationKind
     source: str  #: path or NBD URI
 
 
 def parse_specification(text: str) -> Specification:
-    """Read `NAME.img:SOURCE` or `NAME.conf:FILE` (also .log and .json).
+    """Read `NAME.pxar:FOLDER`, `NAME.img:SOURCE` or `NAME.conf:FILE` (also .log and .json).
 
     Raises:
         UsageError: another form, or a kind that this version does not make.
@@ -52,10 +56,10 @@ def parse_specification(text: str) -> Specification:
             raise UsageError("store the file as", repr(name), "that name is reserved", "choose another one")
         return Specification(name, SpecificationKind.BLOB, source)
     if extension == "pxar":
-        raise UsageError(
-            "back up the folder", repr(source), "this version stores disk images and small files, no file archives yet",
-            "back up the disk that the folder is on as NAME.img",
-        )  # fmt: skip
+        if _ARCHIVE_NAME.fullmatch(name.removesuffix(".pxar")) is None:
+            why = "the name of a file archive has letters, digits, '-' and '_' only"
+            raise UsageError("store the folder as", repr(name), why, _NAMES_HINT)
+        return Specification(name, SpecificationKind.ARCHIVE, source)
     raise UsageError(
         "understand the specification", repr(text), f"the extension .{extension} says nothing", _NAMES_HINT
     )

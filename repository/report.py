@@ -6,7 +6,7 @@ The JSON form is the contract of docs/json.md, "Report of a backup".
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from core.units import MIB, format_duration, format_size
 from datastore.names import Snapshot
@@ -62,6 +62,18 @@ class ArchiveReport:
         )
 
 
+class FileArchiveFigures(Protocol):
+    """What the walk through a folder found."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its element of `file-archives`."""
+        ...
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        ...
+
+
 @dataclass(slots=True)
 class BackupReport:
     """One backup as a whole."""
@@ -71,23 +83,28 @@ class BackupReport:
     duration_s: float
     frozen_s: float = 0.0  #: from freeze sent to thaw answered, 0 without a guest agent
     warnings: Sequence[str] = field(default_factory=tuple)
+    file_archives: Sequence[FileArchiveFigures] = ()  #: of the folders among the archives
 
     def to_json(self) -> dict[str, Any]:
         """The report as `--output json` prints it."""
-        return {
+        document: dict[str, Any] = {
             "snapshot": str(self.snapshot),
             "archives": [archive.to_json() for archive in self.archives],
             "frozen-s": round(self.frozen_s, 3),
             "duration-s": round(self.duration_s, 3),
             "warnings": list(self.warnings),
         }
+        if self.file_archives:
+            document["file-archives"] = [archive.to_json() for archive in self.file_archives]
+        return document
 
     def lines(self) -> list[str]:
         """The report for people, one line per archive and a closing one."""
         read = sum(archive.read for archive in self.archives)
         # Of a few small files a rate would only tell how long the rest took.
         rate = f", {format_size(read / self.duration_s)}/s" if read >= MIB and self.duration_s > 0 else ""
-        lines = [str(archive) for archive in self.archives]
+        lines = [line for archive in self.file_archives for line in archive.lines()]
+        lines += [str(archive) for archive in self.archives]
         lines.append(f"{self.snapshot}: read {format_size(read)} in {format_duration(self.duration_s)}{rate}")
         if self.frozen_s:
             lines.append(f"guest file systems were frozen for {format_duration(self.frozen_s)}")

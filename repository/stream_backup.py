@@ -127,10 +127,9 @@ class StreamBackup:
         gathered = arena.head - arena.start - self._scanned
         if gathered and gathered + size > GATHERED:
             self._feed(gathered)
+        # Even a large write is looked at with the next one: a suggestion may lie at its end.
         arena.grow(size)
         self._position += size
-        if size >= GATHERED:
-            self._feed(size)
 
     def suggest(self) -> None:
         """A good place for a chunk to end."""

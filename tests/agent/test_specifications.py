@@ -18,6 +18,7 @@ from core.errors import SourceError, UsageError
     [
         ("disk.img:/dev/vg/x", Specification("disk.img", SpecificationKind.IMAGE, "/dev/vg/x")),
         ("a.b.img:nbd://h:10809/x", Specification("a.b.img", SpecificationKind.IMAGE, "nbd://h:10809/x")),
+        ("root-1_a.pxar:/a:b", Specification("root-1_a.pxar", SpecificationKind.ARCHIVE, "/a:b")),
         ("vm.conf:/etc/a:b", Specification("vm.conf", SpecificationKind.BLOB, "/etc/a:b")),
     ],
 )
@@ -26,16 +27,29 @@ def test_name_and_source_are_split_at_the_first_colon(text: str, specification: 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "disk.img", "disk.img:", ":/dev/x", "disk:/dev/x", "a/b.img:/x", "../x.img:/x", "x.exe:/x", ".img:/x"]
+    "text",
+    [
+        "",
+        "disk.img",
+        "disk.img:",
+        ":/dev/x",
+        "disk:/dev/x",
+        "a/b.img:/x",
+        "../x.img:/x",
+        "x.exe:/x",
+        ".img:/x",
+        ".pxar:/x",
+    ],
 )
 def test_other_forms_are_wrong_usage(text: str) -> None:
     with pytest.raises(UsageError):
         parse_specification(text)
 
 
-def test_file_archives_are_refused_with_a_clear_text() -> None:
-    with pytest.raises(UsageError, match="no file archives yet"):
-        parse_specification("root.pxar:/etc")
+@pytest.mark.parametrize("name", ["a.b.pxar", "a b.pxar", "ä.pxar"])
+def test_names_of_file_archives_are_plain(name: str) -> None:
+    with pytest.raises(UsageError):
+        parse_specification(f"{name}:/etc")
 
 
 @pytest.mark.parametrize("name", ["index.json", "client.log"])

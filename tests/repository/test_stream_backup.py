@@ -156,10 +156,7 @@ async def test_cuts_follow_the_gathered_writes(repo: LocalRepository) -> None:
         if gathered and len(gathered) + len(piece) > GATHERED:
             feed(gathered)
             gathered = b""
-        if len(piece) >= GATHERED:
-            feed(piece)
-        else:
-            gathered += piece
+        gathered += piece
         position += len(piece)
     feed(gathered)
     assert ends == [*events, position]
