@@ -1,0 +1,76 @@
+"""Real file systems for tests, in a file on a loop device, where the machine lets us mount them."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.apt import AptRoot, codename
+from tests.support.cache import Unavailable, cached
+from tests.support.loop_devices import loop_device
+
+#: The command that makes each, and bytes of the smallest that it likes.
+_MAKERS: Final = {
+    "ext4": (["mke2fs", "-q", "-F", "-t", "ext4"], 64 << 20),
+    "xfs": (["mkfs.xfs", "-q", "-f"], 320 << 20),
+    "btrfs": (["mkfs.btrfs", "-q", "-f"], 128 << 20),
+}
+_PACKAGES: Final = ("xfsprogs", "btrfs-progs")
+
+
+def _tools(folder: Path) -> None:
+    release = codename()
+    if not release:
+        raise Unavailable("this is no Debian, whose tools make other file systems")
+    AptRoot.open("apt-release", (release,)).unpack_with_dependencies(_PACKAGES, release, folder)
+
+
+def _make(command: list[str], image: Path) -> None:
+    """Run `command` on `image`, by the machine's own tool or the distribution's one in the cache."""
+    environment = dict(os.environ)
+    if shutil.which(command[0]) is None:
+        tools = cached("file-system-tools", _tools)
+        environment["LD_LIBRARY_PATH"] = ":".join(str(path.parent) for path in tools.glob("**/lib*.so*"))
+        found = next((path for path in tools.glob(f"**/*bin/{command[0]}") if path.is_file()), None)
+        if found is None:
+            raise Unavailable(f"{command[0]} is missing")
+        command = [str(found), *command[1:]]
+    subprocess.run([*command, image], check=True, capture_output=True, timeout=60, env=environment)
+
+
+@contextmanager
+def mounted(kind: str, folder: Path) -> Iterator[Path]:
+    """An empty file system of `kind`, mounted below `folder` while the block runs; skips where that cannot be."""
+    command, size = _MAKERS[kind]
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system to test with")
+    image, point = folder / f"{kind}.img", folder / kind
+    with image.open("wb") as file:
+        file.truncate(size)
+    try:
+        _make(command, image)
+    except Unavailable as reason:
+        pytest.skip(f"no {kind} to test with: {reason}")
+    with mounted_image(kind, image, point):
+        yield point
+
+
+@contextmanager
+def mounted_image(kind: str, image: Path, point: Path, *options: str) -> Iterator[Path]:
+    """The file system in the file `image`, mounted on the new folder `point`, with options of `mount`."""
+    point.mkdir()
+    with loop_device(image) as device:
+        command = ["mount", "-t", kind, *options, device, str(point)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            pytest.skip(f"no {kind} to test with: {done.stderr.strip()}")
+        try:
+            yield point
+        finally:
+            subprocess.run(["umount", point], check=True, timeout=60)
+            image.unlink()
