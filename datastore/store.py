@@ -4,6 +4,7 @@ Layout: docs/formats.md, "Layout". `Datastore` reads the local tree (complete on
 `datastore.session` writes them, `datastore.reader` reads their contents.
 """
 
+import errno
 import json
 import os
 import stat
@@ -496,17 +497,24 @@ class Datastore:
                 lock.release(unlink=not self.exists(snapshot))
 
     async def remove_empty_group(self, group: Group) -> bool:
-        """Remove a group without snapshots, its owner and notes; the caller holds its lock. False if it stays."""
+        """Remove a group without snapshots, its owner and notes; the caller holds its lock. False if it stays.
+
+        Raises:
+            StoreError: the files cannot be removed.
+        """
         if await in_io_thread(lambda: self.snapshots(group, unfinished=True)):
             return False
         for name in ("notes", "owner"):
             await self.meta.delete(f"{group.path}/{name}")
 
         def remove_folder() -> bool:
-            try:
-                (self.base / group.path).rmdir()
-            except OSError:
-                return False  # a foreign file is in it, or it is gone
+            with store_errors("remove", str(group)):
+                try:
+                    (self.base / group.path).rmdir()
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                        raise
+                    return False  # a foreign file is in it, or it is gone
             return True
 
         return await in_io_thread(remove_folder)

@@ -273,12 +273,14 @@ class _Record:
     snapshot: Snapshot
     upid: str
     written: str = ""  #: the state that the manifest has from us
+    _writing: trio.Lock = field(default_factory=trio.Lock)
 
     async def state(self, state: str) -> None:
         """Record `ok` or `failed`; errors as `VerifyRecorder.record_verification`."""
-        if self.written != state:
-            await self.recorder.record_verification(self.snapshot, state, self.upid)
-            self.written = state
+        async with self._writing:  # several chunks are counted at the same time
+            if self.written != state:
+                await self.recorder.record_verification(self.snapshot, state, self.upid)
+                self.written = state
 
     async def set_aside(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
         """Set a chunk aside; before that the snapshot counts as failed, so that a crash leaves no base without it."""
