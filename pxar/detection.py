@@ -34,6 +34,8 @@ MAX_PADDING: Final = 0.1
 #: Entries in the cache (400 bytes each). From the first number on it is written out once that is worth it.
 EARLY: Final = 4096
 FULL: Final = 65536
+#: No payload lies here.
+_NOWHERE: Final = -1
 #: Chunks handed over at a time.
 _GROUP: Final = 128
 
@@ -97,7 +99,7 @@ class Lookahead:
         #: The folder that the first entry of the cache lies in.
         self._folder = source.root
         #: Range of the old payload stream that the cached files' payloads fill.
-        self._start = self._end = 0
+        self._start = self._end = _NOWHERE
         self._files = 0
         self._held: _Held | None = None
         #: Files with several names that are in the cache.
@@ -274,6 +276,9 @@ class Lookahead:
             if self._start != self._end:
                 self._flush(keep=True)
             self._start = offset
+            # What was written before ends here, as if this file were written too: a large file's last chunk is the same
+            # whether the file behind it is new or not.
+            self._payload.suggest()
         if not self._cache:
             self._folder = folder
         self._end = offset + HEADER_SIZE + size
@@ -315,7 +320,8 @@ class Lookahead:
         else:
             self._put_in_held()
             self._write(None)
-        self._start = self._end
+        # What is written in between ends the range, even if the old payload goes on behind it.
+        self._start = self._end = self._end if keep else _NOWHERE
         self._files = 0
         self._waiting.clear()
         self._check_at = EARLY
