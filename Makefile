@@ -46,6 +46,7 @@ format: setup
 bench: setup-bench
 	$(PYTHON) bench/primitives.py
 	$(PYTHON) bench/chunker.py
+	$(PYTHON) bench/metadata.py
 	$(PYTHON) bench/disk_sources.py
 	$(PYTHON) bench/image_backup.py
 	$(PYTHON) bench/gc.py

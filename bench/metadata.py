@@ -2,7 +2,7 @@
 
 `find` makes one stat per file and prints what that says; it reads no extended attributes, ACLs, flags or projects.
 
-    .venv/bin/python -m bench.metadata [FOLDER]     makes 80 folders of 1000 files in FOLDER and removes them
+    .venv/bin/python bench/metadata.py [FOLDER]     makes 80 folders of 1000 files in FOLDER and removes them
 """
 
 import os

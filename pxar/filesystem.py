@@ -1,7 +1,7 @@
 """Files of a file system as an archive sees them: names, metadata, and how metadata are set again.
 
 The calls for a backup (`list_folder`, `scan`, `open_entry`, `describe`) are in C (`_metadata.c`), for many names at
-once: an ordinary file costs openat, fstat, flistxattr, two ioctls and close, 4 µs with a warm cache
+once: an ordinary file costs openat, fstat, flistxattr, two ioctls and close, 4 to 5 µs with a warm cache
 (`bench/metadata.py`). `filesystem_python.py` has the same calls in readable form and serves where C was not built.
 
 Nothing follows a symlink, and nothing waits for what has taken a file's place: FIFOs, sockets and devices are never
