@@ -2,8 +2,6 @@
 
 import os
 import random
-import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,11 +17,11 @@ from datastore.names import Group
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, choose, verify
 from tests.support.cache import ROOT
-from tests.support.upkeep import STEP_S, let_time_pass, oldest_start, write_rounds
+from tests.support.upkeep import STEP_S, chunk_files, let_time_pass, oldest_start, run_and_kill, write_rounds
 
-#: Rounds of all writers together, and kills; all of them with `make test-long`.
+#: Rounds of each writer, and kills; all of them with `make test-long`.
 LONG = bool(os.environ.get("FLEECE_TEST_LONG"))
-ROUNDS = 200 if LONG else 40
+ROUNDS = 200 if LONG else 10
 KILLS = 100 if LONG else 12
 
 
@@ -55,7 +53,7 @@ async def test_beside_four_writers_in_two_processes_no_chunk_in_use_is_lost(repo
     Last uses are set back by days between collections, so that whatever is not protected goes at once.
     """
     base = repo.store.base
-    rounds = str(ROUNDS // 4)
+    rounds = str(ROUNDS)
     removed = collected = 0
     done = trio.Event()
 
@@ -79,10 +77,14 @@ async def test_beside_four_writers_in_two_processes_no_chunk_in_use_is_lost(repo
 
     async with trio.open_nursery() as collecting:
         collecting.start_soon(collect)
-        async with trio.open_nursery() as writing:
-            for number in (1, 2):
-                writing.start_soon(own, number)
-                writing.start_soon(foreign, number + 2)
+        # Again on a machine so busy that the writers were done before much was collected.
+        for _ in range(10):
+            async with trio.open_nursery() as writing:
+                for number in (1, 2):
+                    writing.start_soon(own, number)
+                    writing.start_soon(foreign, number + 2)
+            if collected > 2 and removed:
+                break
         done.set()
     assert collected > 2
     assert removed > 0, "nothing was at stake"
@@ -90,20 +92,9 @@ async def test_beside_four_writers_in_two_processes_no_chunk_in_use_is_lost(repo
 
 
 def set_back(base: Path) -> None:
-    for path in base.glob(".chunks/*/*"):
+    for path in chunk_files(base):
         found = path.stat()
         os.utime(path, (found.st_atime - STEP_S, found.st_mtime))
-
-
-def run_and_kill(command: list[str], after_s: float) -> bool:
-    """Run `command` and kill it after so many seconds; False if it ended before."""
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        try:
-            process.wait(timeout=after_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            return True
-        return False
 
 
 @pytest.mark.timeout(1200)
@@ -111,16 +102,16 @@ async def test_killed_at_any_moment_it_leaves_a_whole_store_and_the_next_one_suc
     base = repo.store.base
     dice = random.Random(5)
     assert await write_rounds(base, Group.parse("vm/1"), 2, "kept") == 0
-    killed = 0
-    for number in range(KILLS):
-        assert await write_rounds(base, Group.parse("vm/2"), 2, f"kill {number}") == 0
+    killed = number = 0
+    while killed < KILLS:
+        number += 1
+        assert number < 3 * KILLS + 20
+        assert await write_rounds(base, Group.parse("vm/2"), 1, f"kill {number}") == 0
         set_back(base)
-        # Start-up takes a good part of the time; both of it and of the work itself something is cut.
-        killed += await trio.to_thread.run_sync(run_and_kill, program("gc", str(base)), dice.uniform(0.1, 0.6))
+        killed += await trio.to_thread.run_sync(run_and_kill, "gc", base, dice)
         await everything_is_whole(repo)
         async with repo.store.chunks.writer(wait_s=0):
             pass
-    assert killed >= KILLS // 4
     report = await collect_garbage(repo.store, lock_wait_s=0)
     assert report.missing_count == 0
     await everything_is_whole(repo)

@@ -3,9 +3,6 @@
 import errno
 import os
 import random
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import AsyncIterator
@@ -26,8 +23,8 @@ from datastore.names import Group, Namespace, Snapshot
 from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, VerifyResult, choose, verify
-from tests.support.cache import ROOT
 from tests.support.snapshots import CHUNK, write_snapshot
+from tests.support.upkeep import run_and_kill
 
 CODEC = ChunkCodec()
 DAY = 86_400
@@ -329,31 +326,21 @@ async def test_golden_store_is_sound_and_says_so(golden: Path, repo: LocalReposi
 @pytest.mark.timeout(1200)
 async def test_killed_at_any_moment_it_leaves_a_store_that_opens_heals_and_collects(repo: LocalRepository) -> None:
     dice = random.Random(3)
-    command = [sys.executable, "-m", "tests.support.upkeep", "verify", str(repo.store.base)]
     group, data = Group.parse("vm/100"), image("killed", 40)
-    killed = 0
-
-    def run_and_kill(after_s: float) -> bool:
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-            try:
-                process.wait(timeout=after_s)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                return True
-            return False
-
-    for number in range(KILLS):
+    killed = number = 0
+    while killed < KILLS:
+        number += 1
+        assert number < 3 * KILLS + 20
         await write(repo, 1000 + 2 * number, data, group)
         victims = [data[at * CHUNK : (at + 1) * CHUNK] for at in dice.sample(range(40), k=3)]
         for victim in victims:
             flip(chunk_path(repo, victim))
-        killed += await trio.to_thread.run_sync(run_and_kill, dice.uniform(0.1, 0.6))
+        killed += await trio.to_thread.run_sync(run_and_kill, "verify", repo.store.base, dice)
         await run(repo)
         await write(repo, 1001 + 2 * number, data, group)
         results = await run(repo)
         assert [result.errors for result in results if result.errors] == []
         for info in (await repo.snapshots())[:-1]:
             await repo.forget(info.snapshot)
-    assert killed > 0
     report = await collect_garbage(repo.store)
     assert report.missing_count == 0

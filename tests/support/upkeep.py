@@ -4,14 +4,18 @@
     python -m tests.support.upkeep gc STORE                         one garbage collection
     python -m tests.support.upkeep verify STORE                     verify everything
 
-A writer reuses old data: of a pool of chunks that all writers share, of its own snapshot before, and new. Prints a line
-per problem and ends with 1 if there was one. `let_time_pass` is the virtual clock.
+The last two print a line when the work begins. A writer reuses old data: of a pool of chunks that all writers share, of
+its own snapshot before, and new. Prints a line per problem and ends with 1 if there was one. `let_time_pass` is the
+virtual clock.
 """
 
 import os
 import random
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from datastore.locks import ChunkLocks, ProcessLocker
 from datastore.names import Group
 from repository.local import open_local
 from repository.verify import choose, verify
+from tests.support.cache import ROOT
 from tests.support.snapshots import CHUNK, put_all, read_image
 
 #: Chunks that writers have in common.
@@ -50,6 +55,13 @@ def image(dice: random.Random, before: bytes) -> bytes:
     return b"".join(pieces)
 
 
+def chunk_files(base: Path) -> Iterator[Path]:
+    """Every file in the chunk folders; three times as quick as a glob."""
+    for folder in os.scandir(base / ".chunks"):
+        for file in os.scandir(folder.path):
+            yield Path(file.path)
+
+
 def let_time_pass(base: Path, since: float) -> None:
     """Set chunks that nobody has used after `since` back by days, as time would; no garbage collection may run.
 
@@ -58,7 +70,7 @@ def let_time_pass(base: Path, since: float) -> None:
     """
     chunk_locks = ChunkLocks(base, Owner.of(base))
     try:
-        for path in base.glob(".chunks/*/*"):
+        for path in chunk_files(base):
             with suppress(FileNotFoundError), chunk_locks.hold(bytes.fromhex(path.name[:64])):
                 found = path.stat()
                 if found.st_atime < since:
@@ -113,8 +125,34 @@ async def write_rounds(base: Path, group: Group, rounds: int, seed: str) -> int:
     return problems
 
 
+def run_and_kill(what: str, base: Path, dice: random.Random) -> bool:
+    """Run `gc` or `verify` and kill it at a random moment of its work; False if it ended before.
+
+    How long the work takes is found out by letting it end in one of ten runs.
+    """
+    command = [sys.executable, "-m", "tests.support.upkeep", what, str(base)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        begun = time.monotonic()
+        if _work_s.get(what) and dice.random() > 0.1:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(dice.random() * _work_s[what])
+            process.kill()
+        process.stdout.read()
+        if process.wait() == -signal.SIGKILL:
+            return True
+        _work_s.setdefault(what, time.monotonic() - begun)
+        return False
+
+
+#: Seconds that the work of a program took.
+_work_s: dict[str, float] = {}
+
+
 async def run_gc(base: Path) -> int:
     repo = await open_local(base)
+    print("begun", flush=True)
     try:
         report = await collect_garbage(repo.store, lock_wait_s=60)
         print(report.status.removed_chunks, report.missing_count, flush=True)
@@ -125,6 +163,7 @@ async def run_gc(base: Path) -> int:
 
 async def run_verify(base: Path) -> int:
     repo = await open_local(base)
+    print("begun", flush=True)
     try:
         results = await verify(repo, await choose(repo), ChunkCodec())
         for result in results:
