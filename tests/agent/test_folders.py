@@ -135,7 +135,7 @@ async def test_what_is_odd_in_the_tree_is_a_warning(fleece: FleeceCommand, tree:
     (tree / "etc/.pxarexclude").write_text("[bad\n")
     document = await back_up(fleece, tree, code=3)
     (warning,) = document["warnings"]
-    assert warning.startswith("root.pxar: etc/.pxarexclude holds patterns that are not used")
+    assert warning.startswith("root.pxar: 'etc/.pxarexclude' holds patterns that are not used")
 
 
 async def test_killed_and_interrupted_backups_leave_no_snapshot(fleece: FleeceCommand, tree: Path) -> None:
