@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from tests.support.apt import AptRoot, codename
-from tests.support.cache import Unavailable, cached
+from tests.support.cache import Unavailable, cached, once
 from tests.support.loop_devices import loop_device
 
 #: The command that makes each, and bytes of the smallest that it likes.
@@ -23,18 +23,23 @@ _MAKERS: Final = {
 _PACKAGES: Final = ("xfsprogs", "btrfs-progs")
 
 
-def _tools(folder: Path) -> None:
+@once
+def _tools() -> Path:
     release = codename()
     if not release:
         raise Unavailable("this is no Debian, whose tools make other file systems")
-    AptRoot.open("apt-release", (release,)).unpack_with_dependencies(_PACKAGES, release, folder)
+
+    def build(folder: Path) -> None:
+        AptRoot.open("apt-release", (release,)).unpack_with_dependencies(_PACKAGES, release, folder)
+
+    return cached("file-system-tools", build)
 
 
 def _make(command: list[str], image: Path) -> None:
     """Run `command` on `image`, by the machine's own tool or the distribution's one in the cache."""
     environment = dict(os.environ)
     if shutil.which(command[0]) is None:
-        tools = cached("file-system-tools", _tools)
+        tools = _tools()
         environment["LD_LIBRARY_PATH"] = ":".join(str(path.parent) for path in tools.glob("**/lib*.so*"))
         found = next((path for path in tools.glob(f"**/*bin/{command[0]}") if path.is_file()), None)
         if found is None:
