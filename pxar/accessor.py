@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, TypeAlias, TypeVar
 
-from core.buffers import Buffer
 from core.errors import UsageError
 from pxar.entries import Head, read_head, read_name
 from pxar.format import (
@@ -72,7 +71,7 @@ class _Node:
 
     def _behind(self) -> int:
         """Where, in the archive, it ends at the earliest."""
-        return self.position + self._head.end
+        return self.position + self._head.size
 
 
 class _Entry(_Node):
@@ -83,10 +82,10 @@ class _Entry(_Node):
     @property
     def meta(self) -> bytes:
         """The metadata as they stand in the archive: the ENTRY item and the attributes."""
-        size = self._head.meta_end
+        size = self._head.meta_size
         if self._raw is not None:
             return self._raw[:size]
-        return bytes(self._accessor._read(self.position, size))
+        return self._accessor._read(self.position, size)
 
     @property
     def metadata(self) -> Metadata:
@@ -116,7 +115,7 @@ class FileNode(_Entry):
         return None if self._head.first < 0 else self._head.first
 
     def _behind(self) -> int:
-        end = self.position + self._head.end
+        end = self.position + self._head.size
         return end + self._head.second if self._head.first < 0 else end
 
 
@@ -172,7 +171,7 @@ class Hardlink(_Node):
         accessor, target = self._accessor, self.filename_position - self._head.first
         if target < accessor.root.position + ENTRY_V1_SIZE:
             raise bad(accessor.where, self.position, "a hard link leads out of the archive")
-        node = accessor._node(target, self.filename_position, self.filename_position)
+        node = accessor._node(target, self.filename_position, self.filename_position + HEADER_SIZE)
         if not isinstance(node, FileNode):
             raise bad(accessor.where, self.position, "a hard link leads to something that is no file")
         return node
@@ -188,7 +187,7 @@ class Directory(_Entry):
         raw: bytes | None,
     ) -> None:  # fmt: skip
         super().__init__(accessor, name, filename_position, position, limit, head, raw)
-        self._rows: tuple[int, Buffer] | None = None
+        self._rows: tuple[int, bytes] | None = None
 
     @property
     def id(self) -> int:
@@ -201,7 +200,7 @@ class Directory(_Entry):
         return self._limit
 
     @property
-    def table(self) -> tuple[int, Buffer]:
+    def table(self) -> tuple[int, bytes]:
         """Position of the GOODBYE item, and its rows (`goodbye.ROW`) in tree order, without the tail.
 
         Raises:
@@ -243,12 +242,12 @@ class Directory(_Entry):
         end, rows = self.table
         places = sorted(self._place(end, *row) for row in ROW.iter_unpack(rows))
         stop = end + HEADER_SIZE
-        data: Buffer = b""
+        data = b""
         base = known = behind = 0
         for index, (start, limit) in enumerate(places):
             if start < behind:
                 raise bad(accessor.where, start, "two entries of one directory overlap")
-            if start >= known:
+            if known < stop and start + _ENTRY_READ > known:
                 data = accessor._read(start, _block(places, index, stop))
                 base, known = start, start + len(data)
             try:
@@ -282,12 +281,12 @@ class Directory(_Entry):
         return [node.name for node in self.children()]
 
     def _behind(self) -> int:
-        return max(self._limit, self.position + self._head.end + HEADER_SIZE + ROW_SIZE)
+        return max(self._limit, self.position + self._head.size + HEADER_SIZE + ROW_SIZE)
 
     def _place(self, end: int, _: int, offset: int, size: int) -> tuple[int, int]:
         """Where a child begins, and what it cannot reach beyond; `end` is where the table begins."""
         start = end - offset
-        if start < self.position + self._head.end or offset < MIN_CHILD_SIZE:
+        if start < self.position + self._head.size or offset < MIN_CHILD_SIZE:
             raise bad(self._accessor.where, end, f"the table of {shown(self.name)} leads out of the directory")
         # Of a file in a split archive the size may count the content, which lies elsewhere.
         return start, min(start + size, end)
@@ -375,7 +374,7 @@ class ArchiveAccessor:
             raise UsageError("read", shown(node.name), "it is no file")
         size, start = node.size, node.payload_position
         if start is None:
-            return self._archive, node.position + node._head.end, size
+            return self._archive, node.position + node._head.size, size
         payload = self._payload
         if payload is None:
             raise UsageError("read", shown(node.name), f"the contents of {self.where} lie in another stream")
@@ -386,8 +385,8 @@ class ArchiveAccessor:
             raise bad(self.where, start, f"no PAYLOAD with {size} bytes in the payload stream for {shown(node.name)}")
         return payload, start + HEADER_SIZE, size
 
-    def _table(self, directory: Directory) -> tuple[int, Buffer]:
-        first, end = directory.position + directory._head.end, directory.end
+    def _table(self, directory: Directory) -> tuple[int, bytes]:
+        first, end = directory.position + directory._head.size, directory.end
         if end - first < HEADER_SIZE + ROW_SIZE:
             raise bad(self.where, end, f"no room for the table of {shown(directory.name)}")
         # One read does for most: 170 children.
@@ -403,31 +402,29 @@ class ArchiveAccessor:
         count, rest = divmod(size - HEADER_SIZE, ROW_SIZE)
         if rest or (count - 1) * MIN_CHILD_SIZE > start - first:
             raise bad(self.where, start, f"a table of {size} bytes for {start - first} bytes of entries")
-        # A copy, since a view would keep a whole chunk in memory for as long as the table is kept.
-        data = bytes(self._read(start, size) if size > length else data[length - size :])
+        data = self._read(start, size) if size > length else data[length - size :]
         if HEADER.unpack_from(data) != (GOODBYE, size):
             raise bad(self.where, start, "no GOODBYE where a table must begin")
-        return start, memoryview(data)[HEADER_SIZE : size - ROW_SIZE]
+        return start, data[HEADER_SIZE : size - ROW_SIZE]
 
     def _node(self, start: int, limit: int, stop: int, wanted: bytes | None = None) -> "Node | None":
         """The entry whose FILENAME is at `start`; None if its name is not the one wanted."""
         return self._growing(start, stop, lambda data: self._parsed(data, 0, start, limit, wanted))
 
-    def _parsed(self, data: Buffer, offset: int, base: int, limit: int, wanted: bytes | None = None) -> "Node | None":
+    def _parsed(self, data: bytes, offset: int, base: int, limit: int, wanted: bytes | None = None) -> "Node | None":
         """As `_node`, for the FILENAME at `data[offset]`; `base` is the position of `data`."""
         name, at = read_name(data, offset, where=self.where, base=base)
         if wanted is not None and name != wanted:
             return None
         position = base + at
-        data = memoryview(data)[at:]
-        head = read_head(data, 0, where=self.where, base=position)
-        raw = bytes(data[: head.end]) if head.end <= _KEPT else None
+        head = read_head(data, at, where=self.where, base=base)
+        raw = data[at : at + head.size] if head.size <= _KEPT else None
         node = _CLASSES[head.kind](self, name, base + offset, position, limit, head, raw)
         if node._behind() > limit:
             raise bad(self.where, base + offset, f"{shown(name)} is larger than its directory's table says")
         return node
 
-    def _growing(self, start: int, stop: int, parse: Callable[[Buffer], _T]) -> _T:
+    def _growing(self, start: int, stop: int, parse: Callable[[bytes], _T]) -> _T:
         """What `parse` makes of as many bytes from `start` on as it needs; none at `stop` or behind."""
         length = min(_ENTRY_READ, stop - start)
         while True:
@@ -439,10 +436,11 @@ class ArchiveAccessor:
                     raise bad(self.where, start, "an entry is cut off") from None
                 length = min(2 * length, stop - start)
 
-    def _read(self, offset: int, length: int) -> Buffer:
+    def _read(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._archive.size:
             raise bad(self.where, offset, f"{length} bytes, the archive ends at {self._archive.size}")
         data = self._archive.read(offset, length)
         if len(data) != length:
             raise bad(self.where, offset, f"{length} bytes should lie here, {len(data)} came")
-        return data
+        # Slices of bytes cost half of those of a view.
+        return bytes(data)

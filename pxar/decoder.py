@@ -184,7 +184,7 @@ class ArchiveDecoder:
         while directory is not None:
             if not self._content_is_apart:
                 archive.skip(self._left)
-                self._left = 0
+            self._file, self._left = None, 0
             kind, size = HEADER.unpack_from(archive.peek(HEADER_SIZE))
             if kind == FILENAME:
                 position = archive.position
@@ -211,7 +211,7 @@ class ArchiveDecoder:
     def _entry(self, name: bytes, parent: Entry | None, filename_position: int) -> Entry:
         position = self._archive.position
         head = self._archive.parse(lambda data: read_head(data, 0, where=self._where, base=position))
-        meta = bytes(self._archive.take(head.end)[: head.meta_end])
+        meta = bytes(self._archive.take(head.size)[: head.meta_size])
         entry = Entry(name, parent, filename_position, position, head, meta, self._where)
         self._content_is_apart = entry.payload_position is not None
         self._file, self._left = (entry, 0) if self._content_is_apart else (None, entry.size)

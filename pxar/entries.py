@@ -4,11 +4,14 @@ Layout: docs/formats.md, "File archives". Decoder and accessor both read entries
 hand; `Short` tells them that these are too few.
 """
 
+from struct import Struct
 from typing import Final, NamedTuple
 
 from core.buffers import Buffer
 from pxar.format import (
     DEVICE,
+    ENTRY,
+    ENTRY_SIZE,
     FILENAME,
     GOODBYE,
     HARDLINK,
@@ -31,18 +34,20 @@ from pxar.format import (
 )
 from pxar.metadata import metadata_end
 
+#: Most files: ENTRY without attributes (type, size, mode, the rest), then PAYLOAD_REF (type, size, offset, size).
+_COMMON: Final = Struct("<QQQ32xQQQQ")
 #: Kinds whose entry has no item of its own behind the metadata.
 _BARE: Final = frozenset({Kind.DIRECTORY, Kind.FIFO, Kind.SOCKET})
 
 
 class Head(NamedTuple):
-    """What the bytes of an entry say, from its ENTRY or HARDLINK item on. Indices count in the data."""
+    """What the bytes of an entry say, from its ENTRY or HARDLINK item on; both sizes count from there."""
 
     kind: Kind
-    meta_end: int  #: index behind the attributes; of a hard link, which has no metadata, where it begins
-    end: int  #: index behind the last item: of a PAYLOAD behind its header, of a directory where its children begin
+    meta_size: int  #: of the metadata; 0 for a hard link, which has none
+    size: int  #: with the last item: of a PAYLOAD its header, of a directory none of its children
     first: int = 0  #: file: place of its PAYLOAD in the payload stream, -1: here; device: major; hard link: distance
-    second: int = 0  #: file: size; device: minor
+    second: int = 0  #: file: size of the content; device: minor
     target: bytes = b""  #: of a symlink, path of a hard link
 
 
@@ -79,33 +84,36 @@ def read_head(data: Buffer, offset: int, *, where: str, base: int) -> Head:
         ArchiveError: neither, or what no writer makes of an entry.
         Short: `data` end within it. Behind a directory, FIFO or socket the next item's header is wanted too.
     """
+    if len(data) >= offset + _COMMON.size:
+        entry, size, mode, item, length, first, second = _COMMON.unpack_from(data, offset)
+        if item == PAYLOAD_REF and length == PAIR_SIZE and entry == ENTRY and size == ENTRY_SIZE and mode >> 12 == 8:
+            return Head(Kind.FILE, ENTRY_SIZE, ENTRY_SIZE + PAIR_SIZE, first, second)
     if peek_header(data, offset)[0] == HARDLINK:
         return _hardlink(data, offset, where, base)
-    meta_end = metadata_end(data, offset, where=where, base=base)
+    end = metadata_end(data, offset, where=where, base=base)
     (mode,) = U64.unpack_from(data, offset + HEADER_SIZE)
     kind = KIND_OF_MODE.get(mode & 0o170000)
     if kind is None or mode >> 16:
         raise bad(where, base + offset, f"mode {mode:#o} is no file's")
-    item, size = peek_header(data, meta_end)
+    item, size = peek_header(data, end)
+    meta_size = end - offset
     if kind is Kind.FILE:
         if item == PAYLOAD_REF and size == PAIR_SIZE:
-            check_length(data, meta_end + PAIR_SIZE)
-            return Head(kind, meta_end, meta_end + PAIR_SIZE, *PAIR_ITEM.unpack_from(data, meta_end)[2:])
+            check_length(data, end + PAIR_SIZE)
+            return Head(kind, meta_size, meta_size + PAIR_SIZE, *PAIR_ITEM.unpack_from(data, end)[2:])
         if item == PAYLOAD and size >= HEADER_SIZE:
-            return Head(kind, meta_end, meta_end + HEADER_SIZE, -1, size - HEADER_SIZE)
+            return Head(kind, meta_size, meta_size + HEADER_SIZE, -1, size - HEADER_SIZE)
     elif kind in _BARE:
         if item in (FILENAME, GOODBYE):
-            return Head(kind, meta_end, meta_end)
+            return Head(kind, meta_size, meta_size)
     elif kind is Kind.SYMLINK:
         if item == SYMLINK:
-            target = _text(data, meta_end, 0, where, base)
-            return Head(kind, meta_end, meta_end + size, target=target)
+            target = _text(data, end, 0, where, base)
+            return Head(kind, meta_size, meta_size + size, target=target)
     elif item == DEVICE and size == PAIR_SIZE:
-        check_length(data, meta_end + PAIR_SIZE)
-        return Head(kind, meta_end, meta_end + PAIR_SIZE, *PAIR_ITEM.unpack_from(data, meta_end)[2:])
-    raise bad(
-        where, base + meta_end, f"{item_name(item)} of {size} bytes cannot follow the metadata of a {_WORDS[kind]}"
-    )
+        check_length(data, end + PAIR_SIZE)
+        return Head(kind, meta_size, meta_size + PAIR_SIZE, *PAIR_ITEM.unpack_from(data, end)[2:])
+    raise bad(where, base + end, f"{item_name(item)} of {size} bytes cannot follow the metadata of a {_WORDS[kind]}")
 
 
 _WORDS: Final = {
@@ -125,8 +133,7 @@ def _hardlink(data: Buffer, offset: int, where: str, base: int) -> Head:
     (distance,) = U64.unpack_from(data, offset + HEADER_SIZE)
     if not distance:
         raise bad(where, base + offset, "a hard link to itself")
-    end = offset + HEADER_SIZE + U64.size + len(target) + 1
-    return Head(Kind.HARDLINK, offset, end, distance, target=target)
+    return Head(Kind.HARDLINK, 0, HEADER_SIZE + U64.size + len(target) + 1, distance, target=target)
 
 
 def _text(data: Buffer, offset: int, before: int, where: str, base: int) -> bytes:

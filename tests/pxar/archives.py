@@ -7,7 +7,7 @@ from core.buffers import Buffer
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Hardlink, Node, Symlink
 from pxar.decoder import ArchiveDecoder, Entry, ForwardReader
 from pxar.encoder import ArchiveEncoder
-from pxar.format import Kind
+from pxar.format import KIND_OF_MODE, Kind
 from pxar.metadata import Metadata, Stat, encode_metadata
 from pxar.sinks import ReusedChunk
 
@@ -90,8 +90,6 @@ class Item:
 
 def item(mode: int, *, mtime: tuple[int, int] = (0, 0), ids: tuple[int, int] = (0, 0), **more: object) -> Item:
     """An item with plain metadata; its kind follows from the mode."""
-    from pxar.format import KIND_OF_MODE
-
     stat = Stat(mode, 0, *ids, *mtime)
     return Item(KIND_OF_MODE[mode & 0o170000], Metadata(stat), **more)  # type: ignore[arg-type]
 
