@@ -4,7 +4,11 @@ interface.py   `Repository`, `BackupSession`, `Reader`: what a local datastore a
 local.py       `open_local`, `LocalRepository`: a datastore in a folder
 backup.py      `SnapshotWriter`: disks and small files into a session, and the manifest at the end
 planning.py    `plan_disks`: what a backup would read, and why (`--dry-run`); the decision for or against a base
-pipeline.py    how chunks flow from disks into a session
+pipeline.py    how chunks flow into a session: hashed, encoded, stored
+disk_backup.py how a disk becomes chunks
+stream_backup.py  how a stream that a thread writes becomes chunks; `arena.py` is its memory
+stream_reference.py  `open_reference`: the previous file archive, for change detection
+stored_bytes.py   `open_streams`: a stored file archive, read by a thread
 restore.py     `restore_disk`, `restore_stream`, `restore_blob`: archives back to disks, streams and files
 fetch.py       how chunks flow out of a repository
 archive.py     `open_cache`, `open_archive_reader`: random access with a chunk cache and read-ahead, for mounts
