@@ -11,7 +11,8 @@ docs/formats.md describes the bytes. A local folder is the only backend so far.
     blob.py                        the container of a chunk or small file
     fixed_index.py, dynamic_index.py, manifest.py   one format each
     prune.py, filters.py           which snapshots stay; which groups are meant
-    gc.py, gc_status.py, marked.py garbage collection, its result, and the digests it has marked
+    gc.py, gc_status.py            garbage collection and its result
+    gc_indexes.py, marked.py, sweep.py   its parts: finding indexes, digests it has marked, removal in a local folder
     upid.py                        the names of tasks
     changes.py                     notes, protection, owners, namespaces
     digests.py                     `DigestSet`: millions of digests, packed
