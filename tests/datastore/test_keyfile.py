@@ -12,7 +12,6 @@ from core.errors import FleeceError, FormatError, NotFoundError, UsageError
 from datastore.codec import CryptKey
 from datastore.errors import KeyNeededError, PassphraseError
 from datastore.keyfile import (
-    MAX_KEY_FILE_SIZE,
     KeyFile,
     Pbkdf2,
     Scrypt,
@@ -21,6 +20,7 @@ from datastore.keyfile import (
     short_fingerprint,
     wrap_key,
 )
+from datastore.private_files import MAX_KEY_FILE_SIZE
 
 # On a busy machine the first text that hypothesis makes takes seconds.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
