@@ -7,6 +7,7 @@ read and written again. Docs: docs/formats.md, "Change detection".
 
 Differences from PBS's client, none of which a reader can tell:
 
+- Gaps within one chunk do not settle the matter if the chunk would not be worth it so far: more may follow.
 - A chunk that ends where the range ends is the last one; PBS takes the next one too.
 - The chunk that was held back is known by its place in the index and not by its digest, which repeats in zeros.
 - It must be put in anyway, so what a further range needs of it costs nothing.
@@ -73,6 +74,17 @@ class _End(NamedTuple):
     """A folder is left."""
 
 
+_Entry: TypeAlias = CachedFile | _Link | _Other | _Start | _End
+
+
+class _Piece(NamedTuple):
+    """A part of the range, up to its end."""
+
+    start: int  #: in the old stream
+    place: int  #: of its first entry in the cache
+    files: int  #: files of the cache that come before
+
+
 class _Held(NamedTuple):
     """The last chunk of what was put in, not yet put in itself: the next range may begin in it."""
 
@@ -94,12 +106,14 @@ class Lookahead:
         self._reference = reference
         self._loose = loose
         self._report: CreateReport = writer.report
-        self._cache: list[CachedFile | _Link | _Other | _Start | _End] = []
+        self._cache: list[_Entry] = []
         self._check_at = EARLY
         #: The folder that the first entry of the cache lies in.
         self._folder = source.root
-        #: Range of the old payload stream that the cached files' payloads fill.
+        #: Range of the old payload stream that the cached files' payloads fill, but for gaps: chunk -> bytes.
         self._start = self._end = _NOWHERE
+        self._gaps: dict[int, int] = {}
+        self._piece: _Piece | None = None  #: what follows the last gap
         self._files = 0
         self._held: _Held | None = None
         #: Files with several names that are in the cache.
@@ -272,7 +286,7 @@ class Lookahead:
 
     def _extend(self, folder: Folder, offset: int, size: int) -> None:
         """The range goes on with the payload at `offset`, or a new one begins there."""
-        if offset != self._end:
+        if offset != self._end and (self._start == self._end or not self._bridge(offset)):
             if self._start != self._end:
                 self._flush(keep=True)
             self._start = offset
@@ -283,29 +297,57 @@ class Lookahead:
             self._folder = folder
         self._end = offset + HEADER_SIZE + size
 
+    def _bridge(self, offset: int) -> bool:
+        """Let the range go on at `offset`, behind a gap within its last chunk, if it is not worth it as it is."""
+        end = self._end
+        if not end < offset < self._chunks.size:
+            return False
+        number = self._chunks.find(end - 1)
+        start, size = self._chunks.span(number)
+        if offset >= start + size or self._worthy() is not None:
+            return False
+        self._gaps[number] = self._gaps.get(number, 0) + offset - end
+        self._piece = _Piece(offset, len(self._cache), self._files)
+        return True
+
     def _relieve(self) -> None:
         """The cache is large: write it out if that is worth it now, or if it is full."""
         size = len(self._cache)
-        if size >= FULL or self._start == self._end or self._worth(more=False):
+        if size >= FULL or self._start == self._end or self._worth(self._whole(), self._held, more=False):
             self._flush(keep=True, more=True)
         else:
             self._check_at = size + EARLY
 
-    def _worth(self, *, more: bool) -> bool:
-        """Whether the chunks of the range may be put in: little of them is of no use. `more` as in `_flush`."""
-        start, end = self._start, self._end
+    def _whole(self) -> _Piece:
+        return _Piece(self._start, 0, 0)
+
+    def _worthy(self, *, more: bool = False) -> _Piece | None:
+        """What of the range is worth it: all, or what follows the last gap, or nothing. `more` as in `_flush`."""
+        whole = self._whole()
+        if self._worth(whole, self._held, more=more):
+            return whole
+        if self._piece is not None and self._worth(self._piece, None, more=more):
+            return self._piece
+        return None
+
+    def _worth(self, piece: _Piece, held: _Held | None, *, more: bool) -> bool:
+        """Whether the chunks of the range from `piece` on may be put in: little of them is of no use."""
+        start, end = piece.start, self._end
         if end > self._chunks.size:
             return False  # no such payloads: the archive and the index do not belong together
         first, last = self._chunks.find(start), self._chunks.find(end - 1)
-        held = self._held
-        extra = 0
-        if held is None or held.number != first or start < held.end:
-            extra += start - self._chunks.span(first)[0]
+        gaps = 0 if piece.place else sum(self._gaps.values())
+        used = end - start - gaps
+        unused = gaps
+        if held is not None and held.number == first and start >= held.end:
+            unused -= self._gaps.get(first, 0)
+        else:
+            unused += start - self._chunks.span(first)[0]
             held = None
         if not more and (held is None or last != first):
             offset, size = self._chunks.span(last)
-            extra += offset + size - end
-        return extra <= MAX_PADDING * (end - start + extra)
+            unused += offset + size - end
+        return unused <= MAX_PADDING * (used + unused)
 
     def _flush(self, *, keep: bool, more: bool = False) -> None:
         """Write what is in the cache.
@@ -314,23 +356,41 @@ class Lookahead:
         rest of its last chunk does not count as useless.
         """
         if self._start == self._end:
-            self._write(None)  # nothing in the cache has content
-        elif self._worth(more=more):
-            self._reuse(keep)
+            self._write(self._cache, None)  # nothing in the cache has content
         else:
-            self._put_in_held()
-            self._write(None)
+            piece = self._worthy(more=more)
+            index = len(self._cache) if piece is None else piece.place
+            if index:
+                self._put_in_held()
+                self._write(self._cache[:index], None)
+            if piece is not None:
+                rest = self._cache[index:]
+                if index and not self._complete(rest):
+                    self._write(rest, None)
+                else:
+                    self._reuse(piece, rest, keep)
+        self._cache = []
         # What is written in between ends the range, even if the old payload goes on behind it.
         self._start = self._end = self._end if keep else _NOWHERE
+        self._gaps = {}
+        self._piece = None
         self._files = 0
         self._waiting.clear()
         self._check_at = EARLY
         if not keep:
             self._put_in_held()
 
-    def _reuse(self, keep: bool) -> None:
-        """Write the cache with references to the chunks of the range, and put these in."""
-        chunks, start, end = self._chunks, self._start, self._end
+    def _complete(self, entries: list[_Entry]) -> bool:
+        """Whether all links in `entries` lead to files that are there; one before them may have vanished just now."""
+        inside = {entry[4] for entry in entries if entry.__class__ is tuple}  # type: ignore[misc]
+        return all(
+            entry.key in inside or self._writer.linked(entry.key) for entry in entries if isinstance(entry, _Link)
+        )
+
+    def _reuse(self, piece: _Piece, entries: list[_Entry], keep: bool) -> None:
+        """Write `entries`, the cache from `piece` on, with references to the chunks of the range, and put these in."""
+        chunks, start, end = self._chunks, piece.start, self._end
+        gaps = {} if piece.place else self._gaps
         first, last = chunks.find(start), chunks.find(end - 1)
         held = self._held
         used = 0
@@ -340,16 +400,18 @@ class Lookahead:
             else:
                 self._put_in_held()
         self._held = None
-        report = self._report
-        report.reused_files += self._files
-        report.files += self._files
-        report.reused_size += end - start
-        report.size += end - start - HEADER_SIZE * self._files
-        self._write(self._payload.position + start - chunks.span(first)[0])
+        report, files = self._report, self._files - piece.files
+        reused = end - start - sum(gaps.values())
+        report.reused_files += files
+        report.files += files
+        report.reused_size += reused
+        report.size += reused - HEADER_SIZE * files
+        # Places count from the begin of the range, wherever the piece begins.
+        self._write(entries, self._payload.position + self._start - chunks.span(first)[0])
         group: list[ReusedChunk] = []
         for number in range(first, last + 1):
             offset, size = chunks.span(number)
-            used += min(end, offset + size) - max(start, offset)
+            used += min(end, offset + size) - max(start, offset) - gaps.get(number, 0)
             if keep and number == last:
                 self._held = _Held(number, size, used, end)
                 break
@@ -376,9 +438,8 @@ class Lookahead:
         report.padding += size - used
         report.partial_chunks += used < size
 
-    def _write(self, base: int | None) -> None:
-        """Write the entries of the cache; files refer to payloads from `base` on, or are read if that is None."""
-        entries, self._cache = self._cache, []
+    def _write(self, entries: list[_Entry], base: int | None) -> None:
+        """Write entries of the cache; files refer to payloads from `base` on, or are read if that is None."""
         writer, folder = self._writer, self._folder
         reference = writer.encoder.reference
         for entry in entries:
@@ -404,6 +465,7 @@ class Lookahead:
                 assert folder.parent is not None
                 folder = folder.parent
                 writer.end_folder()
+        self._folder = folder
 
     def _read(self, folder: Folder, name: bytes) -> None:
         """Open an entry anew, whatever it is by now, and write it."""

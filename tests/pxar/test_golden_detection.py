@@ -22,10 +22,10 @@ ROOT_NS = 1_700_500_000_000_000_000
 #: In every run of the tests, the others in `make test-long`: a second or two each.
 QUICK = {"unchanged", "touch_scattered", "delete", "link_sorts_first", "links_first_gone", "specials"}
 NAMES = [
-    "unchanged", "touch", "touch_dir100", "touch_scattered", "chmod", "chmod_dir", "chown", "xattr_added", "xattr_value",
-    "rename", "rename_dir", "move", "move_large", "same_size_mtime", "grow_keep_mtime", "delete", "delete_large", "new",
-    "append_large", "link_added", "links_4", "links_first_gone", "links_one_gone", "specials", "link_sorts_first",
-    "links_broken",
+    "unchanged", "touch", "touch_dir100", "touch_scattered", "chmod", "chmod_dir", "chown", "xattr_added",
+    "xattr_value", "rename", "rename_dir", "move", "move_large", "same_size_mtime", "grow_keep_mtime", "delete",
+    "delete_large", "new", "append_large", "link_added", "links_4", "links_first_gone", "links_one_gone", "specials",
+    "link_sorts_first", "links_broken",
 ]  # fmt: skip
 
 
