@@ -12,7 +12,7 @@ help:
 	@echo 'make test-long   everything, on every QEMU'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
-	@echo 'make bench       all benchmarks, with restic and borg beside the one of disk images'
+	@echo 'make bench       all benchmarks, with restic and borg beside those of backups'
 	@echo 'make clean       remove .venv, built parts and the cache of downloads'
 
 setup:
@@ -49,6 +49,7 @@ bench: setup-bench
 	$(PYTHON) bench/metadata.py
 	$(PYTHON) bench/disk_sources.py
 	$(PYTHON) bench/image_backup.py
+	$(PYTHON) bench/detection_modes.py
 	$(PYTHON) bench/gc.py
 	$(PYTHON) bench/verify.py
 

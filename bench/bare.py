@@ -3,9 +3,10 @@
     python bench/bare.py backup IMAGE FOLDER     read, SHA-256 in batches, zstd, CRC, one file per chunk into FOLDER
     python bench/bare.py restore FOLDER IMAGE    the way back: read, CRC, unzstd, SHA-256, write
     python bench/bare.py hash IMAGE              read and SHA-256 only
+    python bench/bare.py tree TREE FOLDER        all files of a tree: list, open, read, find cuts, then as `backup`
 
 Nothing else is done: no zero test, no index, no locks, no errors. Prints JSON: seconds, CPU seconds, MiB of memory.
-`image_backup.py` holds Fleece against these.
+`image_backup.py` and `detection_modes.py` hold Fleece against these.
 """
 
 import argparse
@@ -15,15 +16,20 @@ import os
 import resource
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import zstandard
 from isal import isal_zlib
 
 from datastore import sha256
+from datastore.chunker import Chunker
 
 CHUNK = 4 << 20
+#: Bytes of small files that cuts are looked for in together.
+BLOCK = 256 << 10
 #: Between buffers, beyond a chunk: equal offsets modulo 4 KiB compete for the same cache sets.
 SKEW = 4096 + 64
 
@@ -117,6 +123,84 @@ def hash_only(image: Path, batch: int) -> None:
     in_threads(work)
 
 
+def tree(source: Path, folder: Path, batch: int) -> None:
+    """No metadata are read but what listing a folder tells, and files are in no order across folders."""
+    folder.mkdir()
+    waiting = deque([os.fspath(source)])
+    busy = 1  # folders that are listed or wait for it
+    names = count()
+
+    def work() -> None:
+        nonlocal busy
+        compressor = zstandard.ZstdCompressor(level=1)
+        area = mmap.mmap(-1, batch * CHUNK + 4 * CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.madvise(mmap.MADV_HUGEPAGE)
+        room = memoryview(area)
+        chunker = Chunker()
+        filled = scanned = start = 0
+        chunks: list[memoryview] = []
+
+        def look() -> None:
+            nonlocal scanned, start
+            while cut := chunker.scan(room[scanned:filled]):
+                scanned += cut
+                chunks.append(room[start:scanned])
+                start = scanned
+            scanned = filled
+
+        def store() -> None:
+            nonlocal filled, scanned, start
+            for chunk, digest in zip(chunks, sha256.digest_many(chunks), strict=True):
+                frame = compressor.compress(chunk)
+                crc = isal_zlib.crc32(frame)
+                out = os.open(folder / f"{next(names):08}-{digest.hex()}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                os.writev(out, [crc.to_bytes(12, "little"), frame])
+                os.close(out)
+            chunks.clear()
+            room[: filled - start] = room[start:filled]
+            filled, scanned, start = filled - start, scanned - start, 0
+
+        while True:
+            try:
+                path = waiting.popleft()
+            except IndexError:
+                if not busy:
+                    break
+                time.sleep(0.001)
+                continue
+            files = []
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        with lock:
+                            busy += 1
+                        waiting.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        files.append(entry.name)
+            directory = os.open(path, os.O_RDONLY)
+            for name in files:
+                fd = os.open(name, os.O_RDONLY, dir_fd=directory)
+                while got := os.readv(fd, [room[filled : filled + CHUNK]]):
+                    filled += got
+                    if filled - scanned >= BLOCK:
+                        look()
+                        if len(chunks) >= batch or filled + CHUNK > len(room):
+                            store()
+                    if got < CHUNK:
+                        break
+                os.close(fd)
+            os.close(directory)
+            with lock:
+                busy -= 1
+        look()
+        if filled > start:
+            chunks.append(room[start:filled])
+        store()
+
+    lock = threading.Lock()
+    in_threads(work)
+
+
 def in_threads(work: Callable[[], None]) -> None:
     threads = [threading.Thread(target=work) for _ in range(len(os.sched_getaffinity(0)))]
     for thread in threads:
@@ -127,7 +211,7 @@ def in_threads(work: Callable[[], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loop", choices=["backup", "restore", "hash"])
+    parser.add_argument("loop", choices=["backup", "restore", "hash", "tree"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, nargs="?")
     parser.add_argument("--batch", type=int, default=16, help="chunks hashed together")
@@ -136,6 +220,8 @@ def main() -> None:
     start, cpu = time.perf_counter(), time.process_time()
     if arguments.loop == "hash":
         hash_only(arguments.source, arguments.batch)
+    elif arguments.loop == "tree":
+        tree(arguments.source, arguments.target, arguments.batch)
     elif arguments.loop == "backup":
         backup(arguments.source, arguments.target, arguments.batch)
     else:

@@ -365,6 +365,7 @@ class Run:
     seconds: float
     rss_mib: int
     output: str
+    cpu_s: float
 
 
 FLEECE = str(Path(sys.executable).parent / "fleece")
@@ -382,7 +383,7 @@ def measured(line: Sequence[str], environment: dict[str, str] | None = None, cwd
         text = output.read().decode(errors="replace")
     if process.returncode:
         raise SystemExit(f"{' '.join(line)} ended with {process.returncode}\n{text}")
-    return Run(seconds, usage.ru_maxrss >> 10, text)
+    return Run(seconds, usage.ru_maxrss >> 10, text, usage.ru_utime + usage.ru_stime)
 
 
 @contextmanager
