@@ -14,7 +14,7 @@ Limits, by turns with what they limit; medians of the rounds count:
     unchanged   in mode metadata: `find -printf` of all that a stat tells
 
 Seconds are those of the whole command and, beside them, those that the command reports, without the start of Python.
-CPU seconds are those of all threads, less those of a backup of an empty folder: what holds on a busy machine too. Peers:
+CPU seconds are those of all threads, less those of a backup of an empty folder: they hold on a busy machine too. Peers:
 restic (repository version 2), borg (zstd 1, no encryption); `read again` is without their lists of unchanged files. At
 the end the scan for cuts (`chunker.py`).
 """
