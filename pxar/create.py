@@ -11,12 +11,12 @@ Docs: docs/formats.md, "File archives".
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from core.errors import SourceError, os_reason
-from pxar.create_report import CreateReport, Trouble, shown_path
+from pxar.create_report import MAX_WARNINGS, CreateReport, Progress, Trouble, shown_path
 from pxar.detection import Lookahead
 from pxar.encoder import ArchiveEncoder
 from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter, Measuring
@@ -54,9 +54,6 @@ class CreateOptions:
     features: Features = DEFAULT  #: which metadata are read
 
 
-Progress = Callable[[CreateReport], None]
-
-
 def create_archive(
     root: str,
     archive: ArchiveSink,
@@ -71,9 +68,9 @@ def create_archive(
     """Write the folder `root` to `archive`: self-contained, or split if there is a `payload` stream.
 
     `reference`, for split archives only: the previous backup, whose payload is reused for unchanged files. `report` is
-    kept up to date while it runs (a new one otherwise); `progress` is called with it now and then, at least once per
-    folder, and may raise to stop. Entries that vanish, cannot be read or change are warnings in the report; nothing of
-    that makes an archive that cannot be read. The sinks are not closed.
+    kept up to date while it runs (a new one otherwise); `progress` is called with it at least once per folder and every
+    4 MiB of a file, and may raise to stop. Entries that vanish, cannot be read or change are warnings in the report;
+    nothing of that makes an archive that cannot be read. The sinks are not closed.
 
     Raises:
         SourceError: `root` cannot be read; more entries than `entries_max`; no memory or descriptors; and in a
@@ -163,7 +160,9 @@ class _Walk:
         self._warned_of_class = False
         self._warn_of_classes(given, "of the command line")
         encoder = ArchiveEncoder(archive, payload, prelude=prelude(given) if self._split else None)
-        self._writer = EntryWriter(encoder, self._report, split=self._split, catalog=catalog, measure=measure)
+        self._writer = EntryWriter(
+            encoder, self._report, split=self._split, catalog=catalog, progress=progress, measure=measure
+        )
         self._lookahead: Lookahead | None = None
         if payload is not None and reference is not None:
             self._lookahead = Lookahead(self._writer, source, payload, reference, loose=options.loose)
@@ -392,6 +391,8 @@ class _Walk:
         else:
             os.close(fd)
             self._report.excluded += 1
+            if len(self._report.skipped_mounts) < MAX_WARNINGS:
+                self._report.skipped_mounts.append(shown_path(folder.path))
         if lookahead is not None:
             lookahead.start_folder(folder, meta)
         else:

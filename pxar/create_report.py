@@ -1,11 +1,10 @@
 """What became of the files of a backup: counts, and what somebody should know."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
-
-from pxar.format import shown
+from typing import Final, TypeAlias
 
 #: Warnings that are kept as texts; further ones are counted.
 MAX_WARNINGS: Final = 1000
@@ -50,6 +49,8 @@ class CreateReport:
     padding: int = 0  #: of these, bytes that no file refers to
     partial_chunks: int = 0  #: injected chunks with padding
 
+    #: Mount points that are stored as empty folders, at most `MAX_WARNINGS`.
+    skipped_mounts: list[str] = field(default_factory=list)
     troubles: Counter[Trouble] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)  #: at most `MAX_WARNINGS`
     more_warnings: int = 0  #: how many are not in the list
@@ -82,6 +83,11 @@ class CreateReport:
         ]
 
 
+#: Called with the report as it grows; may raise.
+Progress: TypeAlias = Callable[[CreateReport], None]
+
+
 def shown_path(path: bytes) -> str:
-    """A path for people, with all of it that fits."""
-    return shown(path if path else b".")
+    """A path for people: whole, as somebody has to find it, with nothing in it that a terminal would act on."""
+    text = (path or b".").decode("utf-8", "backslashreplace")
+    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "'"

@@ -241,9 +241,9 @@ class Lookahead:
 
     # --- the reference -----------------------------------------------------------------------------------------------
 
-    def root(self) -> OldFolder | None:
+    def root(self) -> OldFolder:
         """The root of the previous archive."""
-        return self._reference.root
+        return self._reference.root()
 
     def folder(self, old: OldFolder, name: bytes) -> OldFolder | None:
         """The folder `name` in `old`; None if there was none, or nothing can be read any more."""

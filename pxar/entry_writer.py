@@ -6,7 +6,7 @@ from struct import Struct
 from typing import Final
 
 from core.errors import SourceError, os_reason
-from pxar.create_report import CreateReport, Trouble, shown_path
+from pxar.create_report import CreateReport, Progress, Trouble, shown_path
 from pxar.encoder import ArchiveEncoder
 from pxar.errors import EncodeError
 from pxar.filesystem import Opened, Scanned
@@ -38,6 +38,7 @@ class EntryWriter:
         *,
         split: bool,
         catalog: CatalogSink | None = None,
+        progress: Progress | None = None,
         measure: "Measuring | None" = None,
     ) -> None:
         """`measure`: contents are not read, only counted there (it is the encoder's content sink)."""
@@ -46,6 +47,7 @@ class EntryWriter:
         self._split = split
         self._content = encoder.content
         self._catalog = catalog
+        self._progress = progress
         self._measure = measure
         #: First names of files that have several: path, position in the archive.
         self._links: dict[tuple[int, int], tuple[bytes, int]] = {}
@@ -170,6 +172,8 @@ class EntryWriter:
                 room[got:] = bytes(wanted - got)
             content.commit(wanted)
             report.read += min(got, wanted)
+            if left and self._progress is not None:
+                self._progress(report)
         if ended:
             report.warn(Trouble.SHRUNK, folder.path_of(name))
         elif got > wanted:

@@ -44,11 +44,15 @@ class Reference:
         self.chunks: Final = chunks
         self.where: Final = where
         self._archive = archive
-        accessor = ArchiveAccessor(archive, where=where)
-        self.root: Final = OldFolder(self, accessor.root)
+        self._root = ArchiveAccessor(archive, where=where).root
+        self.root()
         #: The bytes at hand, and the position of the first.
         self.data = b""
         self.base = 0
+
+    def root(self) -> "OldFolder":
+        """The root, to be gone through from its begin."""
+        return OldFolder(self, self._root)
 
     def load(self, position: int) -> None:
         """Have what stands from `position` on at hand."""

@@ -4,7 +4,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ import pytest
 
 from datastore.chunker import ARCHIVE_AVERAGE
 from pxar.accessor import ArchiveAccessor
-from pxar.create import CreateOptions, Progress, create_archive
-from pxar.create_report import CreateReport
+from pxar.create import CreateOptions, create_archive
+from pxar.create_report import CreateReport, Progress
 from pxar.decoder import ArchiveDecoder, Entry
 from pxar.format import Kind
 from pxar.reference import Reference
@@ -184,16 +184,3 @@ def ext4(folder: Path, size: int) -> Iterator[Path]:
 def run_script(script: Path, *arguments: str | Path) -> None:
     """Run one of the scripts that make golden trees."""
     subprocess.run([sys.executable, script, *arguments], check=True, timeout=280, env={"PYTHONDONTWRITEBYTECODE": "1"})
-
-
-def after(call: int, action: Callable[[], None]) -> Progress:
-    """A `progress` that does something at its `call`-th call."""
-    calls = 0
-
-    def progress(_: CreateReport) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-
-    return progress

@@ -255,7 +255,9 @@ def test_mount_points_are_empty_folders_unless_they_are_wanted(root: Path, mount
         (place / "file").write_bytes(b"below")
         place.chmod(0o711)
     below = {b"/first/file", b"/second/file"}
-    assert_restorable(back_up(root), root, left_out=below)
+    made = back_up(root)
+    assert_restorable(made, root, left_out=below)
+    assert made.report.skipped_mounts == ["'first'", "'second'"]
     only = back_up(root, options=options(include_devices=[str(second)]))
     assert_restorable(only, root, left_out={b"/first/file"})
     everything = back_up(root, options=options(all_file_systems=True))
@@ -552,6 +554,13 @@ def test_warnings_do_not_grow_without_end() -> None:
     assert report.troubles[Trouble.VANISHED] == MAX_WARNINGS + 7
 
 
+def test_warnings_give_the_whole_path_and_nothing_that_a_terminal_acts_on() -> None:
+    report = CreateReport()
+    report.warn(Trouble.UNREADABLE, b"/".join([b"long" * 60] * 20 + [b"\x1b[2J\n\xff"]), "why")
+    name = "/".join(["long" * 60] * 20)
+    assert report.warnings == [f"'{name}/\\x1b[2J\\n\\xff' cannot be read and was left out: why"]
+
+
 # --- around it ---
 
 
@@ -581,6 +590,7 @@ def test_progress_shows_the_report_as_it_grows(root: Path) -> None:
     report = back_up(root, progress=lambda report: seen.append(report.entries)).report
     assert seen == sorted(seen)
     assert seen[-1] == report.entries
+    assert len(seen) >= report.folders + 2  # two more within a file of 10 MB
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -13,7 +13,7 @@ import pxar.detection
 import pxar.source
 from core.buffers import Buffer
 from core.errors import NotFoundError
-from pxar.create import CreateOptions, create_archive
+from pxar.create import CreateOptions, create_archive, measure_archive
 from pxar.create_report import Trouble
 from pxar.errors import ArchiveError
 from pxar.filesystem import open_entry
@@ -161,6 +161,14 @@ def test_an_unchanged_tree_is_not_read_however_often(tmp_path: Path) -> None:
         made = assert_nothing_is_read(tmp_path / "tree", made)
         assert made.report.padding == 32
         assert references(made) == [(start + 16, end + 16) for start, end in first]
+
+
+def test_one_reference_serves_again(tmp_path: Path) -> None:
+    files(tmp_path / "tree", 300, 2 * KIB)
+    base = back_up(tmp_path / "tree", average=AVERAGE)
+    reference = base.reference()
+    for _ in range(2):
+        assert measure_archive(str(tmp_path / "tree"), reference=reference).read == 0
 
 
 def test_a_chunk_that_ends_with_the_range_is_the_last(tmp_path: Path) -> None:
