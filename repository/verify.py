@@ -74,7 +74,12 @@ class VerifyResult:
 
     def to_json(self) -> dict[str, Any]:
         """One element of what `fleece verify --output json` prints."""
-        return {"snapshot": str(self.snapshot), "state": self.state, "errors": list(self.errors)}
+        return {
+            "snapshot": str(self.snapshot),
+            "state": self.state,
+            "errors": list(self.errors),
+            "skipped": self.skipped or None,
+        }
 
 
 @dataclass(slots=True)

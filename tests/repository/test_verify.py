@@ -47,7 +47,8 @@ async def test_sound_snapshots_are_ok_and_shared_chunks_are_read_once(mode: Cryp
         await store(repository, ctime, chunks_of(letters, tail=99), codec)
     results = await check(repository, codec)
     assert [result.to_json() for result in results] == [
-        {"snapshot": f"vm/100/{GROUP.at(ctime).time}", "state": "ok", "errors": []} for ctime in (1000, 2000, 3000)
+        {"snapshot": f"vm/100/{GROUP.at(ctime).time}", "state": "ok", "errors": [], "skipped": None}
+        for ctime in (1000, 2000, 3000)
     ]
     assert len(repository.chunk_reads) == len(set(repository.chunk_reads)) == len(repository.chunks)
 
@@ -172,6 +173,7 @@ async def test_snapshot_that_is_gone_or_locked_is_skipped_as_ok(monkeypatch: pyt
     snapshot = await store(repository, 1000, chunks_of("a"))
     (result,) = await verify(repository, [GROUP.at(5)], ChunkCodec())
     assert (result.state, result.skipped) == ("ok", "removed meanwhile")
+    assert result.to_json()["skipped"] == "removed meanwhile"
 
     def locked(snapshot: Snapshot) -> None:
         raise LockedError("lock", str(snapshot), "it is being removed")
