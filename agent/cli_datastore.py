@@ -70,6 +70,7 @@ def create(
     from datastore.names import check_store_name
 
     path, known_as = _place(invocation, place, name)
+    _check_sync_level(invocation, known_as or place, sync_level)
     if known_as is not None:
         check_store_name(known_as)
         taken = invocation.registry.datastores().get(known_as)
@@ -111,6 +112,16 @@ def _place(invocation: Invocation, place: str, name: str | None) -> tuple[Path, 
             "create the datastore", repr(place), "its name is in the configuration already", "leave out --name"
         )
     return section.path, None
+
+
+def _check_sync_level(invocation: Invocation, name: str, sync_level: str | None) -> None:
+    """Refuse a level that would not count, since the configuration says how the repository is used."""
+    section = invocation.config.repository.get(name)
+    if sync_level is not None and section is not None and section.sync_level != sync_level:
+        raise UsageError(
+            "create the datastore", repr(name), "its sync level stands in the configuration, which only people change",
+            f'leave out --sync-level, and write sync-level = "{sync_level}" into [repository.{name}]',
+        )  # fmt: skip
 
 
 def list_datastores(invocation: Invocation) -> None:

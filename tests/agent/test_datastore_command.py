@@ -30,6 +30,19 @@ def test_a_configured_repository_is_created_under_its_name(fleece: Fleece, tmpfs
     assert "configuration" in refused.err
 
 
+def test_a_sync_level_that_the_configuration_would_overrule_is_refused(fleece: Fleece, tmpfs: Path) -> None:
+    path = tmpfs / "x"
+    config = fleece.home / "fleece.toml"
+    config.write_text(f'[repository.offsite]\npath = "{path}"\n')
+    for arguments in (["offsite"], [str(path), "--name", "offsite"]):
+        refused = fleece("datastore", "create", *arguments, "--sync-level", "file", "--output", "json")
+        assert (refused.code, refused.out) == (2, "")
+        assert 'sync-level = "file" into [repository.offsite]' in refused.error["hint"]
+        assert not path.exists()
+    config.write_text(config.read_text() + 'sync-level = "file"\n')
+    assert fleece.json("datastore", "create", "offsite", "--sync-level", "file")["created"] is True
+
+
 def test_a_folder_with_other_things_in_it_is_refused_and_untouched(fleece: Fleece, tmpfs: Path) -> None:
     (tmpfs / "photo.jpg").write_bytes(b"x")
     answer = fleece("datastore", "create", tmpfs, "--name", "main")
