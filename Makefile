@@ -47,6 +47,7 @@ bench: setup-bench
 	$(PYTHON) bench/primitives.py
 	$(PYTHON) bench/chunker.py
 	$(PYTHON) bench/metadata.py
+	$(PYTHON) bench/create.py
 	$(PYTHON) bench/disk_sources.py
 	$(PYTHON) bench/image_backup.py
 	$(PYTHON) bench/detection_modes.py
