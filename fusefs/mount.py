@@ -28,13 +28,15 @@ from datastore.crypt_mode import CryptMode
 from datastore.errors import SnapshotNotFoundError
 from datastore.keyfile import need_key
 from datastore.names import MASTER_KEY_NAME, ROOT, Group, Namespace, Snapshot, complete_archive_name
+from fusefs.archive_nodes import FileArchive
 from fusefs.errors import MountError
 from fusefs.kernel import detach, is_served, mount_options, raise_read_ahead
 from fusefs.mountpoint import check_fuse, check_mountpoint
+from fusefs.nodes import Folder, Shared
 from fusefs.opened import OpenSnapshot, open_snapshot
 from fusefs.options import MountOptions
 from fusefs.pool import IDLE_S, SnapshotPool
-from fusefs.tree import ArchiveFolder, Folder, NamespaceFolder, Shared, find_file, is_shown
+from fusefs.tree import ArchiveFolder, NamespaceFolder, find_parts, one_archive
 from repository.archive import open_cache
 from repository.interface import Repository
 
@@ -83,7 +85,7 @@ def mount(
         options: what stands behind `-o`.
         store: the folder of a local datastore, which must not be mounted over.
         foreground: serve in this process.
-        on_ready: called in this process once the mount is usable.
+        on_ready: called in this process once the mount is usable; if it raises, the mount ends.
 
     Raises:
         MountError: the mountpoint or this host is not fit for it.
@@ -105,8 +107,12 @@ def mount(
     if foreground:
         serve_it(on_ready)
     else:
-        _in_background(serve_it, folder, options.log)
-        on_ready()
+        child = _in_background(serve_it, folder, options.log)
+        try:
+            on_ready()
+        except BaseException:
+            _end(child)  # who is told of a failure is not to find a mount
+            raise
 
 
 async def serve(
@@ -147,8 +153,8 @@ async def serve(
         shared = Shared(repo, key, pool, time.time_ns())
         operations = Operations(
             await _root(shared, ns, archive),
-            uid=os.getuid() if options.uid is None else options.uid,
-            gid=os.getgid() if options.gid is None else options.gid,
+            uid=options.uid,
+            gid=options.gid,
         )
         source = repo.name if archive is None else f"{repo.name}:{archive.snapshot}/{archive.name}"
         # Before there is a mount: a signal that nobody waits for would leave it behind.
@@ -171,7 +177,7 @@ async def serve(
         nursery.cancel_scope.cancel()
 
 
-async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Folder:
+async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Folder | FileArchive:
     """The root of the tree, read once so that errors come before the mount is made."""
     if archive is None:
         folder = NamespaceFolder(shared, b"", ns)
@@ -185,17 +191,13 @@ async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Fo
         snapshot = newest
     name = complete_archive_name(archive.name)
     info = await shared.repo.snapshot(snapshot)
-    file = find_file(info, name)
-    where = f"{snapshot}/{archive.name}"
-    if not is_shown(name):
-        why = "only disk images and small files can be mounted"
-        raise UsageError("mount", where, why, "'fleece restore' writes other archives to a file")
-    if file.crypt_mode is CryptMode.ENCRYPT and name != MASTER_KEY_NAME and not shared.has_key(info):
-        needed = parse_fingerprint(info.fingerprint) if info.fingerprint else None
-        raise need_key("mount", where, needed, shared.key)
-    root = ArchiveFolder(shared, info, file)
-    for node in (await root.children()).values():
-        await node.measure()  # type: ignore[attr-defined]  # the only node is a file
+    parts = find_parts(info, name)
+    for part in parts:
+        if part.crypt_mode is CryptMode.ENCRYPT and name != MASTER_KEY_NAME and not shared.has_key(info):
+            needed = parse_fingerprint(info.fingerprint) if info.fingerprint else None
+            raise need_key("mount", f"{snapshot}/{archive.name}", needed, shared.key)
+    root = one_archive(shared, info, parts)
+    await (root.file if isinstance(root, ArchiveFolder) else root).measure()
     return root
 
 
@@ -280,8 +282,12 @@ def _fill_standard_streams() -> None:
     os.close(descriptor)
 
 
-def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> None:
-    """Run `serve_it(ready)` in a new process; return when it calls `ready`, or raise the error it ended with before."""
+def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> int:
+    """Run `serve_it(ready)` in a new process, and return its id when it calls `ready`.
+
+    Raises:
+        FleeceError: it ended before, with this error.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the caller closed it
         stream.flush()
     reading, writing = os.pipe()
@@ -298,13 +304,19 @@ def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: P
         os.kill(child, signal.SIGTERM)
         raise
     if answer == _READY:
-        return
+        return child
     os.waitpid(child, 0)
     try:
         is_usage, *words = json.loads(answer)
     except ValueError:
         raise MountError("mount on", str(mountpoint), "the serving process was killed") from None
     raise (UsageError if is_usage else MountError)(*words)
+
+
+def _end(child: int) -> None:
+    """End the mount that `child` serves, and wait until it is gone."""
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
 
 
 def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: Path | None) -> NoReturn:

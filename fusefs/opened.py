@@ -13,6 +13,7 @@ from datastore.codec import ChunkCodec, CryptKey
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
+from fusefs.opened_archive import OpenArchive, open_archive
 from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
 from repository.interface import Reader, Repository
 from repository.restore import restore_blob
@@ -84,6 +85,26 @@ class ImageContent:
         self.read: Final = reader.read
 
 
+class RangeContent:
+    """A file in a file archive: `size` bytes from `start` on of one of its streams."""
+
+    def __init__(self, reader: ArchiveReader, start: int, size: int) -> None:
+        self.size: Final = size
+        self.memory: Final = 0
+        self.blocks: Final = -(-size // BLOCK)
+        self._reader, self._start = reader, start
+
+    def read_cached(self, offset: int, length: int) -> Buffer | None:
+        """See `Content.read_cached`."""
+        length = min(length, self.size - offset)
+        return self._reader.read_cached(self._start + offset, length) if length > 0 else b""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """See `Content.read`."""
+        length = min(length, self.size - offset)
+        return await self._reader.read(self._start + offset, length) if length > 0 else b""
+
+
 class OpenSnapshot:
     """A snapshot whose manifest was read and checked; made by `open_snapshot`."""
 
@@ -91,7 +112,8 @@ class OpenSnapshot:
         self.manifest: Final = manifest
         self._reader, self._codec, self._cache = reader, codec, cache
         self._contents: WeakValueDictionary[str, Content] = WeakValueDictionary()
-        self._kept: list[Content] = []
+        self._archives: WeakValueDictionary[str, OpenArchive] = WeakValueDictionary()
+        self._kept: list[Content | OpenArchive] = []
         self._locks: dict[str, trio.Lock] = {}
 
     async def content(self, name: str) -> Content:
@@ -112,6 +134,28 @@ class OpenSnapshot:
                 if content.memory <= KEPT:
                     self._kept.append(content)
             return content
+
+    async def archive(self, name: str, payload: str | None = None) -> OpenArchive:
+        """The file archive in the streams `name` and `payload` (full file names); several callers cause one opening.
+
+        Raises:
+            NotFoundError: there is no such archive.
+            FormatError, KeyNeededError: as `repository.locate.open_archive`; or it is none.
+        """
+        async with self._locks.setdefault(name, trio.Lock()):
+            archive = self._archives.get(name)
+            if archive is None:
+                first, second = [
+                    None if one is None else await open_archive_reader(
+                        self._reader, self._codec, self.manifest, one, self._cache
+                    )
+                    for one in (name, payload)
+                ]  # fmt: skip
+                assert first is not None
+                archive = self._archives[name] = await open_archive(first, second)
+                if archive.memory <= KEPT:
+                    self._kept.append(archive)
+            return archive
 
     async def _image(self, name: str) -> ImageContent:
         reader = await open_archive_reader(self._reader, self._codec, self.manifest, name, self._cache)

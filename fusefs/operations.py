@@ -15,10 +15,14 @@ import trio
 
 from core.buffers import Buffer
 from core.errors import FleeceError
+from fusefs.archive_nodes import Cursor, FileArchive
 from fusefs.errors import StaleError, errno_of
+from fusefs.inodes import ArchiveEntries, EntryTable, InodeTable
+from fusefs.nodes import MAX_SIZE, File, Folder, Link, Node, Stored
 from fusefs.opened import Content, OpenSnapshot
+from fusefs.opened_archive import ROOT, Spot
 from fusefs.pool import Lease
-from fusefs.tree import File, Folder, Link, Node
+from pxar.listing import Row
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,68 +37,25 @@ MAX_LOGGED: Final = 1024
 COLD_READS: Final = 8
 #: st_blksize.
 BLOCK_SIZE: Final = 4096
+#: The longest name that the kernel takes; it would refuse the whole listing.
+_LONGEST_NAME: Final = 1024
+#: The largest part of a device number that the kernel can be told: 20 bits of the minor number, 12 of the major.
+_MAX_DEVICE: Final = (1 << 20) - 1
+#: `mode >> 12` of a regular file.
+_FILE_TYPE: Final = 8
 _FILE_MODE: Final = stat.S_IFREG | 0o444
 _FOLDER_MODE: Final = stat.S_IFDIR | 0o555
 _LINK_MODE: Final = stat.S_IFLNK | 0o777
 _LOG = logging.getLogger(__name__)
 
 
-class InodeTable:
-    """The nodes that the kernel knows, each with the number of times it was told about it."""
-
-    def __init__(self, root: Folder) -> None:
-        self._nodes: dict[int, Node] = {root.inode: root}
-        self._counts: dict[int, int] = {root.inode: 1}
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def __getitem__(self, inode: int) -> Node:
-        """The node that the kernel calls `inode`.
-
-        Raises:
-            StaleError: it is not known (any more).
-        """
-        node = self._nodes.get(inode)
-        if node is None:
-            raise StaleError("find", f"inode {inode}", "it is not known any more")
-        return node
-
-    def known(self, node: Node) -> Node:
-        """The node that the kernel has for the path of `node`, or `node` itself.
-
-        Raises:
-            StaleError: its number belongs to another path (the chance is one in 2**63 for each pair).
-        """
-        other = self._nodes.get(node.inode, node)
-        if other.path != node.path:
-            raise StaleError("show", os.fsdecode(node.path), "its inode number is taken")
-        if isinstance(node, Link) and isinstance(other, Link):
-            other.target, other.mtime_ns = node.target, node.mtime_ns
-        return other
-
-    def remember(self, node: Node) -> None:
-        """The kernel was told about `node` once more."""
-        self._nodes.setdefault(node.inode, node)
-        self._counts[node.inode] = self._counts.get(node.inode, 0) + 1
-
-    def forget(self, inode: int, count: int) -> None:
-        """The kernel takes `count` tellings back; at none left the node goes."""
-        left = self._counts.get(inode, 0) - count
-        if left > 0 or inode == pyfuse3.ROOT_INODE:
-            self._counts[inode] = max(left, 1)
-        else:
-            self._counts.pop(inode, None)
-            self._nodes.pop(inode, None)
-
-
 class Handle:
     """An open file."""
 
-    __slots__ = ("content", "file", "lease", "read_cached")
+    __slots__ = ("content", "lease", "read_cached")
 
-    def __init__(self, file: File, lease: Lease[OpenSnapshot], content: Content) -> None:
-        self.file, self.lease, self.content = file, lease, content
+    def __init__(self, lease: Lease[OpenSnapshot], content: Content) -> None:
+        self.lease, self.content = lease, content
         self.read_cached = content.read_cached
 
 
@@ -136,20 +97,40 @@ def _answered(
     return answer
 
 
+def _immutable() -> pyfuse3.EntryAttributes:
+    """Attributes of something that never changes, to be filled in."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = entry.generation = 0
+    entry.st_blksize = BLOCK_SIZE
+    entry.entry_timeout = entry.attr_timeout = FILE_TIMEOUT_S
+    return entry
+
+
 class Operations(pyfuse3.Operations):
-    """The requests of one mount."""
+    """The requests of one mount.
+
+    Args:
+        root: the root of the tree.
+        uid: owner of everything; None: entries of archives have their own, everything else is owned by this process.
+        gid: group, likewise.
+    """
 
     # Lookups of "." and ".." would be for exports by NFS, which need inodes that outlive the kernel's interest.
     supports_dot_lookup = False
     enable_writeback_cache = False
+    # The kernel decides by the ACLs that entries of archives have; else by their modes alone, where the bits of the
+    # group are the mask.
+    enable_acl = True
 
-    def __init__(self, root: Folder, *, uid: int, gid: int) -> None:
+    def __init__(self, root: Folder | FileArchive, *, uid: int | None, gid: int | None) -> None:
         super().__init__()
         self.inodes: Final = InodeTable(root)
+        self.entries: Final = EntryTable()
         self.handles: Final[dict[int, Handle]] = {}
-        self._folders: dict[int, list[tuple[bytes, Node]]] = {}
+        self._folders: dict[int, list[tuple[bytes, Node]] | Cursor] = {}
         self._numbers = itertools.count(1)
-        self._uid, self._gid = uid, gid
+        self._owner = uid, gid
+        self._uid, self._gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
         self._log = LogOnce()
         self._cold = trio.Semaphore(COLD_READS)
 
@@ -175,21 +156,57 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = BLOCK_SIZE
         entry.entry_timeout = entry.attr_timeout = ENTRY_TIMEOUT_S
         match node:
+            case FileArchive(row=tuple() as row):
+                self._fill(entry, node, row)
             case File():
                 entry.st_mode = _FILE_MODE
                 entry.st_size, entry.st_blocks = node.size, node.blocks
-                # A guess is good enough for a listing; who wants to know asks again.
-                entry.attr_timeout = FILE_TIMEOUT_S if node.exact else 0
             case Link():
                 entry.st_mode = _LINK_MODE
                 entry.st_size = len(node.target)
             case _:
                 entry.st_mode = _FOLDER_MODE
+        if isinstance(node, Stored):
+            # A guess is good enough for a listing; who wants to know asks again.
+            entry.attr_timeout = FILE_TIMEOUT_S if node.exact else 0
         return entry
+
+    def _fill(self, entry: pyfuse3.EntryAttributes, archive: FileArchive, row: Row) -> None:
+        """Set what is not the same for all entries of an archive."""
+        position, _, mode, uid, gid, size, mtime_ns, device = row
+        entry.st_mode = mode
+        entry.st_uid, entry.st_gid = uid, gid
+        entry.st_size = size = min(size, MAX_SIZE)
+        is_file = mode >> 12 == _FILE_TYPE
+        entry.st_blocks = size + 511 >> 9 if is_file else 0
+        entry.st_nlink = archive.links.names(position) if is_file else 1
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = mtime_ns
+        entry.st_rdev = os.makedev(*device) if device is not None and max(device) <= _MAX_DEVICE else 0
+        if self._owner != (None, None):
+            entry.st_uid, entry.st_gid = (
+                own if given is None else given for own, given in zip((uid, gid), self._owner, strict=True)
+            )
+
+    def _entry(self, entries: ArchiveEntries, row: Row) -> pyfuse3.EntryAttributes:
+        entry = _immutable()
+        entry.st_ino = entries.inode(row)
+        self._fill(entry, entries.archive, row)
+        return entry
+
+    def _place(self, inode: int) -> tuple[FileArchive, Spot] | None:
+        """The archive and place of an entry, or of an archive's root; None for all else."""
+        entries = self.entries.find(inode)
+        if entries is not None:
+            return entries.archive, entries.spot(inode)
+        node = self.inodes[inode]
+        return (node, ROOT) if isinstance(node, FileArchive) else None
 
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """A name in a folder."""
+        place = self._place(parent_inode)
+        if place is not None:
+            return await self._lookup_entry(*place, name)
         folder = self.inodes[parent_inode]
         if not isinstance(folder, Folder):
             raise pyfuse3.FUSEError(errno.ENOTDIR)
@@ -197,7 +214,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         node = self.inodes.known(found)
-        if isinstance(node, File) and not node.exact:
+        if isinstance(node, Stored) and not node.exact:
             try:
                 await node.measure()
             except FleeceError as error:
@@ -206,42 +223,119 @@ class Operations(pyfuse3.Operations):
         self.inodes.remember(node)
         return self._attributes(node)
 
+    async def _lookup_entry(self, archive: FileArchive, spot: Spot, name: bytes) -> pyfuse3.EntryAttributes:
+        if not spot.is_directory:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        row = await archive.ask(lambda opened: opened.child(spot, name, archive.links))
+        if row is None:
+            # Number 0: there is no such name, and the kernel need not ask again.
+            return _immutable()
+        entries = self.entries.of(archive)
+        entry = self._entry(entries, row)
+        entries.remember(row)
+        return entry
+
     @_answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Attributes of what the kernel knows."""
+        entries = self.entries.find(inode)
+        if entries is not None:
+            spot = entries.spot(inode)
+            row = await entries.archive.ask(lambda opened: opened.row(spot))
+            return self._entry(entries, row)
         node = self.inodes[inode]
-        if isinstance(node, File):
+        if isinstance(node, Stored):
             await node.measure()
         return self._attributes(node)
 
     @_answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        """Where `latest` leads."""
-        node = self.inodes[inode]
-        if not isinstance(node, Link):
+        """Where a link leads."""
+        place = self._place(inode)
+        if place is not None:
+            archive, spot = place
+            target = await archive.ask(lambda opened: opened.target(spot))
+        else:
+            node = self.inodes[inode]
+            target = node.target if isinstance(node, Link) else None
+        if target is None:
             raise pyfuse3.FUSEError(errno.EINVAL)
-        return node.target
+        return target
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """One extended attribute; only entries of archives have any."""
+        value = (await self._xattrs(inode)).get(name)
+        if value is None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """Names of the extended attributes."""
+        return list(await self._xattrs(inode))
+
+    async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
+        place = self._place(inode)
+        if place is None:
+            return {}
+        archive, spot = place
+        return await archive.ask(lambda opened: opened.attributes(spot))
 
     @_answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Fix the listing of a folder, so that its offsets mean the same until it is closed."""
-        folder = self.inodes[inode]
-        if not isinstance(folder, Folder):
-            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        place = self._place(inode)
+        listing: list[tuple[bytes, Node]] | Cursor
+        if place is not None:
+            if not place[1].is_directory:
+                raise pyfuse3.FUSEError(errno.ENOTDIR)
+            listing = Cursor(*place)
+            await listing.open()
+        else:
+            folder = self.inodes[inode]
+            if not isinstance(folder, Folder):
+                raise pyfuse3.FUSEError(errno.ENOTDIR)
+            listing = list((await folder.children()).items())
         number = next(self._numbers)
-        self._folders[number] = list((await folder.children()).items())
+        self._folders[number] = listing
         return number
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Entries from number `start_id` on, as many as fit."""
-        entries = self._folders[fh]
-        for number in range(start_id, len(entries)):
-            name, found = entries[number]
+        listing = self._folders[fh]
+        if isinstance(listing, Cursor):
+            await self._readdir_entries(listing, start_id, token)
+            return
+        for number in range(start_id, len(listing)):
+            name, found = listing[number]
             node = self.inodes.known(found)
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), number + 1):
                 break
             self.inodes.remember(node)
+
+    async def _readdir_entries(self, cursor: Cursor, number: int, token: pyfuse3.ReaddirToken) -> None:
+        archive = cursor.archive
+        entry = _immutable()
+        reply = pyfuse3.readdir_reply
+        number, rows = await cursor.rows(number)
+        while rows:
+            # Nothing waits from here on, so that the kernel's view of the archive stays as it is.
+            entries = self.entries.of(archive)
+            for name, row in rows:
+                number += 1
+                if len(name) > _LONGEST_NAME:
+                    continue
+                entry.st_ino = entries.inode(row)
+                self._fill(entry, archive, row)
+                if not reply(token, name, entry, number):
+                    return
+                entries.remember(row)
+            more = cursor.rows_now(number)
+            if more is None:
+                return
+            number, rows = more
 
     async def releasedir(self, fh: int) -> None:
         """The listing is not needed any more."""
@@ -250,14 +344,21 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file for reading; from here on its snapshot is locked."""
-        node = self.inodes[inode]
-        if not isinstance(node, File):
-            raise pyfuse3.FUSEError(errno.EISDIR if isinstance(node, Folder) else errno.ELOOP)
+        place = self._place(inode)
+        node = self.inodes[inode] if place is None else None
+        if isinstance(node, Folder) or (place is not None and place[1].is_directory):
+            raise pyfuse3.FUSEError(errno.EISDIR)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
-        lease, content = await node.open()
+        if place is not None:
+            archive, spot = place
+            opened = await archive.open(spot)
+        else:
+            opened = await node.open() if isinstance(node, File) else None
+        if opened is None:
+            raise pyfuse3.FUSEError(errno.ELOOP)
         number = next(self._numbers)
-        self.handles[number] = Handle(node, lease, content)
+        self.handles[number] = Handle(*opened)
         # A backup never changes, so the kernel's own cache stays good from one handle to the next.
         return pyfuse3.FileInfo(fh=number, keep_cache=True)
 
@@ -289,7 +390,11 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel needs some nodes no more."""
         for inode, count in inode_list:
-            self.inodes.forget(inode, count)
+            try:
+                entries = self.entries.find(inode)
+            except StaleError:
+                continue
+            (self.inodes if entries is None else entries).forget(inode, count)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Nothing free: the mount is read-only, and how full the datastore is, 'fleece datastore status' tells."""

@@ -63,11 +63,42 @@ class Lease(Generic[T]):
         """Look now whether the snapshot is still there; `stale` tells."""
         await self._pool.look(self._entry)
 
+    def trace(self) -> "Trace[T]":
+        """What leads to the same snapshot for as long as it is open, without keeping it so."""
+        return Trace(self._pool, self._entry)
+
     def release(self) -> None:
         """End this use; once is enough."""
         if not self._released:
             self._released = True
             self._pool.released(self._entry)
+
+
+class Trace(Generic[T]):
+    """Leads to a snapshot that was in use, and may still be open; made by `Lease.trace`."""
+
+    __slots__ = ("_entry", "_pool")
+
+    def __init__(self, pool: "SnapshotPool[T]", entry: _Entry[T]) -> None:
+        self._pool, self._entry = pool, entry
+
+    @property
+    def value(self) -> T | None:
+        """The snapshot, if open and there lately; that counts as a use, which lasts to the next checkpoint."""
+        entry = self._entry
+        now = trio.current_time()
+        if entry.stale or now - entry.last_look > WATCH_S:
+            return None
+        entry.last_use = now
+        return entry.value
+
+    def lease(self) -> Lease[T] | None:
+        """A lease of the snapshot, without waiting; None if that cannot be had."""
+        value = self.value
+        if value is None:
+            return None
+        self._entry.users += 1
+        return Lease(self._pool, self._entry, value)
 
 
 class SnapshotPool(Generic[T]):
@@ -182,6 +213,7 @@ class SnapshotPool(Generic[T]):
             _LOG.exception("cannot read %s", entry.snapshot)
             entry.error = error
         finally:
+            entry.value = None
             if self._entries.get(entry.snapshot) is entry:
                 del self._entries[entry.snapshot]
             entry.ready.set()
@@ -193,6 +225,7 @@ class SnapshotPool(Generic[T]):
             dropped = self._entries.get(entry.snapshot) is not entry
             if not entry.users and (dropped or now >= entry.last_use + self._idle_s):
                 # No checkpoint from here to the removal, so that nobody gets an entry that is being closed.
+                entry.value = None
                 if not dropped:
                     del self._entries[entry.snapshot]
                 return

@@ -65,11 +65,17 @@ class _Node:
         return self._head.kind
 
     @property
+    def where(self) -> str:
+        """The archive, for messages."""
+        return self._accessor.where
+
+    @property
     def id(self) -> int:
         """A number that no other entry of the archive has."""
         return self.position | 1 << 63
 
-    def _behind(self) -> int:
+    @property
+    def behind(self) -> int:
         """Where, in the archive, it ends at the earliest."""
         return self.position + self._head.size
 
@@ -114,7 +120,9 @@ class FileNode(_Entry):
         """Where its PAYLOAD lies in the payload stream; None if the content is in the archive itself."""
         return None if self._head.first < 0 else self._head.first
 
-    def _behind(self) -> int:
+    @property
+    def behind(self) -> int:
+        """See `_Node.behind`; the content counts if it is here."""
         end = self.position + self._head.size
         return end + self._head.second if self._head.first < 0 else end
 
@@ -232,6 +240,21 @@ class Directory(_Entry):
                 return node
         return None
 
+    @property
+    def first(self) -> int:
+        """Where, in the archive, its first child may begin."""
+        return self.position + self._head.size
+
+    def child_at(self, start: int, limit: int) -> "Node":
+        """The child whose FILENAME is at `start`; no byte of it lies at `limit` or behind.
+
+        Raises:
+            ArchiveError: there is none.
+        """
+        node = self._accessor._node(start, limit, self.table[0] + HEADER_SIZE)
+        assert node is not None
+        return node
+
     def stream(self) -> Iterator["Node"]:
         """The children in archive order, which for all known writers is that of their names; read block by block.
 
@@ -255,7 +278,7 @@ class Directory(_Entry):
             except Short:
                 node = accessor._node(start, limit, stop)
             assert node is not None
-            behind = node._behind()
+            behind = node.behind
             yield node
 
     def children(self) -> list["Node"]:
@@ -280,7 +303,9 @@ class Directory(_Entry):
         """
         return [node.name for node in self.children()]
 
-    def _behind(self) -> int:
+    @property
+    def behind(self) -> int:
+        """See `_Node.behind`; the children count."""
         return max(self._limit, self.position + self._head.size + HEADER_SIZE + ROW_SIZE)
 
     def _place(self, end: int, _: int, offset: int, size: int) -> tuple[int, int]:
@@ -361,6 +386,29 @@ class ArchiveAccessor:
             node = node.lookup(name)
         return node
 
+    def entry_at(self, position: int) -> "FileNode | Symlink | Device | Special":
+        """The entry, without its name, that was met before and had this `position`.
+
+        Raises:
+            ArchiveError: there is none, or it is a directory or a hard link.
+        """
+        size = self._archive.size
+        node = self._growing(position, size, lambda data: self._made(data, 0, position, b"", position, size))
+        if isinstance(node, Directory | Hardlink):
+            raise bad(self.where, position, "something else lies where an entry was")
+        return node
+
+    def directory_at(self, position: int, end: int) -> Directory:
+        """The directory, without its name, that was met before and had this `position` and `end`.
+
+        Raises:
+            ArchiveError: there is none.
+        """
+        node = self._growing(position, end, lambda data: self._made(data, 0, position, b"", position, end))
+        if not isinstance(node, Directory):
+            raise bad(self.where, position, "something else lies where a directory was")
+        return node
+
     def open_content(self, node: Node) -> tuple[ReferenceBytes, int, int]:
         """Where the content of a file, or of what a hard link leads to, lies: stream, offset, size.
 
@@ -416,12 +464,15 @@ class ArchiveAccessor:
         name, at = read_name(data, offset, where=self.where, base=base)
         if wanted is not None and name != wanted:
             return None
-        position = base + at
+        return self._made(data, at, base, name, base + offset, limit)
+
+    def _made(self, data: bytes, at: int, base: int, name: bytes, filename_position: int, limit: int) -> "Node":
+        """The entry whose ENTRY or HARDLINK is at `data[at]`."""
         head = read_head(data, at, where=self.where, base=base)
         raw = data[at : at + head.size] if head.size <= _KEPT else None
-        node = _CLASSES[head.kind](self, name, base + offset, position, limit, head, raw)
-        if node._behind() > limit:
-            raise bad(self.where, base + offset, f"{shown(name)} is larger than its directory's table says")
+        node = _CLASSES[head.kind](self, name, filename_position, base + at, limit, head, raw)
+        if node.behind > limit:
+            raise bad(self.where, filename_position, f"{shown(name)} is larger than its directory's table says")
         return node
 
     def _growing(self, start: int, stop: int, parse: Callable[[bytes], _T]) -> _T:

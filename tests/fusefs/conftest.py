@@ -1,6 +1,7 @@
 """Fixtures of the mount's tests."""
 
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import trio
 
 from datastore.names import Namespace
 from repository.local import open_local
-from tests.fusefs.mounts import CONF, FIRST, IMAGE, KEY, SECOND, write
+from tests.fusefs.mounts import ARCHIVE, CONF, FIRST, IMAGE, KEY, SECOND, write
 from tests.support.stores import StorePool
 
 
@@ -24,7 +25,7 @@ async def _fill(base: Path) -> None:
     repo = await open_local(base)
     files = {"drive-scsi0.img.fidx": IMAGE, "qemu-server.conf.blob": CONF}
     await write(repo, "vm/100", FIRST, files)
-    await write(repo, "vm/100", SECOND, {**files, "root.pxar.didx": IMAGE[:1000]})
+    await write(repo, "vm/100", SECOND, {**files, "root.pxar.didx": ARCHIVE, "catalog.pcat1.didx": bytes(100)})
     await write(repo, "host/web", FIRST, {"data.img.fidx": IMAGE, "note.conf.blob": CONF}, key=KEY)
     await write(repo, "vm/100", FIRST, {"qemu-server.conf.blob": b"other"}, ns=Namespace(("a", "b")))
     repo.close()
@@ -51,3 +52,21 @@ def shared_store(store_pool: StorePool) -> Iterator[Path]:
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Path:
     return tmp_path / "mnt"
+
+
+@pytest.fixture(scope="module")
+def golden_store(golden: Path, store_pool: StorePool) -> Iterator[Path]:
+    """The datastore that a real PBS wrote."""
+    base = store_pool.lend()
+    try:
+        with tarfile.open(golden / "store.tar") as archive:
+            for member in archive:
+                if member.isfile():
+                    data = archive.extractfile(member)
+                    assert data is not None
+                    target = base / member.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(data.read())
+        yield base
+    finally:
+        store_pool.take_back(base)

@@ -18,6 +18,7 @@ from datastore.crypt_mode import CryptMode
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from repository.interface import BackupSession, Repository
+from tests.pxar.archives import archived, item
 from tests.support.cache import ROOT as CHECKOUT
 
 MIB = 1 << 20
@@ -46,6 +47,11 @@ IMAGE = b"".join(
 IMAGE_BLOCKS = -(-(len(IMAGE) - 2 * CHUNK) // 512)
 #: 2026-01-01T00:00:00Z and a day later.
 FIRST, SECOND = 1_767_225_600, 1_767_312_000
+#: A self-contained file archive: a folder with a file in it.
+ARCHIVE = archived(
+    item(0o40755, children={b"etc": item(0o40700, children={b"hosts": item(0o100644, content=b"::1 localhost\n")})}),
+    split=False,
+)[0]
 CONF = b"name: guest\nmemory: 512\n" * 40
 
 

@@ -18,8 +18,10 @@ from datastore.errors import (  # noqa: E402
     StoreError,
 )
 from fusefs.errors import StaleError, errno_of  # noqa: E402
-from fusefs.operations import InodeTable, LogOnce, Operations  # noqa: E402
-from fusefs.tree import File, NamespaceFolder  # noqa: E402
+from fusefs.inodes import InodeTable  # noqa: E402
+from fusefs.nodes import File  # noqa: E402
+from fusefs.operations import LogOnce, Operations  # noqa: E402
+from fusefs.tree import NamespaceFolder  # noqa: E402
 from tests.fusefs.mounts import IMAGE, IMAGE_BLOCKS  # noqa: E402
 from tests.fusefs.test_tree import at, tree_of  # noqa: E402
 

@@ -43,6 +43,7 @@ def test_walking_finds_the_whole_tree(mount: Mounted) -> None:
     assert found == {
         "host", "host/web", f"host/web/{FIRST_TIME}", "host/web/latest",
         "vm", "vm/100", f"vm/100/{FIRST_TIME}", f"vm/100/{SECOND_TIME}", "vm/100/latest",
+        *(f"vm/100/{SECOND_TIME}/root.pxar{below}" for below in ("", "/etc", "/etc/hosts")),
         *(f"vm/100/{time}/{name}" for time in (FIRST_TIME, SECOND_TIME) for name in snapshot_files),
         "ns", "ns/a", "ns/a/ns", "ns/a/ns/b", "ns/a/ns/b/vm", "ns/a/ns/b/vm/100",
         f"ns/a/ns/b/vm/100/{FIRST_TIME}", f"ns/a/ns/b/vm/100/{FIRST_TIME}/qemu-server.conf", "ns/a/ns/b/vm/100/latest",

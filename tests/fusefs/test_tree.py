@@ -11,11 +11,12 @@ from core.errors import FormatError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import ROOT, Namespace, Snapshot
-from fusefs import opened, tree
+from fusefs import nodes, opened, tree
 from fusefs.errors import StaleError
+from fusefs.nodes import File, Folder, Link, Node, Shared
 from fusefs.opened import data_blocks, open_snapshot
 from fusefs.pool import SnapshotPool
-from fusefs.tree import File, Folder, Link, NamespaceFolder, Node, Shared
+from fusefs.tree import NamespaceFolder
 from repository.archive import open_cache
 from repository.interface import FileInfo
 from repository.local import LocalRepository, open_local
@@ -64,9 +65,9 @@ async def test_a_namespace_can_be_the_root(shared_store: Path) -> None:
         assert await names(root, "ns/b/vm") == ["100"]
 
 
-async def test_a_snapshot_shows_images_and_small_files_but_neither_manifest_nor_streams(shared_store: Path) -> None:
+async def test_a_snapshot_shows_images_archives_and_small_files_but_not_the_manifest(shared_store: Path) -> None:
     async with tree_of(shared_store) as root:
-        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf"]
+        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf", "root.pxar"]
 
 
 async def test_latest_leads_to_the_newest_finished_snapshot(store: Path) -> None:
@@ -86,7 +87,7 @@ async def test_a_group_without_finished_snapshots_is_not_shown(store: Path) -> N
 
 
 async def test_new_snapshots_show_up_when_the_listing_is_old(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.05)
+    monkeypatch.setattr(nodes, "LISTING_TTL_S", 0.05)
     async with tree_of(store) as root:
         before = await at(root, f"vm/100/{TIMES[0]}")
         repo = root.shared.repo
@@ -123,7 +124,7 @@ async def test_one_name_in_an_old_listing_is_asked_for_alone(store: Path, monkey
 async def test_a_removed_snapshot_goes_from_the_listing_and_its_folder_is_stale(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.05)
+    monkeypatch.setattr(nodes, "LISTING_TTL_S", 0.05)
     async with tree_of(store) as root:
         gone = await at(root, f"vm/100/{TIMES[1]}")
         assert isinstance(gone, Folder)
@@ -222,7 +223,7 @@ async def test_a_snapshot_with_a_broken_manifest_is_an_error_and_its_neighbours_
     async with tree_of(store) as root:
         with pytest.raises(FormatError, match=TIMES[0]):
             await names(root, f"vm/100/{TIMES[0]}")
-        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf"]
+        assert await names(root, f"vm/100/{TIMES[1]}") == ["drive-scsi0.img", "qemu-server.conf", "root.pxar"]
 
 
 async def test_inode_numbers_are_those_of_the_path_and_differ_between_mounts(shared_store: Path) -> None:
@@ -288,7 +289,7 @@ async def test_a_size_beyond_what_the_kernel_knows_is_cut(store: Path) -> None:
 async def test_a_snapshot_made_anew_under_its_old_name_has_new_nodes(
     store: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(tree, "LISTING_TTL_S", 0.0)
+    monkeypatch.setattr(nodes, "LISTING_TTL_S", 0.0)
     # Random data, as blobs of one length shall have one size.
     one, other = random_bytes(len(CONF), 1), random_bytes(size, 2)
     snapshot = Snapshot.parse(f"vm/8/{TIMES[0]}")
