@@ -1,0 +1,14 @@
+"""S3: the client for buckets, and a datastore's chunks and files in one with a local cache in front.
+
+    endpoint.py                    `Endpoint`: where a provider is and how it wants to be talked to
+    signer.py, xml.py              the signature of a request; the XML of answers
+    http.py                        HTTP/1.1 over trio with pinned certificates; the one module that imports httpx
+    pacing.py                      token buckets and the gate that adapts to throttling
+    calls.py                       one request, and what its answer means
+    link.py                        `EndpointLink`: attempts, waits, time-outs, clocks, counted requests
+    objects.py, client.py          objects, and `S3Client`: get, put, list, delete in one bucket
+    keys.py                        object keys of a datastore, and back
+    counters.py, errors.py         what it cost; what can go wrong
+
+The rules (R2, R14, ...) that comments name are those of docs/s3.md, which this package follows.
+"""

@@ -1,0 +1,228 @@
+"""The XML that S3 speaks: answers read without trust, request bodies written with everything escaped.
+
+Answers come from outside: UTF-8 only, no document type and so no entities, sizes checked before (R15).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+from core.buffers import Buffer
+from core.errors import FormatError
+
+#: Bytes of the longest XML answer that is read.
+MAX_XML_SIZE: Final = 16 << 20
+#: Keys in one request that deletes (R16).
+MAX_DELETE_KEYS: Final = 1000
+_NAMESPACE: Final = "http://s3.amazonaws.com/doc/2006-03-01/"
+#: Characters kept of a server's message.
+_MAX_MESSAGE: Final = 300
+
+
+class Listed(NamedTuple):
+    """One object of a listing."""
+
+    key: str
+    size: int  #: bytes
+    last_modified: float  #: Unix seconds by the server's clock
+    etag: str  #: without quotes; MD5 in hex for most objects
+    storage_class: str  #: empty if the server does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing, at most 1000 objects in the order of their keys."""
+
+    objects: list[Listed]
+    token: str | None  #: what continues the listing; None on the last page
+
+
+class Bucket(NamedTuple):
+    """One bucket of the account."""
+
+    name: str
+    created: str  #: as the server writes it; may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    """The body of an answer that refuses."""
+
+    code: str
+    message: str
+    details: dict[str, str]  #: the other fields: `Region`, `StorageClass`, `RequestId`, ...
+
+
+class DeleteFailure(NamedTuple):
+    """One key that a batch did not delete."""
+
+    key: str
+    code: str
+    message: str
+
+
+def parse_error(body: Buffer) -> ErrorBody | None:
+    """The code and message of a refusal; None if `body` is no readable error."""
+    if not body:
+        return None
+    try:
+        root = _parse(body)
+    except FormatError:
+        return None
+    if _name(root) != "Error":
+        return None
+    fields = {_name(child): (child.text or "").strip() for child in root}
+    code, message = fields.pop("Code", ""), fields.pop("Message", "")
+    printable = "".join(character if character.isprintable() else " " for character in message)
+    return ErrorBody(code[:64], printable[:_MAX_MESSAGE], fields)
+
+
+def parse_page(body: Buffer) -> Page:
+    """Read one answer to ListObjectsV2.
+
+    Raises:
+        FormatError: anything else.
+    """
+    root = _root(body, "ListBucketResult")
+    objects, truncated, token = [], False, None
+    for child in root:
+        name = _name(child)
+        if name == "Contents":
+            objects.append(_listed(child))
+        elif name == "IsTruncated":
+            truncated = (child.text or "").strip() == "true"
+        elif name == "NextContinuationToken":
+            token = child.text or ""
+    if truncated and not token:
+        raise _wrong("truncated, but without a token to go on with")
+    return Page(objects, token if truncated else None)
+
+
+def parse_buckets(body: Buffer) -> list[Bucket]:
+    """Read the answer to the list of buckets.
+
+    Raises:
+        FormatError: anything else.
+    """
+    found = []
+    for child in _root(body, "ListAllMyBucketsResult"):
+        if _name(child) == "Buckets":
+            for bucket in child:
+                fields = _fields(bucket)
+                found.append(Bucket(fields.get("Name", ""), fields.get("CreationDate", "")))
+    return found
+
+
+def parse_copy(body: Buffer) -> str:
+    """The ETag of a finished copy, empty if the answer has none.
+
+    Raises:
+        FormatError: anything else.
+    """
+    return _fields(_root(body, "CopyObjectResult")).get("ETag", "").strip('"')
+
+
+def parse_delete(body: Buffer) -> list[DeleteFailure]:
+    """The keys that a batch did not delete.
+
+    Raises:
+        FormatError: anything else.
+    """
+    failures = []
+    for child in _root(body, "DeleteResult"):
+        if _name(child) == "Error":
+            fields = _fields(child)
+            failures.append(
+                DeleteFailure(fields.get("Key", ""), fields.get("Code", ""), fields.get("Message", "")[:_MAX_MESSAGE])
+            )
+    return failures
+
+
+def parse_text(body: Buffer, root: str, path: Sequence[str]) -> str:
+    """The text of the first element at `path` below `root`; empty if there is none.
+
+    Raises:
+        FormatError: another root, or no XML.
+    """
+    element: ElementTree.Element | None = _root(body, root)
+    for name in path:
+        element = next((child for child in element if _name(child) == name), None) if element is not None else None
+    return (element.text or "").strip() if element is not None else ""
+
+
+def delete_body(keys: Sequence[str]) -> bytes:
+    """The body that deletes `keys` and answers only about failures."""
+    objects = "".join(f"<Object><Key>{_escaped(key)}</Key></Object>" for key in keys)
+    return f'<Delete xmlns="{_NAMESPACE}">{objects}<Quiet>true</Quiet></Delete>'.encode()
+
+
+def _escaped(text: str) -> str:
+    # Line ends would be normalised by the reader.
+    return escape(text, {"\r": "&#13;", "\n": "&#10;"})
+
+
+def _parse(body: Buffer) -> ElementTree.Element:
+    if len(body) > MAX_XML_SIZE:
+        raise _wrong(f"{len(body)} bytes")
+    data = bytes(body)
+    # The parser is told to read UTF-8 whatever the declaration says, so a document type can hide behind no other
+    # encoding; without one there are no entities but the five of XML.
+    if b"<!DOCTYPE" in data:
+        raise _wrong("a document type declaration")
+    try:
+        parser = ElementTree.XMLParser(encoding="utf-8")
+        parser.feed(data)
+        return parser.close()
+    except (ElementTree.ParseError, ValueError) as error:
+        raise _wrong(str(error)) from error
+
+
+def _root(body: Buffer, name: str) -> ElementTree.Element:
+    root = _parse(body)
+    if _name(root) != name:
+        raise _wrong(f"<{_name(root)[:40]}> where <{name}> is due")
+    return root
+
+
+def _name(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _fields(element: ElementTree.Element) -> dict[str, str]:
+    return {_name(child): child.text or "" for child in element}
+
+
+def _listed(element: ElementTree.Element) -> Listed:
+    fields = _fields(element)
+    try:
+        size = int(fields["Size"])
+        modified = parse_iso(fields["LastModified"])
+        key = fields["Key"]
+    except (KeyError, ValueError) as error:
+        raise _wrong(f"an object of the listing lacks or garbles {error}") from error
+    if size < 0:
+        raise _wrong(f"an object of {size} bytes")
+    return Listed(key, size, modified, fields.get("ETag", "").strip('"'), fields.get("StorageClass", ""))
+
+
+def parse_iso(text: str) -> float:
+    """Unix seconds of an ISO 8601 time; without a zone it is UTC.
+
+    Raises:
+        ValueError: another form.
+    """
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def batches(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`keys` in pieces of at most `MAX_DELETE_KEYS`."""
+    for start in range(0, len(keys), MAX_DELETE_KEYS):
+        yield keys[start : start + MAX_DELETE_KEYS]
+
+
+def _wrong(why: str) -> FormatError:
+    return FormatError("read", "an XML answer", why)
