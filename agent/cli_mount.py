@@ -1,6 +1,5 @@
 """`fleece mount`: a repository, or one archive of it, as a read-only file system."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,8 +67,6 @@ def mount(
 
     def on_ready() -> None:
         invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}")
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
 
     mount_on(
         invocation.repository,

@@ -82,6 +82,8 @@ def restore(
         raise UsageError("restore", snapshot, "ARCHIVE and TARGET are needed, or --all FOLDER", "see --help")
     if everything is not None and archive is not None:
         raise UsageError("restore", snapshot, "--all takes every archive: leave out ARCHIVE and TARGET")
+    if target == "-" and sys.stdout is None:
+        raise TargetError("write to", "standard output", "it is closed")
     if target == "-" and invocation.is_json:
         raise UsageError(
             "restore", snapshot, "standard output cannot take both the archive and a JSON document",

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
-from core.errors import ExitCode, FleeceError, UsageError
+from core.errors import ExitCode, FleeceError, TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
     from agent.config import Config, KeySettings
@@ -232,14 +232,20 @@ class Invocation:
                 self.warnings += [text for text in progress.warnings if text not in self.warnings]
 
     def emit(self, document: Any, text: Callable[[], str | Iterable[str]]) -> None:
-        """Write the result to standard output: `document` as JSON, or what `text` returns, for people."""
+        """Write the result to standard output: `document` as JSON, or what `text` returns, for people.
+
+        Raises:
+            TargetError, BrokenPipeError: it cannot be written. What the caller closed (`>&-`) takes everything.
+        """
         if self.is_json:
             indent = 2 if self.output is Output.JSON_PRETTY else None
-            print(json.dumps(document, indent=indent, ensure_ascii=False, default=_plain))
-            return
-        lines = text()
+            lines: str | Iterable[str] = json.dumps(document, indent=indent, ensure_ascii=False, default=_plain)
+        else:
+            lines = text()
         for line in [lines] if isinstance(lines, str) else lines:
-            print(line)
+            with _stdout_errors():
+                print(line)
+        flush_stdout()
 
     def show_warnings(self) -> None:
         """List the warnings on standard error: as lines, or as one JSON document."""
@@ -268,6 +274,35 @@ def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.value
     return str(value)
+
+
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        silence_stdout()
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise TargetError("write to", "standard output", os_reason(error)) from error
+
+
+def flush_stdout() -> None:
+    """Write what was printed.
+
+    Raises:
+        BrokenPipeError: whoever read it went away.
+        TargetError: it cannot be written.
+    """
+    with _stdout_errors():
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+
+
+def silence_stdout() -> None:
+    """Standard output cannot be written; nothing may complain about it once more when Python ends."""
+    with suppress(OSError, AttributeError):  # None if the caller closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_stderr(text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import typer
@@ -26,7 +27,7 @@ from agent import (
     cli_verify,
     cli_vm,
 )
-from agent.invocation import general_options, to_stderr
+from agent.invocation import flush_stdout, general_options, silence_stdout, to_stderr
 from core.errors import ExitCode, FleeceError
 
 _COMPLETE_VARIABLE: Final = "_FLEECE_COMPLETE"
@@ -126,11 +127,6 @@ def _unexpected(error: BaseException, *, as_json: bool, debug: bool) -> None:
     _complain(FleeceError("go on", "", f"something unexpected happened ({why})", hint), as_json=as_json)
 
 
-def _silence_stdout() -> None:
-    """Whoever read standard output went away; nothing may complain about it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run the command with `arguments` (without the program's name) and return the exit code."""
     as_json, debug = _wants_json(arguments), "--debug" in arguments
@@ -143,7 +139,7 @@ def run(arguments: Sequence[str]) -> int:
         result = command.main(
             args=list(arguments), prog_name="fleece", complete_var=_COMPLETE_VARIABLE, standalone_mode=False
         )
-        sys.stdout.flush()
+        flush_stdout()
     except FleeceError as error:
         if debug:
             import traceback
@@ -152,7 +148,7 @@ def run(arguments: Sequence[str]) -> int:
         _complain(error, as_json=as_json)
         return error.exit_code
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return ExitCode.FAILED
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -169,8 +165,23 @@ def run(arguments: Sequence[str]) -> int:
     return int(result) if isinstance(result, int) else ExitCode.DONE
 
 
+def _fill_closed_streams() -> None:
+    """Keep what is opened from now on from getting the number of a standard stream that the caller closed.
+
+    `sys.stdout` stays None then: what is printed is lost, and nothing can be written to its descriptor by mistake.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - for as long as the process runs
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
 def main() -> None:
     """The console script."""
+    _fill_closed_streams()
     raise SystemExit(run(sys.argv[1:]))
 
 

@@ -14,7 +14,8 @@ from .conftest import Fleece
 def test_help_teaches_by_example_and_lists_every_verb(fleece: Fleece) -> None:
     answer = fleece("--help")
     assert answer.code == 0
-    for verb in ("vm", "backup", "list", "show", "restore", "mount", "forget", "verify", "gc", "datastore", "doctor",
+    for verb in ("vm", "backup", "list", "show", "restore", "ls", "find", "diff", "catalog", "mount", "forget", "verify", "gc",
+                 "datastore", "doctor",
                  "benchmark", "completion", "version"):  # fmt: skip
         assert f"\n  {verb} " in answer.out
     assert "fleece vm backup --qmp" in answer.out
@@ -24,7 +25,7 @@ VERBS = [
     "vm backup", "vm show", "vm cleanup", "backup", "list", "show", "restore", "mount", "forget", "verify", "gc",
     "prune", "protect", "unprotect", "notes", "owner", "namespace create", "namespace list", "namespace delete",
     "namespace move", "job list", "job run", "job history", "job log", "datastore status",
-    "datastore create", "datastore list", "datastore remove", "doctor", "benchmark", "completion", "version",
+    "ls", "find", "diff", "catalog dump", "datastore create", "datastore list", "datastore remove", "doctor", "benchmark", "completion", "version",
 ]  # fmt: skip
 
 
@@ -151,6 +152,45 @@ def test_a_reader_that_goes_away_is_no_error_to_read_about(stored: Fleece) -> No
     )  # fmt: skip
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def _with_streams(stored: Fleece, redirection: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command by a shell that opens or closes its streams."""
+    script = f'exec "$@" {redirection}'
+    return subprocess.run(
+        ["/bin/sh", "-c", script, "sh", sys.executable, "-m", "agent.main", *arguments],
+        env={**os.environ, "FLEECE_CONFIG": str(stored.home / "fleece.toml"), "FLEECE_REPOSITORY": str(stored.repo)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--output", "json"], ["--help"], ["gc", "--dry-run"]])
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_standard_output_or_error_takes_everything(
+    redirection: str, arguments: list[str], stored: Fleece
+) -> None:
+    done = _with_streams(stored, redirection, *arguments)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "rror" not in done.stderr
+
+
+def test_what_is_restored_to_a_closed_standard_output_is_an_error(stored: Fleece) -> None:
+    conf = stored.home / "x.conf"
+    conf.write_text("x")
+    stored.json("backup", f"x.conf:{conf}", "--backup-id", "web")
+    done = _with_streams(stored, ">&-", "restore", "host/web/latest", "x.conf", "-")
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write to standard output: it is closed\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["datastore", "status"], ["datastore", "status", "--output", "json"], ["version"]]
+)
+def test_a_full_standard_output_is_an_error(arguments: list[str], stored: Fleece) -> None:
+    done = _with_streams(stored, ">/dev/full", *arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "standard output" in line
+    assert "No space left on device" in line
 
 
 def test_an_unexpected_exception_is_one_line_with_a_hint(

@@ -89,3 +89,26 @@ def test_what_cannot_be_mounted_is_an_error_and_nothing_is_mounted(filled: Fleec
         assert (answer.code, answer.out) == (code, ""), answer
         assert answer.error["why"]
     assert not mountpoint.is_mount()
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+def test_a_mount_that_cannot_be_announced_is_an_error_and_does_not_stay(
+    options: list[str],
+    filled: Fleece,
+    mountpoint: Path,
+    ended: Callable[["subprocess.Popen[str]"], "subprocess.Popen[str]"],
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        running = ended(filled.start("mount", mountpoint, *options, stdout=full))
+        _, complaint = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert complaint == "Error: cannot write to standard output: No space left on device\n"
+    assert not mountpoint.is_mount()
+
+
+def test_a_mount_with_closed_standard_streams_is_a_mount(
+    filled: Fleece, mountpoint: Path, ended: Callable[["subprocess.Popen[str]"], "subprocess.Popen[str]"]
+) -> None:
+    running = ended(filled.start("mount", mountpoint, stdout=None, preexec_fn=lambda: os.closerange(0, 3)))
+    assert running.wait(60) == 0
+    assert (mountpoint / "host/web/latest/web.conf").read_text() == "memory: 64\n"
