@@ -1,0 +1,6 @@
+from core.buffers import Buffer
+
+def write_files(
+    dir_fd: int, files: list[tuple[bytes, bytes, Buffer]], how: int, mode_mask: int, plain_mode: int, /
+) -> bytes: ...
+def write_sparse(fd: int, data: Buffer, offset: int, /) -> None: ...
