@@ -82,9 +82,15 @@ async def new_session(
                 newest = await repository.latest(group)
                 if ctime is not None or newest is None or newest.ctime < second:
                     raise
-        for warning in session.warnings:
-            progress.warn(warning)
-        yield session
+        told = 0
+        try:
+            for warning in session.warnings:
+                progress.warn(warning)
+                told += 1
+            yield session
+        finally:
+            for warning in session.warnings[told:]:  # of its end
+                progress.warn(warning)
 
 
 @contextmanager

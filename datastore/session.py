@@ -249,10 +249,15 @@ class LocalBackupSession:
             await self.store.meta.put(path, (self._manifest.header, self._manifest.payload), replace=False, sync=True)
             self._finished = True
             # Verify looks for the users of what it set aside later than that. It saw this snapshot, or we see its note.
-            if missing := await self._set_aside_meanwhile():
-                state = {"state": "failed", "upid": str(Upid.new("backup", where))}
-                await update_manifest(self.store, self.snapshot, {"verify_state": state})
-                self.warnings.append(f"verify set {missing} of its chunks aside while it ended: back it up again")
+            try:
+                if missing := await self._set_aside_meanwhile():
+                    self.warnings.append(f"verify set {missing} of its chunks aside while it ended: back it up again")
+                    state = {"state": "failed", "upid": str(Upid.new("backup", where))}
+                    await update_manifest(self.store, self.snapshot, {"verify_state": state})
+            except FleeceError as error:
+                # It is listed and stays so, which an error would deny.
+                why = "whether verify set chunks of it aside while it ended could not be found out and recorded"
+                self.warnings.append(f"{why}: {error}")
 
     async def _set_aside_meanwhile(self) -> int:
         """How many chunks of the indexes are not there any more, if some of the store were set aside.

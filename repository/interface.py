@@ -88,7 +88,10 @@ class BackupSession(Protocol):
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What a person should know about this session, for example that the group is somebody else's."""
+        """What a person should know about this session, for example that the group is somebody else's.
+
+        `finish` may add to it.
+        """
         ...
 
     async def previous_manifest(self) -> bytes | None:

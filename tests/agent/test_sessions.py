@@ -3,9 +3,10 @@
 import pytest
 import trio
 
-from agent.sessions import until_listed
+from agent.sessions import new_session, until_listed
 from core.progress import Progress
 from datastore.names import Group
+from tests.support.sessions import MemoryRepository
 
 SNAPSHOT = Group.parse("vm/100").at(1000)
 
@@ -48,3 +49,11 @@ async def test_an_error_after_the_snapshot_is_not_hidden() -> None:
     with pytest.raises(KeyError, match="mine"), until_listed(progress) as listed:
         listed(SNAPSHOT)
         raise KeyError("mine")
+
+
+async def test_warnings_of_a_session_are_told_once_those_of_its_end_too() -> None:
+    progress = Progress()
+    async with new_session(MemoryRepository(), SNAPSHOT.group, owner="root@pam", progress=progress) as session:
+        assert isinstance(session.warnings, list)
+        session.warnings.extend(["of its end", "and another one"])
+    assert progress.warnings == ["of its end", "and another one"]
