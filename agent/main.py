@@ -19,6 +19,7 @@ from agent import (
     cli_host,
     cli_job,
     cli_key,
+    cli_look,
     cli_mount,
     cli_notes,
     cli_prune,
@@ -74,6 +75,7 @@ def build() -> typer.Typer:
     cli_prune.add_to(application)
     cli_notes.add_to(application)
     cli_restore.add_to(application)
+    cli_look.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
     cli_key.add_to(application)

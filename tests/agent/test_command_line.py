@@ -14,9 +14,8 @@ from .conftest import Fleece
 def test_help_teaches_by_example_and_lists_every_verb(fleece: Fleece) -> None:
     answer = fleece("--help")
     assert answer.code == 0
-    for verb in ("vm", "backup", "list", "show", "restore", "ls", "find", "diff", "catalog", "mount", "forget", "verify", "gc",
-                 "datastore", "doctor",
-                 "benchmark", "completion", "version"):  # fmt: skip
+    for verb in ("vm", "backup", "list", "show", "restore", "ls", "find", "diff", "catalog", "mount", "forget",
+                 "verify", "gc", "datastore", "doctor", "benchmark", "completion", "version"):  # fmt: skip
         assert f"\n  {verb} " in answer.out
     assert "fleece vm backup --qmp" in answer.out
 
@@ -25,7 +24,8 @@ VERBS = [
     "vm backup", "vm show", "vm cleanup", "backup", "list", "show", "restore", "mount", "forget", "verify", "gc",
     "prune", "protect", "unprotect", "notes", "owner", "namespace create", "namespace list", "namespace delete",
     "namespace move", "job list", "job run", "job history", "job log", "datastore status",
-    "ls", "find", "diff", "catalog dump", "datastore create", "datastore list", "datastore remove", "doctor", "benchmark", "completion", "version",
+    "ls", "find", "diff", "catalog dump", "datastore create", "datastore list", "datastore remove", "doctor",
+    "benchmark", "completion", "version",
 ]  # fmt: skip
 
 
