@@ -1,22 +1,24 @@
-"""Processes that work on a datastore at the same time, for the tests of garbage collection and verify.
+"""Processes that work on a datastore at the same time, for the tests of garbage collection, verify and prune.
 
     python -m tests.support.upkeep write STORE GROUP ROUNDS SEED    back up, prune to one, all over again
     python -m tests.support.upkeep gc STORE                         one garbage collection
     python -m tests.support.upkeep verify STORE                     verify everything
+    python -m tests.support.upkeep prune STORE                      prune every group to two snapshots
 
-The last two print a line when the work begins. A writer reuses old data: of a pool of chunks that all writers share, of
-its own snapshot before, and new. Prints a line per problem and ends with 1 if there was one. `let_time_pass` is the
-virtual clock.
+The last three print a line when the work begins and another when it has ended. A writer reuses old data: of a pool of
+chunks that all writers share, of its own snapshot before, and new. Prints a line per problem and ends with 1 if there
+was one. `let_time_pass` is the virtual clock.
 """
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -28,6 +30,7 @@ from datastore.files import Owner
 from datastore.gc import collect_garbage
 from datastore.locks import ChunkLocks, ProcessLocker
 from datastore.names import Group
+from datastore.prune import KeepOptions
 from repository.local import open_local
 from repository.verify import choose, verify
 from tests.support.cache import ROOT
@@ -126,35 +129,35 @@ async def write_rounds(base: Path, group: Group, rounds: int, seed: str) -> int:
 
 
 def run_and_kill(what: str, base: Path, dice: random.Random) -> bool:
-    """Run `gc` or `verify` and kill it at a random moment of its work; False if it ended before.
+    """Run `gc`, `verify` or `prune` and kill it at a random moment of its work; False if that ended before.
 
-    How long the work takes is found out by letting it end in one of ten runs.
+    The last run that ended before tells how long the work takes; one in ten is let end.
     """
     command = [sys.executable, "-m", "tests.support.upkeep", what, str(base)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
         begun = time.monotonic()
-        if _work_s.get(what) and dice.random() > 0.1:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(dice.random() * _work_s[what])
+        delay_s = dice.random() * _work_s[what] if what in _work_s and dice.random() > 0.1 else None
+        if select.select([process.stdout], [], [], delay_s)[0]:
+            _work_s[what] = time.monotonic() - begun
+        else:
             process.kill()
-        process.stdout.read()
-        if process.wait() == -signal.SIGKILL:
-            return True
-        _work_s.setdefault(what, time.monotonic() - begun)
-        return False
+        lines = list(iter(process.stdout.readline, b""))
+        ended = b"ended\n" in lines
+        assert ended or process.wait() == -signal.SIGKILL, lines
+        return not ended
 
 
-#: Seconds that the work of a program took.
+#: Seconds that the work of a program took the last time.
 _work_s: dict[str, float] = {}
 
 
 async def run_gc(base: Path) -> int:
     repo = await open_local(base)
-    print("begun", flush=True)
     try:
-        report = await collect_garbage(repo.store, lock_wait_s=60)
+        with announced():
+            report = await collect_garbage(repo.store, lock_wait_s=60)
         print(report.status.removed_chunks, report.missing_count, flush=True)
         return int(report.missing_count > 0)
     finally:
@@ -163,15 +166,33 @@ async def run_gc(base: Path) -> int:
 
 async def run_verify(base: Path) -> int:
     repo = await open_local(base)
-    print("begun", flush=True)
     try:
-        results = await verify(repo, await choose(repo), ChunkCodec())
+        with announced():
+            results = await verify(repo, await choose(repo), ChunkCodec())
         for result in results:
             for line in result.errors:
                 print(line, flush=True)
         return int(any(result.errors for result in results))
     finally:
         repo.close()
+
+
+async def run_prune(base: Path) -> int:
+    repo = await open_local(base)
+    try:
+        with announced():
+            results = [await repo.prune(info.group, KeepOptions(last=2)) for info in await repo.groups()]
+        return int(any(result.failed for result in results))
+    finally:
+        repo.close()
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Say when the work in the block begins, and that it has ended."""
+    print("begun", flush=True)
+    yield
+    print("ended", flush=True)
 
 
 def main() -> int:
@@ -181,7 +202,7 @@ def main() -> int:
         rounds, seed = int(sys.argv[4]), sys.argv[5]
         return int(trio.run(write_rounds, base, Group.parse(sys.argv[3]), rounds, seed) > 0)
     sys.modules["datastore.local_chunks"]._ACCESS_TIME_WAIT_S = 0.02  # type: ignore[attr-defined]
-    return trio.run({"gc": run_gc, "verify": run_verify}[what], base)
+    return trio.run({"gc": run_gc, "verify": run_verify, "prune": run_prune}[what], base)
 
 
 if __name__ == "__main__":
