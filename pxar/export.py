@@ -1,0 +1,193 @@
+"""Entries of an archive as a tar or zip archive, and one file as it is, front to back into a `write` callable.
+
+What is common to both formats is here; the formats are in `tar_stream.py` and `zip_stream.py`. Memory does not grow
+with the tree, except for 8 bytes a file in a tar archive (which hard links may lead to). Synchronous, for one worker
+thread.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from core.buffers import Buffer
+from core.errors import FormatError, NotFoundError, UsageError
+from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink, Node
+from pxar.extract import pieces
+from pxar.extract_report import ExtractOptions, ExtractReport
+from pxar.format import Kind, shown
+from pxar.selection import Selection
+
+Write = Callable[[Buffer], object]
+Progress = Callable[[ExtractReport], None]
+
+#: Errors of one entry; all others concern every entry.
+UNREADABLE: Final = (FormatError, NotFoundError)
+_DAMAGED: Final = "the backup is damaged there"
+#: Bytes that are written at once, at least.
+_GATHERED: Final = 256 << 10
+
+
+class Output:
+    """Small writes put together; pieces of content go on as they are."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._gathered = bytearray()
+        self.position = 0  #: bytes so far
+
+    def write(self, data: Buffer) -> None:
+        """Append `data`."""
+        self.position += len(data)
+        if len(data) < _GATHERED:
+            self._gathered += data
+            if len(self._gathered) < _GATHERED:
+                return
+            data = b""
+        self.flush()
+        if len(data):
+            self._write(data)
+
+    def flush(self) -> None:
+        """Hand over what is here."""
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            self._write(gathered)
+
+
+class Export:
+    """What is exported, and what becomes of it."""
+
+    def __init__(
+        self, accessor: ArchiveAccessor, options: ExtractOptions, start: Directory | None, prefix: bytes,
+        report: ExtractReport, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        """`start`: a folder at the path `prefix` that is exported instead of all."""
+        self.accessor, self.options, self.report = accessor, options, report
+        self._start = start or accessor.root
+        self._prefix = prefix.strip(b"/")
+        self._progress = progress
+        self._selection = Selection(options.patterns)
+        self._positions = array("Q")  # of the files that were exported under their own names
+        self._copies: dict[int, bytes] = {}  # where a file is that was exported under a hard link's name
+
+    def entries(self) -> Iterator[tuple[bytes, Node]]:
+        """Path, without slashes at its ends, and node of what is taken: first the start, folders before their entries.
+
+        A folder that cannot be read is complained about.
+        """
+        selection = self._selection
+        before = b"/" + self._prefix if self._prefix else b""
+        taken = selection.takes(before or b"/", True, selection.root) if selection else True
+        # Path, node (None once it has been given out), its children, whether it is taken.
+        levels: list[tuple[bytes, Directory | None, Iterator[Node], bool]] = [(b"", None, self._start.stream(), taken)]
+        yield b"", self._start
+        while levels:
+            path, _, children, taken = levels[-1]
+            below = None
+            try:
+                for node in children:
+                    here = path + b"/" + node.name if path else node.name
+                    chosen = taken
+                    if selection:
+                        kind = node.kind
+                        is_folder = None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY
+                        chosen = selection.takes(before + b"/" + here, is_folder, taken)
+                    if not isinstance(node, Directory):
+                        if chosen:
+                            yield from self._given_out(levels)
+                            yield here, node
+                    elif chosen or selection.may_hold(before + b"/" + here):
+                        below = here, node, node.stream(), chosen
+                        break
+            except UNREADABLE as error:
+                self.complain(path, "not all of the folder could be read", error)
+            if below is None:
+                levels.pop()
+                continue
+            levels.append(below)
+            if chosen:
+                yield from self._given_out(levels)
+            self.tick()
+
+    @staticmethod
+    def _given_out(
+        levels: list[tuple[bytes, Directory | None, Iterator[Node], bool]],
+    ) -> Iterator[tuple[bytes, Directory]]:
+        """The folders on the way that were not given out."""
+        first = len(levels)
+        while first and levels[first - 1][1] is not None:
+            first -= 1
+        for index in range(first, len(levels)):
+            path, node, children, taken = levels[index]
+            levels[index] = path, None, children, taken
+            assert node is not None
+            yield path, node
+
+    def exported(self, node: FileNode, path: bytes, *, copy: bool) -> None:
+        """`node` was written at `path`; `copy`: of a hard link."""
+        if copy:
+            self._copies[node.filename_position] = path
+        else:
+            self._positions.append(node.filename_position)
+
+    def path_of(self, link: Hardlink, node: FileNode) -> bytes | None:
+        """Where the file of a hard link was written; None if it was not.
+
+        Raises:
+            ArchiveError: the path that the archive has for it cannot be looked up.
+        """
+        position = node.filename_position
+        if position in self._copies:
+            return self._copies[position]
+        index = bisect_left(self._positions, position)
+        if index == len(self._positions) or self._positions[index] != position:
+            return None
+        path, prefix = link.target_path, self._prefix + b"/" if self._prefix else b""
+        # Whoever unpacks it follows the path that stands there.
+        names = path.split(b"/")
+        if not path.startswith(prefix) or not all(names) or b"." in names or b".." in names:
+            return None
+        found = self.accessor.lookup(path)
+        if not isinstance(found, FileNode) or found.filename_position != position:
+            return None
+        return path.removeprefix(prefix)
+
+    def complain(self, path: bytes, what: str, error: Exception) -> None:
+        """The entry at `path` could not be read."""
+        self.report.failed += 1
+        shown_path = b"/".join(part for part in (self._prefix, path) if part)
+        self.report.complain(what, shown_path, str(error), alike=_DAMAGED)
+
+    def tick(self) -> None:
+        """Tell the progress."""
+        if self._progress is not None:
+            self._progress(self.report)
+
+
+def write_content(
+    accessor: ArchiveAccessor,
+    node: Node,
+    write: Write,
+    *,
+    report: ExtractReport | None = None,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write the content of a file, or of what a hard link leads to.
+
+    Raises:
+        UsageError: it is no file.
+        FleeceError: it cannot be read to its end; what was read is written.
+    """
+    report = report or ExtractReport()
+    if isinstance(node, Hardlink):
+        node = node.follow()
+    if not isinstance(node, FileNode):
+        raise UsageError("write the content of", shown(node.name), "it is no file")
+    for piece in pieces(accessor, node):
+        write(piece)
+        report.size += len(piece)
+        if progress is not None:
+            progress(report)
+    report.files = 1
+    return report
