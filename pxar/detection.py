@@ -16,8 +16,6 @@ Differences from PBS's client, none of which a reader can tell:
 """
 
 import os
-from collections.abc import Sequence
-from struct import Struct
 from typing import Final, NamedTuple, TypeAlias
 
 from core.errors import FleeceError
@@ -25,8 +23,9 @@ from pxar.create_report import CreateReport, Trouble
 from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter
 from pxar.filesystem import Opened, Scanned
 from pxar.folders import Folder
-from pxar.format import FILENAME, HEADER, HEADER_SIZE, MAX_NAME, PAIR_SIZE, PAYLOAD_REF
+from pxar.format import HEADER_SIZE, MAX_NAME
 from pxar.reference import OldFile, OldFolder, Reference, unchanged
+from pxar.runs import compare
 from pxar.sinks import PayloadSink, ReusedChunk
 from pxar.source import Source
 
@@ -39,11 +38,6 @@ FULL: Final = 65536
 _NOWHERE: Final = -1
 #: Chunks handed over at a time.
 _GROUP: Final = 128
-
-#: FILENAME headers by the length of the name.
-_FILENAMES: Final = [HEADER.pack(FILENAME, HEADER_SIZE + length + 1) for length in range(256)]
-_REFERENCE: Final = HEADER.pack(PAYLOAD_REF, PAIR_SIZE)
-_PAIR: Final = Struct("<QQ")
 
 #: A file in the cache: name, metadata, size, place in the range; its device and inode if it has several names.
 CachedFile: TypeAlias = tuple[bytes, bytes, int, int, tuple[int, int] | None]
@@ -174,7 +168,7 @@ class Lookahead:
         return True
 
     def files(
-        self, folder: Folder, old: OldFolder, names: Sequence[bytes], scanned: Sequence[Scanned | int], index: int
+        self, folder: Folder, old: OldFolder, names: list[bytes], scanned: list[Scanned | int], index: int
     ) -> int:
         """Take entries from `index` on as long as they are unchanged files that come next in the old folder.
 
@@ -183,57 +177,41 @@ class Lookahead:
         """
         if len(self._cache) >= self._check_at:
             self._relieve()
-        positions, turn = old.positions, old.next
-        if self._lost or turn >= len(positions):
+        positions = old.positions
+        if self._lost or old.next >= len(positions):
             return index
         reference = old.reference
         try:
-            reference.load(positions[turn])
+            reference.load(positions[old.next])
         except FleeceError as error:
             self._lose(error)
             return index
-        data, base = reference.data, reference.base
         if not self._cache:
             self._folder = folder
-        append, startswith, pair = self._cache.append, data.startswith, _PAIR.unpack_from
-        start, end = self._start, self._end
-        first, count, last = index, len(names), len(positions)
-        room = len(data) - _PAIR.size
-        while index < count and turn < last:
-            found = scanned[index]
-            if found.__class__ is int:
-                break
-            mode, meta, size, _, _, nlink, _, _, warning = found  # type: ignore[misc]
-            name = names[index]
-            if nlink != 1 or mode & FORMAT != FILE or warning or len(name) >= len(_FILENAMES):
-                break
-            wanted = b"%b%b\0%b%b" % (_FILENAMES[len(name)], name, meta, _REFERENCE)
-            place = positions[turn] - base
-            if place < 0 or not startswith(wanted, place):
-                break
-            place += len(wanted)
-            if place > room:
-                break
-            offset, before = pair(data, place)
-            if before != size:
-                break
-            if offset != end:
-                # A gap: what is in the cache is settled first.
-                self._start, self._end = start, end
-                self._files += index - first
-                first = index
-                self._extend(folder, offset, size)
-                append = self._cache.append
-                start, end = self._start, self._end
-            else:
-                end += HEADER_SIZE + size
-            append((name, meta, size, offset - start, None))
+        while True:
+            first, end = index, self._end
+            index, old.next, self._end, offset = compare(
+                names,
+                scanned,
+                index,
+                positions,
+                old.next,
+                reference.data,
+                reference.base,
+                self._cache,
+                self._start,
+                end,
+            )
+            self._files += index - first
+            if offset < 0:
+                return index
+            # Unchanged behind a gap: what is in the cache is settled first.
+            size: int = scanned[index][2]  # type: ignore[index]
+            self._extend(folder, offset, size)
+            self._cache.append((names[index], scanned[index][1], size, offset - self._start, None))  # type: ignore[index]
+            self._files += 1
             index += 1
-            turn += 1
-        self._start, self._end = start, end
-        self._files += index - first
-        old.next = turn
-        return index
+            old.next += 1
 
     def finish(self) -> None:
         """All entries have come; the root is still open."""
@@ -441,14 +419,21 @@ class Lookahead:
     def _write(self, entries: list[_Entry], base: int | None) -> None:
         """Write entries of the cache; files refer to payloads from `base` on, or are read if that is None."""
         writer, folder = self._writer, self._folder
-        reference = writer.encoder.reference
-        for entry in entries:
+        reference, references = writer.encoder.reference, writer.encoder.references
+        index, count = 0, len(entries)
+        while index < count:
+            entry = entries[index]
+            index += 1
             if entry.__class__ is tuple:
                 name, meta, size, place, key = entry  # type: ignore[misc]
                 if base is None:
                     self._read(folder, name)
                 elif key is None:
-                    reference(name, meta, base + place, size)
+                    taken = references(entries, index - 1, base)
+                    if taken:
+                        index += taken - 1
+                    else:
+                        reference(name, meta, base + place, size)
                 else:
                     writer.remember(folder, name, key, reference(name, meta, base + place, size))
             elif isinstance(entry, _Other):

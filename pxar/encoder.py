@@ -5,7 +5,7 @@ around the encoder, straight into the stream they belong to.
 """
 
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
 from pxar.errors import EncodeError
 from pxar.format import (
@@ -32,6 +32,7 @@ from pxar.format import (
     shown,
 )
 from pxar.goodbye import ROW, build_table, hash_name
+from pxar.runs import encode
 from pxar.sinks import ArchiveSink, PayloadSink
 
 #: PAYLOAD_REF behind the metadata of a file: type, size, offset, size of the file.
@@ -216,7 +217,7 @@ class ArchiveEncoder:
         if offset < self._payload_end or offset < payload.position or size < 0:
             why = f"its payload at {offset} lies before {max(payload.position, self._payload_end)}"
             raise EncodeError("write", shown(name), why if size >= 0 else f"{size} is no size of a file")
-        # The hot path of an unchanged tree: one write, and nothing that is not needed.
+        # A hot path: one write, and nothing that is not needed.
         records = self._records
         count = len(name) + 1
         if not 1 < count <= MAX_NAME + 1 or b"/" in name or b"\0" in name or name[:1] == b"." or records is None:
@@ -231,6 +232,23 @@ class ArchiveEncoder:
         records += _row(hash_name(name), position, 16 + count + len(meta) + 32)
         self._payload_end = offset + 16 + size
         return position
+
+    def references(self, entries: list[Any], first: int, base: int) -> int:
+        """As `reference` for plain files from `entries[first]` on, each `(name, meta, size, offset - base, None)`.
+
+        Returns:
+            How many were taken. The next one is of another kind, is to be refused, or has to wait for the next call.
+        """
+        payload, records, archive = self._payload, self._records, self._archive
+        if payload is None or records is None:
+            return 0
+        earliest = max(self._payload_end, payload.position)
+        count, items, rows, end = encode(entries, first, base, archive.position, earliest)
+        if count:
+            archive.write(items)
+            records += rows
+            self._payload_end = end
+        return count
 
     def symlink(self, name: bytes, meta: bytes, target: bytes) -> None:
         """A symbolic link.

@@ -5,8 +5,9 @@ children of slot `i` are `2i + 1` and `2i + 2`.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain, islice
-from struct import Struct
+from struct import Struct, pack
 from typing import Final
 
 from core.buffers import Buffer
@@ -17,6 +18,8 @@ KEYS: Final = (0x83AC3F1CFBB450DB, 0xAA4F1B6879369FBD)
 ROW: Final = Struct("<QQQ")  #: hash, distance back from the table's header, size
 ROW_SIZE: Final = ROW.size
 
+#: Permutations up to this length are kept.
+_USUAL: Final = 256
 _U64: Final = Struct("<Q")
 _KEY: Final = Struct("<QQ").pack(*KEYS)
 _MASK: Final = (1 << 64) - 1
@@ -98,11 +101,15 @@ def build_table(records: Buffer, position: int, entry_position: int) -> bytes:
     count = len(records) // ROW_SIZE
     size = HEADER_SIZE + ROW_SIZE * (count + 1)
     rows = sorted(ROW.iter_unpack(records))
-    numbers = chain.from_iterable(
-        (rows[rank][0], position - rows[rank][1], rows[rank][2]) for rank in permutation(count)
-    )
+    order = _usual_permutation(count) if count <= _USUAL else permutation(count)
+    placed = [(key, position - start, length) for key, start, length in map(rows.__getitem__, order)]
     tail = (GOODBYE_TAIL_MARKER, position - entry_position, size)
-    return HEADER.pack(GOODBYE, size) + Struct(f"<{3 * count + 3}Q").pack(*numbers, *tail)
+    return HEADER.pack(GOODBYE, size) + pack(f"<{3 * count + 3}Q", *chain.from_iterable(placed), *tail)
+
+
+@lru_cache
+def _usual_permutation(count: int) -> tuple[int, ...]:
+    return tuple(permutation(count))
 
 
 def find(table: Buffer, wanted: int) -> list[int]:
