@@ -1,5 +1,5 @@
 # `make help` lists what there is. Every target sets up first; that is instant when nothing changed.
-.PHONY: help setup setup-bench demo test test-long test-quick lint format bench clean
+.PHONY: help setup setup-bench demo test test-long test-quick test-s3 lint format bench clean
 PYTHON := .venv/bin/python
 # Tests wait for QEMU and for each other's processes: two at a time use two cores well.
 WORKERS := 2
@@ -9,6 +9,7 @@ help:
 	@echo 'make demo        back up a running VM, change it, back it up again, mount, restore and boot it (2 minutes)'
 	@echo 'make test        all tests but the long ones (up to 20 minutes)'
 	@echo 'make test-quick  only those that need no QEMU and no guest'
+	@echo 'make test-s3     what needs S3, on an emulator and on a real Ceph gateway, which is fetched and started'
 	@echo 'make test-long   everything, on every QEMU'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
@@ -29,6 +30,9 @@ test: setup
 
 test-quick: setup
 	$(PYTHON) -m pytest -m 'not long and not qemu and not guest'
+
+test-s3: setup
+	$(PYTHON) -m pytest -m 'not long' tests/datastore/s3
 
 test-long: setup
 	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

@@ -13,6 +13,8 @@ import pytest
 from tests.support.cache import ROOT, Unavailable
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
+from tests.support.rgw import RunningRgw, ceph, running_rgw
+from tests.support.s3_emulator import S3Emulator
 from tests.support.stores import StorePool
 
 # A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals cannot use.
@@ -114,6 +116,21 @@ def store_folder(store_pool: StorePool) -> Iterator[Path]:
         yield base
     finally:
         store_pool.take_back(base)
+
+
+@pytest.fixture
+def s3_emulator() -> Iterator[S3Emulator]:
+    """A strict S3 endpoint with one bucket; a planned fault that is not met, or a wrong request, fails the test."""
+    with S3Emulator() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def rgw() -> Iterator[RunningRgw]:
+    """A real Ceph gateway, for all tests of this process; `rgw.make_bucket()` gives each test one of its own."""
+    _or_skip(ceph)
+    with running_rgw() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
