@@ -2,7 +2,7 @@
 
 docs/formats.md describes the bytes. A local folder is the only backend so far.
 
-    store.py                       `Datastore`: create, open, list, sessions and readers
+    store.py, creation.py, tree.py `Datastore`: create, open, remove; its folders; what is in it
     session.py, reader.py          one snapshot being written; one being read
     interface.py                   `ChunkStore`, `MetaStore`: what a backend is
     local_chunks.py, local_meta.py the local folder's

@@ -72,7 +72,7 @@ async def test_who_comes_second_leaves_the_new_store_alone(tmpfs: Path, monkeypa
             made.append(real(path, owner, mode))
         return real(path, owner, mode)
 
-    monkeypatch.setattr("datastore.store.make_folder", late)
+    monkeypatch.setattr("datastore.creation.make_folder", late)
     with pytest.raises(UsageError, match="it is a datastore already"):
         await Datastore.create(base)
     assert made == [True]
