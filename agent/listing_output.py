@@ -34,7 +34,11 @@ _WAIT_MS: Final = 200
 
 
 def escaped(name: bytes) -> str:
-    """`name`, or a path, on one line: what is not printable, not UTF-8 or a backslash as `\\n`, `\\xff`, `\\\\`."""
+    """`name`, or a path, on one line: no two names look the same.
+
+    A backslash becomes `\\\\`, a control character `\\n` or `\\x1b`, other letters that are not printable `\\u202e`, bytes
+    that are not UTF-8 `\\xff`.
+    """
     text = name.decode("utf-8", "surrogateescape")
     if text.isprintable() and "\\" not in text:
         return text
@@ -46,7 +50,10 @@ def _escaped_letter(letter: str) -> str:
         return f"\\x{ord(letter) - 0xDC00:02x}"
     if letter.isprintable() and letter != "\\":
         return letter
-    return letter.encode("unicode_escape").decode()
+    if letter.isascii():
+        return letter.encode("unicode_escape").decode()
+    # Two digits are for bytes that are no letters.
+    return f"\\u{ord(letter):04x}" if letter <= "\uffff" else f"\\U{ord(letter):08x}"
 
 
 def put(document: dict[str, Any], key: str, raw: bytes) -> None:
@@ -84,7 +91,7 @@ class Listing(Generic[T]):
 
         Raises:
             BrokenPipeError: nobody reads any more.
-            TargetError: it cannot be written.
+            TargetError: it cannot be written, or for JSON not be kept.
         """
         text = self._json(thing) if self._as_json else f"{self._line(thing)}\n"
         self.count += 1
@@ -109,10 +116,13 @@ class Listing(Generic[T]):
         data = "".join(self._parts).encode()
         self._parts.clear()
         self._length = 0
-        if self._as_json:
-            self._spool.write(data)
-        else:
+        if not self._as_json:
             _write(data)
+            return
+        try:
+            self._spool.write(data)
+        except OSError as error:
+            raise TargetError("keep the results in", tempfile.gettempdir(), os_reason(error)) from error
 
     def finish(self) -> None:
         """Write what has been gathered, and for JSON everything; in the main thread, when all is done."""

@@ -20,7 +20,7 @@ HOSTILE = {
     b"title\x1b]0;x\x07": r"title\x1b]0;x\x07",
     b"latin-\xe9\xff": r"latin-\xe9\xff",
     b"back\\slash": r"back\\slash",
-    "csi\x9b31m".encode(): r"csi\x9b31m",
+    "csi\x9b31m".encode(): r"csi\u009b31m",
     "turned\u202etxt".encode(): r"turned\u202etxt",
     "\u00fcml\u00e4ut \U0001f980".encode(): "\u00fcml\u00e4ut \U0001f980",
 }
