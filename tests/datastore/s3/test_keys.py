@@ -16,7 +16,9 @@ TIME = "2025-07-14T14:20:02Z"
 def test_keys_are_those_of_pbs() -> None:
     assert KEYS.chunk(DIGEST) == f"st1/.chunks/bb9f/{DIGEST.hex()}"
     assert KEYS.bad_chunk(DIGEST, 3) == f"st1/.chunks/bb9f/{DIGEST.hex()}.3.bad"
-    assert KEYS.meta(f"ns/a/vm/100/{TIME}/drive-scsi0.img.fidx") == (f"st1/.cnt/ns/a/vm/100/{TIME}/drive-scsi0.img.fidx")
+    assert KEYS.meta(f"ns/a/vm/100/{TIME}/drive-scsi0.img.fidx") == (
+        f"st1/.cnt/ns/a/vm/100/{TIME}/drive-scsi0.img.fidx"
+    )
     assert KEYS.namespace_marker(Namespace.parse("a/b")) == "st1/.cnt/ns/a/ns/b/.namespace"
     assert KEYS.in_use == "st1/.in-use"
 
