@@ -36,8 +36,8 @@ _WAIT_MS: Final = 200
 def escaped(name: bytes) -> str:
     """`name`, or a path, on one line: no two names look the same.
 
-    A backslash becomes `\\\\`, a control character `\\n` or `\\x1b`, other letters that are not printable `\\u202e`, bytes
-    that are not UTF-8 `\\xff`.
+    A backslash becomes `\\\\`, a control character `\\n` or `\\x1b`, another letter that is not printable `\\u202e`, a
+    byte that is not UTF-8 `\\xff`.
     """
     text = name.decode("utf-8", "surrogateescape")
     if text.isprintable() and "\\" not in text:
