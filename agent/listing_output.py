@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import trio
 
+from agent.errors import InterruptedBySignalError
 from core.errors import TargetError, os_reason
 
 if TYPE_CHECKING:
@@ -161,8 +162,8 @@ def listing(invocation: "Invocation", line: Callable[[T], str], document: Callab
     try:
         try:
             yield found
-        except BrokenPipeError:
-            raise
+        except (BrokenPipeError, InterruptedBySignalError):
+            raise  # nobody reads, or somebody who reads slowly was not waited for
         except Exception:
             found.show_partial()
             raise

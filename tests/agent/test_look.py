@@ -1,10 +1,16 @@
 """`fleece ls`, `find`, `diff` and `catalog dump` on archives that Fleece made."""
 
 import base64
+import fcntl
 import json
 import os
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +416,22 @@ def test_a_reader_that_has_seen_enough_is_no_error(look: Look, tree: Path) -> No
     )  # fmt: skip
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("options", [[], ["--output", "json"]])
+def test_a_reader_that_reads_nothing_does_not_keep_it_from_ending(
+    look: Look, tmp_path: Path, ended: "Callable[[subprocess.Popen[str]], subprocess.Popen[str]]", options: list[str]
+) -> None:
+    for number in range(600):
+        put(tmp_path / "tree" / f"{number:0200}", b"")
+    look.back_up(1, f"root.pxar:{tmp_path}/tree")
+    process = ended(look.fleece.start("find", "**", *options))
+    assert process.stdout is not None
+    deadline = time.monotonic() + PATIENCE_S
+    waiting = 0
+    while waiting < 60_000:  # the pipe is full
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        (waiting,) = struct.unpack("i", fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) in (1, -signal.SIGTERM)
