@@ -6,10 +6,11 @@ tells what happens in a QEMU during a backup, and why.
     vm.py           `frozen_view`, `preview`, `cleanup`: all disks of a running VM at one instant
     files.py        `open_source`: image files, block devices and NBD exports to back up
     targets.py      `open_target`, `StreamTarget`: what an image is restored to
-    nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd
+    nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd (by `nbd_connection.py`)
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
+    disk_names.py   `archive_name`, `image_path`: what disks are called
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio

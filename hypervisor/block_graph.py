@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from hypervisor import checked
-from hypervisor.discovery import image_path
+from hypervisor.disk_names import image_path
 from hypervisor.qmp import Qmp
 
 #: Nodes of ours: `fleece-`, the kind, and the number of the disk.

@@ -3,15 +3,13 @@
 docs/hypervisor.md, "Disks and their names".
 """
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
 from typing import Any, Final
 
 from hypervisor import checked
+from hypervisor.disk_names import MAX_NAME, archive_name, base_name, given_name, image_path
 from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import Qmp
 
@@ -20,12 +18,6 @@ OUR_PREFIX: Final = "fleece-"
 
 _PERIPHERAL: Final = "/machine/peripheral/"
 _FLASH: Final = "/machine/system.flash"
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.-]")
-#: `scheme:` of a file name that is no path: `nbd://host`, `rbd:pool/image`, `json:{...}`.
-_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-
-#: Characters between `drive-` and `.img`: with index ending and temporary suffix a file name has 255.
-_MAX_NAME: Final = 200
 
 #: How devices are called for people, by their QOM type.
 _DEVICE_TYPES: Final = {
@@ -257,23 +249,6 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
                 )
 
 
-def archive_name(name: str) -> str:
-    """`drive-<name>.img`, what is not allowed in it replaced by `_`; a name of that form is kept.
-
-    Raises:
-        DiskNameError: nothing is left of the name, or it is too long for an archive.
-    """
-    inner = name.removesuffix(".img").removeprefix("drive-") if _is_archive_name(name) else name
-    safe = _UNSAFE.sub("_", inner)
-    if not safe or len(safe) > _MAX_NAME:
-        raise DiskNameError("name a disk", repr(name[:60]), "1 to 200 letters, digits, '.', '_' and '-' make a name")
-    return f"drive-{safe}.img"
-
-
-def _is_archive_name(name: str) -> bool:
-    return name.startswith("drive-") and name.endswith(".img") and len(name) > len("drive-.img")
-
-
 @dataclass(frozen=True, slots=True)
 class _BlockDevice:
     """One entry of `query-block` that belongs to a device."""
@@ -338,7 +313,7 @@ class _BlockDevice:
     def own_name(self) -> str:
         """The name the archive gets unless the configuration gives one."""
         user_node = "" if self.node.startswith(("#", OUR_PREFIX)) else self.node
-        return self.device_id or self.backend or user_node or _base_name(self.image_name) or self.qdev
+        return self.device_id or self.backend or user_node or base_name(self.image_name) or self.qdev
 
     def aliases(self) -> Iterator[str]:
         yield self.qdev
@@ -349,10 +324,10 @@ class _BlockDevice:
 
     def archive(self, names: Mapping[str, str], aliases: frozenset[str]) -> str:
         """The archive's name: what the configuration gives, else the device's own."""
-        own = archive_name(self.own_name()[:_MAX_NAME])
+        own = archive_name(self.own_name()[:MAX_NAME])
         known = aliases | {own, own.removesuffix(".img")}
         given = next((names[alias] for alias in sorted(known) if alias in names), None)
-        return own if given is None else _given_name(given)
+        return own if given is None else given_name(given)
 
     async def disk(self, qmp: Qmp, name: str, aliases: frozenset[str]) -> Disk:
         kind = checked.of_type(await qmp.qom_get(self.qom_path, "type"), str, f"{self.where}, type")
@@ -385,13 +360,6 @@ class _BlockDevice:
         )
 
 
-def _given_name(name: str) -> str:
-    inner = name.removesuffix(".img").removeprefix("drive-") if _is_archive_name(name) else name
-    if _UNSAFE.search(inner):
-        raise DiskNameError("name a disk", repr(name[:60]), "only letters, digits, '.', '_' and '-' are allowed")
-    return archive_name(name)
-
-
 def _qcow2_compat(image: dict[str, Any]) -> object:
     specific = image.get("format-specific")
     data = specific.get("data") if isinstance(specific, dict) else None
@@ -413,29 +381,6 @@ def _bitmaps(inserted: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
             "persistent": checked.field(bitmap, "persistent", bool, where),
             "inconsistent": bool(checked.optional(bitmap, "inconsistent", bool, where)),
         }
-
-
-def image_path(name: str) -> str | None:
-    """The path of a file or device in QEMU's name of an image; None where there is none (network storage)."""
-    if name.startswith("json:"):
-        try:
-            part = json.loads(name.removeprefix("json:"))
-        except (ValueError, RecursionError):
-            return None
-        for _ in range(100):  # filters and formats, each over its `file`
-            if not isinstance(part, dict):
-                return None
-            filename = part.get("filename")
-            if isinstance(filename, str) and part.get("driver") in ("file", "host_device", None):
-                return filename
-            part = part.get("file")
-        return None
-    name = name.removeprefix("file:") if not name.startswith("file://") else ""
-    return None if not name or _SCHEME.match(name) else name
-
-
-def _base_name(name: str) -> str:
-    return PurePosixPath(image_path(name) or ("" if name.startswith("json:") else name)).name
 
 
 def _matches(aliases: frozenset[str], patterns: Iterable[str]) -> bool:

@@ -20,7 +20,7 @@ import trio
 from core.errors import SourceError, os_reason
 from core.limits import in_io_thread
 from hypervisor import checked
-from hypervisor.discovery import image_path
+from hypervisor.disk_names import image_path
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
 from hypervisor.unix_socket import Peer

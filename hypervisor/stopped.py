@@ -13,7 +13,7 @@ from typing import Final
 
 from core.errors import NotFoundError, SourceError, UsageError, os_reason
 from core.limits import in_io_thread
-from hypervisor.discovery import archive_name
+from hypervisor.disk_names import archive_name
 from hypervisor.errors import DiskNameError
 from hypervisor.image_files import lock_for_reading
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import trio
 
-from hypervisor.discovery import Disk, archive_name, capabilities, check_vm, image_path, list_disks, survey
+from hypervisor.discovery import Disk, capabilities, check_vm, list_disks, survey
+from hypervisor.disk_names import archive_name, image_path
 from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import connect
 from tests.support.qemu_binaries import QemuBinary
