@@ -30,15 +30,13 @@ from core.buffers import Buffer
 from core.disks import DiskTarget
 from core.errors import TargetError, os_reason
 from core.limits import in_io_thread
-from core.units import MIB, format_size
+from core.units import MIB
 from hypervisor.errors import DiskInUseError
-from hypervisor.image_files import check_kind, image_format, lock_for_writing, open_error, size_of, unlock
+from hypervisor.image_files import image_format, unlock
 from hypervisor.nbd_client import TIMEOUT_S, NbdAddress, NbdPool, is_nbd_uri, open_nbd
 from hypervisor.qemu_tools import create_qcow2, find_tool, serve_image
+from hypervisor.target_files import GUARD_SIZE, ZEROS, TargetFile, guards, refuse_content, space_hint, too_small
 
-#: Bytes at both ends of a device that must be zero, or `force` is needed: partition tables and file systems are there.
-GUARD_SIZE: Final = MIB
-_ZEROS: Final = bytes(MIB)
 #: fallocate(2): FALLOC_FL_KEEP_SIZE with FALLOC_FL_PUNCH_HOLE, which gives space back (on a device only if it can and
 #: then reads zeros), and with FALLOC_FL_ZERO_RANGE, by which the kernel writes zeros where it must.
 _ZERO_MODES: Final = (0x01 | 0x02, 0x01 | 0x10)
@@ -50,7 +48,6 @@ _STREAM_PIECE: Final = 256 * 1024
 _STREAM_WAIT_MS: Final = 250
 #: Bytes a pipe always takes without blocking once it polls as writable.
 _PIPE_BUF: Final = 4096
-_FORCE_HINT: Final = "use --force to overwrite it"
 
 
 class FileTarget:
@@ -118,8 +115,8 @@ class FileTarget:
         while offset < end:
             step = min(_ZERO_STEP, end - offset)
             if not self._zero_by_command(offset, step):
-                step = min(len(_ZEROS), step)
-                self._write(offset, memoryview(_ZEROS)[:step])
+                step = min(len(ZEROS), step)
+                self._write(offset, memoryview(ZEROS)[:step])
             offset += step
             trio.from_thread.check_cancelled()
 
@@ -145,7 +142,7 @@ class FileTarget:
 
     def _failed(self, error: OSError, offset: int | None) -> TargetError:
         where = "" if offset is None else f" at {offset}"
-        return TargetError("write to", self._where, f"{os_reason(error)}{where}", _space_hint(error))
+        return TargetError("write to", self._where, f"{os_reason(error)}{where}", space_hint(error))
 
 
 class NbdTarget:
@@ -200,8 +197,8 @@ class NbdTarget:
         await self._write_zeros(last, offset + length - last)
 
     async def _write_zeros(self, offset: int, length: int) -> None:
-        for start in range(0, length, len(_ZEROS)):
-            await self.write(offset + start, memoryview(_ZEROS)[: length - start])
+        for start in range(0, length, len(ZEROS)):
+            await self.write(offset + start, memoryview(ZEROS)[: length - start])
 
     def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
         """Where the range's whole blocks begin and end; the end is before the beginning if there is no boundary."""
@@ -272,8 +269,8 @@ class StreamTarget:
         """
 
         def fill() -> None:
-            for start in range(0, length, len(_ZEROS)):
-                self._write(memoryview(_ZEROS)[: length - start])
+            for start in range(0, length, len(ZEROS)):
+                self._write(memoryview(ZEROS)[: length - start])
 
         await in_io_thread(fill)
 
@@ -306,14 +303,14 @@ class StreamTarget:
             except BrokenPipeError as error:
                 raise self._error("who reads it went away") from error
             except OSError as error:
-                raise self._error(os_reason(error), _space_hint(error)) from error
+                raise self._error(os_reason(error), space_hint(error)) from error
 
     def _sync(self) -> None:
         try:
             os.fdatasync(self._fd)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):  # no file
-                raise self._error(os_reason(error), _space_hint(error)) from error
+                raise self._error(os_reason(error), space_hint(error)) from error
 
     def _error(self, why: str, hint: str = "") -> TargetError:
         return TargetError("write to", self._where, why, hint)
@@ -349,12 +346,12 @@ async def open_target(
 async def _open_nbd(spec: str, size: int, *, force: bool, timeout_s: float) -> AsyncIterator[NbdTarget]:
     async with open_nbd(NbdAddress.parse(spec), writable=True, timeout_s=timeout_s) as pool:
         if pool.size < size:
-            raise _too_small(spec, pool.size, size)
+            raise too_small(spec, pool.size, size)
         if not force:
-            for offset in _guards(pool.size):
+            for offset in guards(pool.size):
                 start = bytearray(min(GUARD_SIZE, pool.size - offset))
                 await pool.read_into(offset, start)
-                _refuse_content(spec, start, offset)
+                refuse_content(spec, start, offset)
         target = NbdTarget(pool, reads_zero=False)
         yield target
         await target.flush()
@@ -364,7 +361,7 @@ async def _open_nbd(spec: str, size: int, *, force: bool, timeout_s: float) -> A
 async def _open_qcow2(path: Path, size: int, *, force: bool, timeout_s: float) -> AsyncIterator[NbdTarget]:
     for tool in ("qemu-img", "qemu-nbd"):  # before anything is overwritten
         await in_io_thread(find_tool, tool, TargetError)
-    file = await in_io_thread(_File.open, path, force)
+    file = await in_io_thread(TargetFile.open, path, force)
     overwritten = False
     try:
         if file.is_device:
@@ -378,7 +375,7 @@ async def _open_qcow2(path: Path, size: int, *, force: bool, timeout_s: float) -
             open_nbd(address, writable=True, timeout_s=timeout_s) as pool,
         ):
             if pool.size < size:
-                raise _too_small(str(path), pool.size, size)
+                raise too_small(str(path), pool.size, size)
             target = NbdTarget(pool, reads_zero=True)
             yield target
             await target.flush()
@@ -394,7 +391,7 @@ async def _open_qcow2(path: Path, size: int, *, force: bool, timeout_s: float) -
 
 @asynccontextmanager
 async def _open_raw(path: Path, size: int, *, force: bool) -> AsyncIterator[FileTarget]:
-    file = await in_io_thread(_File.open, path, force)
+    file = await in_io_thread(TargetFile.open, path, force)
     target: FileTarget | None = None
     try:
         await in_io_thread(file.prepare, size, force)
@@ -409,141 +406,6 @@ async def _open_raw(path: Path, size: int, *, force: bool) -> AsyncIterator[File
         raise
     finally:
         file.close()
-
-
-class _File:
-    """An open file or device, and what it was before."""
-
-    def __init__(self, fd: int, path: Path, *, made: bool, old_size: int, is_device: bool) -> None:
-        self.fd, self.path, self.made, self.old_size, self.is_device = fd, path, made, old_size, is_device
-
-    @classmethod
-    def open(cls, path: Path, force: bool) -> "_File":
-        """Open or make `path` for writing; content needs `force`.
-
-        Raises:
-            TargetError, DiskInUseError: as `open_target`.
-        """
-        where = str(path)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            return cls._open_old(path, where, force)
-        except OSError as error:
-            raise open_error(error, "make", where, TargetError) from error
-        file = cls(fd, path, made=True, old_size=0, is_device=False)
-        try:
-            lock_for_writing(fd, where)
-        except BaseException:
-            file.discard(emptied=True)
-            file.close()
-            raise
-        return file
-
-    @classmethod
-    def _open_old(cls, path: Path, where: str, force: bool) -> "_File":
-        try:
-            is_device = check_kind(path.stat().st_mode, "write to", where, TargetError)
-            # O_EXCL without O_CREAT: fails on a device that is mounted or otherwise held.
-            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (os.O_EXCL if is_device else 0)
-            fd = os.open(path, flags)
-        except OSError as error:
-            raise open_error(error, "write to", where, TargetError) from error
-        try:
-            if check_kind(os.fstat(fd).st_mode, "write to", where, TargetError) is not is_device:
-                raise TargetError("write to", where, "it was replaced meanwhile")
-            old_size = size_of(fd)
-            lock_for_writing(fd, where)
-            if not is_device and old_size and not force:
-                raise TargetError("restore to", where, f"the file exists with {old_size} bytes", _FORCE_HINT)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd, path, made=False, old_size=old_size, is_device=is_device)
-
-    def prepare(self, size: int, force: bool) -> None:
-        """Give a file room for `size` bytes, without allocating; check a device.
-
-        A file that is too long is cut when the restore has succeeded, not before: a restore that fails before its
-        first byte leaves it as it was.
-        """
-        if not self.is_device:
-            if self.old_size < size:
-                self.resize(size)
-            return
-        if self.old_size < size:
-            raise _too_small(str(self.path), self.old_size, size)
-        if force:
-            return
-        for offset in _guards(self.old_size):
-            try:
-                start = os.pread(self.fd, GUARD_SIZE, offset)
-            except OSError as error:
-                raise TargetError("read", str(self.path), os_reason(error)) from error
-            _refuse_content(str(self.path), start, offset)
-
-    def resize(self, size: int) -> None:
-        """Set the file's length."""
-        try:
-            if size_of(self.fd) != size:
-                os.ftruncate(self.fd, size)
-        except OSError as error:
-            why = f"it cannot have {size} bytes: {os_reason(error)}"
-            raise TargetError("write to", str(self.path), why, _space_hint(error)) from error
-
-    def keep(self) -> None:
-        """Make the file's length, and a new file's name, durable."""
-        try:
-            if not self.is_device:
-                os.fsync(self.fd)
-            if self.made:
-                folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
-        except OSError as error:
-            raise TargetError("write to", str(self.path), os_reason(error), _space_hint(error)) from error
-
-    def discard(self, *, emptied: bool, untouched: bool = False) -> None:
-        """After a failure: remove the file if this run made it; else give it its old length where that is harmless."""
-        if self.is_device:
-            return
-        with suppress(OSError):  # the failure that brought us here is the one to report
-            if self.made:
-                if os.path.samestat(os.fstat(self.fd), self.path.lstat()):
-                    self.path.unlink()
-            elif emptied or self.old_size == 0:
-                os.ftruncate(self.fd, 0)
-            elif untouched:
-                os.ftruncate(self.fd, self.old_size)
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-def _guards(size: int) -> tuple[int, ...]:
-    """Offsets of the parts at both ends that must be zero."""
-    return (0,) if size <= GUARD_SIZE else (0, max(GUARD_SIZE, size - GUARD_SIZE))
-
-
-def _refuse_content(where: str, data: Buffer, offset: int) -> None:
-    if data != _ZEROS[: len(data)]:
-        place = "first" if offset == 0 else "last"
-        raise TargetError("restore to", where, f"its {place} MiB is not zero, so it is in use or was", _FORCE_HINT)
-
-
-def _too_small(where: str, has: int, needs: int) -> TargetError:
-    why = f"it has {has} bytes ({format_size(has)}), the image has {needs} ({format_size(needs)})"
-    return TargetError("restore to", where, why, "choose a larger one")
-
-
-def _space_hint(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or choose another place"
-    if error.errno == errno.EFBIG:
-        return "the file system has no files of that size; choose another place"
-    return ""
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
