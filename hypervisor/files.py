@@ -42,23 +42,10 @@ class FileSource:
 
     def __init__(self, fd: int, path: Path, name: str, size: int, reason: str) -> None:
         self._fd, self._path = fd, path
-        self._name, self._size, self._plan = name, size, ReadPlan(base=None, reason=reason)
+        self.name: Final = name  #: the archive's
+        self.size: Final = size  #: bytes when it was opened
+        self.plan: Final = ReadPlan(base=None, reason=reason)  #: a full read
         self.warnings: list[str] = []
-
-    @property
-    def name(self) -> str:
-        """The archive's name."""
-        return self._name
-
-    @property
-    def size(self) -> int:
-        """Bytes when it was opened."""
-        return self._size
-
-    @property
-    def plan(self) -> ReadPlan:
-        """Always a full read."""
-        return self._plan
 
     async def extents(self, *, incremental: bool = True) -> Sequence[Extent]:
         """The file's holes as ZERO, by whole chunks; a block device is all DATA.
@@ -94,8 +81,8 @@ class FileSource:
             position += count
 
     def _map(self) -> list[Extent]:
-        extents = ExtentBuilder(self._size)
-        end = self._size
+        extents = ExtentBuilder(self.size)
+        end = self.size
         while (position := extents.offset) < end:
             data = self._seek(position, os.SEEK_DATA)
             if data > position:
@@ -114,42 +101,29 @@ class FileSource:
         except OSError as error:
             if error.errno == errno.ENXIO:
                 # Nothing but a hole to the end, or the end lies before `position`.
-                if size_of(self._fd) < self._size:
+                if size_of(self._fd) < self.size:
                     raise self._shorter() from error
-                return self._size
+                return self.size
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 # No map here (a block device, an old file system): everything is data.
-                return position if whence == os.SEEK_DATA else self._size
+                return position if whence == os.SEEK_DATA else self.size
             raise SourceError("find the holes of", str(self._path), os_reason(error)) from error
-        return min(found, self._size)
+        return min(found, self.size)
 
     def _shorter(self) -> SourceError:
         now = size_of(self._fd)
-        return SourceError("read", str(self._path), f"it became shorter while it was read: {now} of {self._size} bytes")
+        return SourceError("read", str(self._path), f"it became shorter while it was read: {now} of {self.size} bytes")
 
 
 class NbdSource:
     """An NBD export that is read as a whole; made by `open_source`."""
 
     def __init__(self, pool: NbdPool, name: str, reason: str, *, has_map: bool) -> None:
-        self._pool, self._name, self._has_map = pool, name, has_map
-        self._plan = ReadPlan(base=None, reason=reason)
+        self._pool, self._has_map = pool, has_map
+        self.name: Final = name  #: the archive's
+        self.size: Final = pool.size  #: bytes that the server announced
+        self.plan: Final = ReadPlan(base=None, reason=reason)  #: a full read
         self.warnings: list[str] = []
-
-    @property
-    def name(self) -> str:
-        """The archive's name."""
-        return self._name
-
-    @property
-    def size(self) -> int:
-        """Bytes the server announced."""
-        return self._pool.size
-
-    @property
-    def plan(self) -> ReadPlan:
-        """Always a full read."""
-        return self._plan
 
     async def extents(self, *, incremental: bool = True) -> Sequence[Extent]:
         """What the server says reads as zeros is ZERO, by whole chunks; all DATA if it cannot tell.

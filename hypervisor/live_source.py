@@ -65,27 +65,14 @@ class LiveSource:
         able: Capabilities,
     ) -> None:
         _check_size(pool, size, name)
-        self._name, self._size, self._plan = name, size, plan
+        self.name: Final = name  #: the archive's, without its type extension
+        self.size: Final = size  #: bytes; does not change, even if the guest's disk is resized
+        self.plan: Final = plan  #: what `extents` is based on
         self._changed = changed
         self._pool = pool
         self._able = able
         #: ZERO extents, sorted; QEMU was told to forget them, so they are never read from it.
         self._zeros: list[Extent] = []
-
-    @property
-    def name(self) -> str:
-        """The archive's name without its type extension."""
-        return self._name
-
-    @property
-    def size(self) -> int:
-        """Bytes; does not change, even if the guest's disk is resized."""
-        return self._size
-
-    @property
-    def plan(self) -> ReadPlan:
-        """What `extents` is based on."""
-        return self._plan
 
     async def extents(self, *, incremental: bool = True) -> Sequence[Extent]:
         """The disk as extents of whole chunks.
@@ -95,7 +82,7 @@ class LiveSource:
         Raises:
             SourceError: the map cannot be read.
         """
-        whole = [Extent(0, self._size, ExtentState.DATA)]
+        whole = [Extent(0, self.size, ExtentState.DATA)]
         known = list(self._changed) if incremental and self._changed is not None else whole
         if self._able.allocation_map:
             known = await self._with_zeros(known)
@@ -107,7 +94,7 @@ class LiveSource:
 
     async def _with_zeros(self, known: Sequence[Extent]) -> list[Extent]:
         """`known` with those chunks of DATA as ZERO of which QEMU knows that they are."""
-        builder = ExtentBuilder(self._size)
+        builder = ExtentBuilder(self.size)
 
         def add(_offset: int, length: int, flags: int) -> None:
             zero = flags & _HOLE_AND_ZERO == _HOLE_AND_ZERO
@@ -116,7 +103,7 @@ class LiveSource:
         try:
             # A connection of its own: with the context a failing request could end the data connections.
             async with open_nbd(self._pool.address, connections=1, contexts=(_ALLOCATION,)) as pool:
-                _check_size(pool, self._size, self._name)
+                _check_size(pool, self.size, self.name)
                 for offset, length, state in known:
                     if state is ExtentState.DATA:
                         await pool.each_status(offset, length, _ALLOCATION, add)
@@ -177,10 +164,10 @@ class LiveSource:
         if error.errno == errno.EINVAL:
             return SnapshotBrokenError(
                 "read disk",
-                self._name,
+                self.name,
                 "its frozen view broke: the fleecing image is full, too slow or unwritable",
                 "the guest is not affected; look at the scratch folder's space and speed",
             )
         if error.lost:
-            return FleecingError("read disk", self._name, f"QEMU has ended, or dropped its export ({error.why})")
-        return FleecingError("read disk", self._name, error.why, "look at the storage of the VM's disk")
+            return FleecingError("read disk", self.name, f"QEMU has ended, or dropped its export ({error.why})")
+        return FleecingError("read disk", self.name, error.why, "look at the storage of the VM's disk")
