@@ -4,7 +4,7 @@ Every call is safe to repeat and is repeated by the link below (R13). Keys are f
 "Absent" is only said when the endpoint says so about the object, never because something else went wrong (R14).
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
@@ -259,7 +259,7 @@ class S3Client:
             failures = lasting + await self._delete_batch(again)
         return failures
 
-    async def pages(self, prefix: str, *, token: str | None = None) -> AsyncIterator[Page]:
+    async def pages(self, prefix: str, *, token: str | None = None) -> AsyncGenerator[Page, None]:
         """All objects whose keys begin with `prefix`, page by page, in byte order of keys.
 
         A page that fails is asked for again, from its own token; `token` continues an earlier listing behind the page

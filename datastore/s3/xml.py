@@ -168,9 +168,9 @@ def _parse(body: Buffer) -> ElementTree.Element:
     if len(body) > MAX_XML_SIZE:
         raise _wrong(f"{len(body)} bytes")
     data = bytes(body)
-    # The parser is told to read UTF-8 whatever the declaration says, but a byte order mark or a NUL behind the first `<`
-    # would still make it read UTF-16. Without those a document type cannot hide, and without one there are no entities
-    # but the five of XML.
+    # The parser is told to read UTF-8 whatever the declaration says, but a byte order mark or a NUL behind the first
+    # `<` would still make it read UTF-16. Without those a document type cannot hide, and without one there are no
+    # entities but the five of XML.
     if b"\0" in data or b"<!DOCTYPE" in data or not _is_utf8(data):
         raise _wrong("not plain UTF-8 without a document type")
     try:
