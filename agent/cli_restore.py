@@ -1,4 +1,4 @@
-"""`fleece restore`: one archive to a file, device, NBD server or pipe; a whole snapshot to a folder."""
+"""`fleece restore`: one archive to a file, folder, device, NBD server or pipe; a whole snapshot to a folder."""
 
 import sys
 import time
@@ -10,11 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agent.invocation import Invocation, command, to_stderr
-from core.errors import TargetError, UsageError, os_reason
+from agent.restore_options import (
+    ExistingOption,
+    IgnoreAclsOption,
+    IgnoreOwnershipOption,
+    IgnorePermissionsOption,
+    IgnoreXattrsOption,
+    NoDevicesOption,
+    NoFifosOption,
+    NoSetuidOption,
+    NoSocketsOption,
+    OverwriteFilesOption,
+    OverwriteHardlinksOption,
+    OverwriteOption,
+    OverwriteSymlinksOption,
+    PatternOption,
+    RestoreOptions,
+)
+from core.errors import ExitCode, TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from agent.archive_restore import FilesRestored, FilesWanted
     from agent.keys import ReadingKey
     from core.buffers import Buffer
     from core.progress import Progress
@@ -34,6 +52,11 @@ fleece restore vm/100/latest drive-scsi0.img /dev/vg/web --force
 fleece restore vm/100/latest drive-scsi0.img nbd://storage/web
 fleece restore vm/100/latest drive-scsi0.img - | ssh other 'dd of=/dev/vg/web bs=4M'
 fleece restore vm/100/latest qemu-command.json -
+fleece restore host/db1/latest root.pxar /mnt/new
+fleece restore host/db1/latest root.pxar /tmp/some --pattern /etc --pattern '*.conf' --pattern '!*.bak'
+fleece restore host/db1/latest root.pxar/etc/fstab -
+fleece restore host/db1/latest root.pxar/home - | tar -x -C /srv --xattrs --acls
+fleece restore host/db1/latest root.pxar/home - --format zip > home.zip
 fleece restore vm/100/2026-01-02T03:04:05Z --all /tmp/everything
 fleece restore vm/100/latest drive-scsi0.img new.raw --keyfile /etc/fleece/backup.key
 fleece restore vm/100/latest rsa-encrypted.key rsa-encrypted.key    for 'fleece key import-with-master-key'
@@ -54,12 +77,21 @@ class Restored:
         """Its part of the document."""
         return {"name": self.name, "target": self.target, "size": self.size}
 
+    def line(self) -> str:
+        """The same for people."""
+        from core.units import format_size
+
+        return f"{self.name} -> {self.target}: {format_size(self.size)}"
+
 
 def restore(
     invocation: Invocation,
     snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="type/id/time or type/id/latest.")],
     archive: Annotated[
-        str | None, typer.Argument(metavar="ARCHIVE", help="As 'fleece show' lists it, with or without its type.")
+        str | None,
+        typer.Argument(
+            metavar="ARCHIVE", help="As 'fleece show' lists it, with or without its type; root.pxar/PATH for a part."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Argument(metavar="TARGET", help="A file, folder, block device, NBD URI, or - for a pipe.")
@@ -68,22 +100,64 @@ def restore(
         Path | None, typer.Option("--all", metavar="FOLDER", help="Every archive of the snapshot, into this folder.")
     ] = None,
     image_format: Annotated[
-        Literal["raw", "qcow2"] | None,
-        typer.Option("--format", help="Format of a new image file; else .qcow2 files are qcow2, all others raw."),
+        Literal["raw", "qcow2", "tar", "zip"] | None,
+        typer.Option(
+            "--format",
+            help="raw, qcow2: of a new image file; else .qcow2 files are qcow2, all others raw. tar, zip: of a folder "
+            "that goes to standard output; else tar.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    pattern: PatternOption = None,
+    allow_existing_dirs: ExistingOption = False,
+    overwrite: OverwriteOption = False,
+    overwrite_files: OverwriteFilesOption = False,
+    overwrite_symlinks: OverwriteSymlinksOption = False,
+    overwrite_hardlinks: OverwriteHardlinksOption = False,
+    ignore_ownership: IgnoreOwnershipOption = False,
+    ignore_permissions: IgnorePermissionsOption = False,
+    ignore_acls: IgnoreAclsOption = False,
+    ignore_xattrs: IgnoreXattrsOption = False,
+    no_device_nodes: NoDevicesOption = False,
+    no_fifos: NoFifosOption = False,
+    no_sockets: NoSocketsOption = False,
+    no_setuid: NoSetuidOption = False,
 ) -> None:
-    """Restore disk images and files. Every chunk is checked on the way.
+    """Restore disk images, folders and files. Every chunk is checked on the way.
 
     Too small a target, and one that is mounted or in use, is always refused. A file with content, a folder with entries
     and a device or NBD export whose first or last MiB is not zero need --force.
+
+    Of a folder, what cannot be restored is a warning (exit code 3), and the rest is restored all the same. A full or
+    read-only target ends it.
     """
+    options = RestoreOptions(
+        patterns=tuple(pattern or ()),
+        force=force,
+        allow_existing_dirs=allow_existing_dirs,
+        overwrite=overwrite,
+        overwrite_files=overwrite_files,
+        overwrite_symlinks=overwrite_symlinks,
+        overwrite_hardlinks=overwrite_hardlinks,
+        ignore_ownership=ignore_ownership,
+        ignore_permissions=ignore_permissions,
+        ignore_acls=ignore_acls,
+        ignore_xattrs=ignore_xattrs,
+        no_device_nodes=no_device_nodes,
+        no_fifos=no_fifos,
+        no_sockets=no_sockets,
+        no_setuid=no_setuid,
+    )
+    options.to_folder()  # a wrong pattern is told before the work starts
     if everything is None and (archive is None or target is None):
         raise UsageError("restore", snapshot, "ARCHIVE and TARGET are needed, or --all FOLDER", "see --help")
     if everything is not None and archive is not None:
         raise UsageError("restore", snapshot, "--all takes every archive: leave out ARCHIVE and TARGET")
     if target == "-" and sys.stdout is None:
         raise TargetError("write to", "standard output", "it is closed")
+    if everything is not None and (pattern or image_format in ("tar", "zip")):
+        option = "--pattern" if pattern else f"--format {image_format}"
+        raise UsageError("use", option, "it is for one folder, not for --all")
     if target == "-" and invocation.is_json:
         raise UsageError(
             "restore", snapshot, "standard output cannot take both the archive and a JSON document",
@@ -94,14 +168,14 @@ def restore(
     reading_key = None if _is_wrapped_key(archive) else invocation.reading_key()
     started = time.monotonic()
 
-    async def work(progress: "Progress") -> tuple[str, list[Restored]]:
+    async def work(progress: "Progress") -> "tuple[str, list[Restored | FilesRestored]]":
         from agent.documents import find_snapshot
 
         async with invocation.repository() as repository:
             found = await find_snapshot(repository, snapshot, ns)
             async with repository.reader(found) as reader:
                 codec, manifest = await _opened(reader, reading_key, progress)
-                job = _Job(reader, codec, manifest, force, image_format, progress)
+                job = _Job(reader, codec, manifest, options, image_format, progress)
                 if everything is not None:
                     return str(found), await job.all_to_folder(everything)
                 return str(found), [await job.one(archive or "", target or "")]
@@ -110,10 +184,10 @@ def restore(
     duration = time.monotonic() - started
 
     def lines() -> list[str]:
-        from core.units import format_duration, format_size
+        from core.units import format_duration
 
         return [
-            *(f"{one.name} -> {one.target}: {format_size(one.size)}" for one in restored),
+            *(one.line() for one in restored),
             f"{named}: restored in {format_duration(duration)}",
         ]
 
@@ -128,6 +202,8 @@ def restore(
         "warnings": invocation.warnings,
     }
     invocation.emit(document, lines)
+    if invocation.is_json and invocation.warnings:
+        raise typer.Exit(ExitCode.WARNINGS)  # they are in the document
 
 
 def _is_wrapped_key(archive: str | None) -> bool:
@@ -171,26 +247,34 @@ class _Job:
         reader: "Reader",
         codec: "ChunkCodec",
         manifest: "Manifest",
-        force: bool,
+        options: RestoreOptions,
         image_format: str | None,
         progress: "Progress",
     ) -> None:
         self._reader, self._codec, self._manifest = reader, codec, manifest
-        self._force, self._format, self._progress = force, image_format, progress
+        self._options, self._force = options, options.force
+        self._format, self._progress = image_format, progress
 
-    async def one(self, archive: str, target: str) -> Restored:
+    async def one(self, archive: str, target: str) -> "Restored | FilesRestored":
         """Restore the archive to the target a person named."""
+        from agent.archive_restore import wanted_files
         from core.limits import in_io_thread
         from datastore.names import ArchiveKind, archive_kind, strip_archive_type
 
+        wanted = wanted_files(self._manifest, archive)
+        if wanted is not None:
+            return await self._files(wanted, target)
         entry = self._entry(archive)
         name = strip_archive_type(entry.filename)
         kind = archive_kind(entry.filename)
         if kind is ArchiveKind.DYNAMIC:
             raise UsageError(
-                "restore", f"{self._reader.snapshot} {name}", "this version restores disk images and small files only",
-                "proxmox-backup-client reads file archives of this datastore",
+                "restore", f"{self._reader.snapshot} {name}", "it is no archive of files",
+                "'fleece catalog dump' shows what is in a catalog",
             )  # fmt: skip
+        if self._options.patterns or self._format in ("tar", "zip"):
+            option = "--pattern" if self._options.patterns else f"--format {self._format}"
+            raise UsageError("use", option, f"{name} is no folder")
         target = await in_io_thread(_inside_folder, target, name)
         if kind is ArchiveKind.FIXED:
             await self._image(entry, target)
@@ -211,20 +295,45 @@ class _Job:
             f"it has {', '.join(strip_archive_type(entry.filename) for entry in files)}",
         )  # fmt: skip
 
-    async def all_to_folder(self, folder: Path) -> list[Restored]:
-        """Restore every archive into `folder`."""
+    async def all_to_folder(self, folder: Path) -> "list[Restored | FilesRestored]":
+        """Restore every archive into `folder`, those of files into folders named without type."""
+        from agent.archive_restore import file_archives
         from core.limits import in_io_thread
         from datastore.names import ArchiveKind, archive_kind, strip_archive_type
 
-        await in_io_thread(_prepare_folder, folder, self._force)
+        await in_io_thread(_prepare_folder, folder, self._force or self._options.allow_existing_dirs)
         restored = []
         for entry in self._manifest.files:
-            name = strip_archive_type(entry.filename)
-            if archive_kind(entry.filename) is ArchiveKind.DYNAMIC:
-                self._progress.warn(f"{entry.filename} was left out: this version restores no file archives")
-                continue
-            restored.append(await self.one(entry.filename, str(folder / name)))
+            if archive_kind(entry.filename) is not ArchiveKind.DYNAMIC:
+                name = strip_archive_type(entry.filename)
+                restored.append(await self.one(entry.filename, str(folder / name)))
+        for wanted in file_archives(self._manifest):
+            restored.append(await self._files(wanted, str(folder / wanted.name)))
         return restored
+
+    async def _files(self, wanted: "FilesWanted", target: str) -> "FilesRestored":
+        from agent.archive_restore import restore_to_folder, restore_to_stream
+
+        reader, codec, manifest, options = self._reader, self._codec, self._manifest, self._options
+        format: Literal["tar", "zip"] | None = None
+        if self._format in ("raw", "qcow2"):
+            raise UsageError("use", f"--format {self._format}", f"{wanted.shown} is no disk image")
+        if self._format is not None:
+            format = "zip" if self._format == "zip" else "tar"
+        if target != "-" and format is not None:
+            raise UsageError(
+                "use", f"--format {format}", "it is for folders that go to standard output", "use - and redirect it"
+            )
+        if target != "-":
+            return await restore_to_folder(reader, codec, manifest, wanted, target, options, self._progress)
+        if sys.stdout.isatty() and wanted.path and format is None:
+            return await restore_to_stream(
+                reader, codec, manifest, wanted, _show, options, self._progress, terminal=True
+            )  # fmt: skip
+        async with _standard_output() as write:
+            return await restore_to_stream(
+                reader, codec, manifest, wanted, write, options, self._progress, format=format
+            )  # fmt: skip
 
     async def _image(self, entry: "ManifestFile", target: str) -> None:
         from repository.restore import restore_disk, restore_stream
@@ -276,7 +385,13 @@ async def _standard_output() -> "AsyncIterator[Callable[[Buffer], Awaitable[None
         stream.close()
 
 
-def _to_terminal(data: bytes) -> None:
+async def _show(data: "Buffer") -> None:
+    from core.limits import in_io_thread
+
+    await in_io_thread(_to_terminal, data)
+
+
+def _to_terminal(data: "Buffer") -> None:
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()

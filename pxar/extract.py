@@ -10,6 +10,7 @@ Docs: docs/formats.md, "File archives"; what is safe against forged archives: `t
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from core.buffers import Buffer
@@ -93,7 +94,9 @@ def extract_entry(
     Raises:
         TargetError, FleeceError: as `extract_folder`.
     """
-    run = _Run(accessor, options or ExtractOptions(), report or ExtractReport(), progress)
+    # That the folder is there is the point.
+    options = replace(options or ExtractOptions(), allow_existing=True)
+    run = _Run(accessor, options, report or ExtractReport(), progress)
     return run.entry(node, folder, name, prefix.strip(b"/"))
 
 

@@ -114,8 +114,8 @@ def _entry(export: Export, out: Output, path: bytes, node: Node) -> None:
         metadata = node.metadata
         records = _records(metadata, features)
         if isinstance(node, Directory):
+            report.folders += bool(path)
             path = path + b"/" if path else b"./"
-            report.folders += 1
         else:
             report.others += 1
         target = node.target if isinstance(node, Symlink) else b""

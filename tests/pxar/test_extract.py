@@ -433,8 +433,7 @@ def test_one_entry_is_restored_under_a_new_name(tmp_path: Path) -> None:
     for number, path in enumerate((b"etc/passwd", b"home/me/same")):
         node = accessor.lookup(path)
         assert node is not None
-        options = ExtractOptions(allow_existing=True)
-        report = extract_entry(accessor, node, str(tmp_path), b"name-%d" % number, options)
+        report = extract_entry(accessor, node, str(tmp_path), b"name-%d" % number)
         assert (report.files, report.warnings) == (1, [])
         assert (tmp_path / f"name-{number}").read_bytes() == b"root"
 
