@@ -41,6 +41,8 @@ class Arena:
         self.memory: Final = memoryview(_area(size) if size else b"")
         self.start = 0
         self.head = 0
+        #: `head` may grow up to here, as far as is known without looking.
+        self.free_to = 0
         self.starving = False  #: the writing thread waits for room
         self._check = check
         self._regions: deque[Region] = deque()  # cut off and not given back, the oldest first
@@ -51,7 +53,7 @@ class Arena:
 
         The open part may move, so views of it from before are stale.
         """
-        if self._has_room(size):
+        if self.head + size <= self.free_to or self._has_room(size):
             return self.memory[self.head : self.head + size]
         with self._changed:
             self.starving = True
@@ -81,8 +83,9 @@ class Arena:
         try:
             first = self._regions[0].start
         except IndexError:
-            return self.head + size <= self.size
-        return self.head + size <= self.size if self.start >= first else self.head + size < first
+            first = 0
+        self.free_to = self.size if self.start >= first else first - 1
+        return self.head + size <= self.free_to
 
     def _wrapped(self, size: int) -> bool:
         """Go on at the beginning of the area, if there is room for the open part and `size` bytes more."""
@@ -94,7 +97,7 @@ class Arena:
         elif length + size > self.size:
             raise ValueError(f"{length} + {size} bytes in an arena of {self.size}")
         self.memory[:length] = self.memory[self.start : self.head]
-        self.start, self.head = 0, length
+        self.start, self.head, self.free_to = 0, length, 0
         return True
 
     def _freed(self, region: Region) -> None:

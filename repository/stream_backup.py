@@ -87,7 +87,7 @@ class StreamBackup:
         self._keeper = ParkingLot()
         self._ended = False
         # Of the writer thread:
-        self._position = 0
+        self.position = 0  #: bytes of the stream so far
         self._cutter = Cutter(spec.average)
         self._arena = Arena(spec.arena, trio.from_thread.check_cancelled)
         self._scanned = 0  #: bytes of the open part that the chunker has seen
@@ -99,11 +99,6 @@ class StreamBackup:
 
     # --- the sink, in the writer thread ------------------------------------------------------------------------------
 
-    @property
-    def position(self) -> int:
-        """Bytes of the stream so far."""
-        return self._position
-
     def write(self, data: Buffer) -> None:
         """Append `data`, one write."""
         size = len(data)
@@ -114,8 +109,18 @@ class StreamBackup:
                 self._arena.room(len(piece))[:] = piece
                 self.commit(len(piece))
             return
-        self._arena.room(size)[:] = data
-        self.commit(size)
+        # As `reserve` and `commit`, twice per file: a call costs more than what it does.
+        arena = self._arena
+        head = arena.head
+        gathered = head - arena.start - self._scanned
+        end = head + size
+        if end > arena.free_to or gathered + size > GATHERED:
+            arena.room(size)[:] = data
+            self.commit(size)
+            return
+        arena.memory[head:end] = data
+        arena.head = end
+        self.position += size
 
     def reserve(self, size: int) -> memoryview:
         """Room for `size` bytes at the end of the stream."""
@@ -129,18 +134,18 @@ class StreamBackup:
             self._feed(gathered)
         # Even a large write is looked at with the next one: a suggestion may lie at its end.
         arena.grow(size)
-        self._position += size
+        self.position += size
 
     def suggest(self) -> None:
         """A good place for a chunk to end."""
-        self._cutter.suggest(self._position)
+        self._cutter.suggest(self.position)
 
     def inject(self, chunks: Sequence[StoredChunk]) -> None:
         """End the open chunk here and go on behind `chunks`, which the session must know."""
         size = sum(chunk.size for chunk in chunks)
-        self._cutter.inject(self._position, size)
+        self._cutter.inject(self.position, size)
         self._injections.append(chunks)
-        self._position += size
+        self.position += size
 
     def finish(self) -> None:
         """The stream ends here; once is enough."""
