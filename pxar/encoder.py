@@ -335,7 +335,8 @@ class ArchiveEncoder:
     def _check(self, name: bytes, meta: bytes | None) -> bytearray:
         if self._records is None:
             raise EncodeError("write", shown(name), "no directory is open, or a file's content is not complete")
-        if fault := name_fault(name):
+        suspicious = b"/" in name or b"\0" in name or name[:1] == b"." or not 0 < len(name) <= MAX_NAME
+        if suspicious and (fault := name_fault(name)):
             raise EncodeError("write", shown(name), fault)
         if meta is not None:
             self._check_meta(name, meta)
