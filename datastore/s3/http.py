@@ -293,8 +293,9 @@ def _as_connect_error(timeout: float | None) -> Iterator[None]:
 
 def _cause(error: BaseException) -> str:
     """The words of the innermost reason: trio wraps those of the system and of OpenSSL."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while error.__cause__ is not None or isinstance(error, BaseExceptionGroup):
+        # Of several addresses that were tried, the first speaks for all.
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
         return error.strerror
     return str(error)

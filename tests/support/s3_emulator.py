@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from types import TracebackType
@@ -111,21 +112,26 @@ class S3Emulator(S3Service):
             assert self.faults.unmet() == []
 
     def close(self) -> None:
-        """End all connections and threads; in-flight requests are cut."""
+        """End all connections and threads; in-flight requests are cut. Once more does nothing."""
+        if self._ending.is_set():
+            return
         self._ending.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self.cut_connections()
+        deadline = time.monotonic() + _SOCKET_TIMEOUT_S
         for thread in self._threads:
-            thread.join(timeout=10)
+            while thread.is_alive() and time.monotonic() < deadline:
+                self.cut_connections()  # also one that was accepted last
+                thread.join(timeout=0.1)
             assert not thread.is_alive(), "a thread of the emulator does not end"
 
     def cut_connections(self) -> None:
-        """Reset every connection, as a crash does."""
+        """End every connection at once, as a crash does."""
         with self.lock:
             sockets = list(self._open.values())
         for connection in sockets:
-            _reset(connection)
+            with suppress(OSError):  # the thread that serves it closes it
+                connection.shutdown(socket.SHUT_RDWR)
 
     # Connections
 
@@ -309,17 +315,12 @@ def _receive(connection: socket.socket, received: bytearray) -> Request | None:
 
 def _reset(connection: socket.socket) -> None:
     """Close with RST."""
-    try:
+    with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.shutdown(socket.SHUT_RD)
         connection.close()
-    except OSError:
-        pass
 
 
 def _wait_for_hangup(connection: socket.socket) -> None:
-    try:
+    with suppress(OSError):
         while connection.recv(65536):
             pass
-    except OSError:
-        pass

@@ -1,0 +1,152 @@
+"""Certificates: the system's authorities, or the pinned leaf (R4)."""
+
+import datetime
+import hashlib
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from core.errors import UsageError
+from datastore.s3 import http
+from datastore.s3.client import S3Client
+from datastore.s3.errors import S3BackendError, S3CertificateError, S3UnavailableError
+from datastore.s3.link import RetryPolicy
+from tests.datastore.s3.conftest import IMPATIENT
+from tests.support.s3_emulator import S3Emulator
+from tests.support.s3_service import BUCKET
+
+OTHER = ":".join(["00"] * 32)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One for 127.0.0.1, signed by itself."""
+
+    path: Path  #: PEM with certificate and key
+    fingerprint: str
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.path)
+        return context
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "s3 emulator")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(built.public_bytes(serialization.Encoding.PEM) + private)
+    digest = hashlib.sha256(built.public_bytes(serialization.Encoding.DER)).digest()
+    return Certificate(path, digest.hex(":"))
+
+
+@pytest.fixture
+def server(certificate: Certificate) -> Iterator[S3Emulator]:
+    with S3Emulator(tls=certificate.context()) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def trusted(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's authorities vouch for the certificate."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+
+
+async def works(emulator: S3Emulator, **changes: object) -> None:
+    async with S3Client.open(emulator.endpoint(**changes), BUCKET, policy=IMPATIENT) as client:
+        body = b"x" * 1_000_000
+        await client.put("st1/a", [body[:12], memoryview(body)[12:]])
+        fetched = await client.get("st1/a")
+        assert fetched is not None
+        assert fetched.data == body
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_valid_chain_is_enough(server: S3Emulator) -> None:
+    await works(server)
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_valid_chain_is_accepted_whatever_the_fingerprint(server: S3Emulator) -> None:
+    await works(server, fingerprint=OTHER)
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_with_fingerprint_only_a_mismatch_is_fatal_in_spite_of_a_valid_chain(
+    server: S3Emulator, certificate: Certificate
+) -> None:
+    with pytest.raises(S3CertificateError, match=f"fingerprint is {certificate.fingerprint}, not the configured one"):
+        await works(server, fingerprint=OTHER, fingerprint_only=True)
+    assert server.requests() == []
+    await works(server, fingerprint=certificate.fingerprint, fingerprint_only=True)
+
+
+async def test_the_pinned_leaf_is_accepted_without_a_chain(server: S3Emulator, certificate: Certificate) -> None:
+    await works(server, fingerprint=certificate.fingerprint.upper())
+
+
+async def test_another_leaf_gets_no_byte_of_a_request(server: S3Emulator) -> None:
+    with pytest.raises(S3CertificateError, match="not the configured one; 'fleece s3 endpoint check'"):
+        await works(server, fingerprint=OTHER)
+    assert server.requests() == []
+
+
+async def test_without_fingerprint_an_unknown_certificate_is_fatal_without_retries(server: S3Emulator) -> None:
+    async with S3Client.open(server.endpoint(), BUCKET) as client:
+        with pytest.raises(S3CertificateError, match=r"self.signed certificate") as raised:
+            await client.get("st1/a")
+        assert isinstance(raised.value, S3BackendError)
+        assert client.link.counters.totals().requests == {}
+    assert server.requests() == []
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_certificate_for_another_name_is_not_accepted(server: S3Emulator) -> None:
+    with pytest.raises(S3CertificateError, match="Hostname mismatch"):
+        await works(server, endpoint="localhost")
+
+
+async def test_a_server_without_tls_is_waited_for_like_one_that_is_away(
+    s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "CONNECT_TIMEOUT_S", 0.2)
+    policy = RetryPolicy(patience_s=0.2, base_s=0.01, cap_s=0.02)
+    async with S3Client.open(s3_emulator.endpoint(allow_http=False), BUCKET, policy=policy) as client:
+        with pytest.raises(S3UnavailableError, match="no connection within"):
+            await client.get("st1/a")
+
+
+async def test_faults_over_tls_are_survived(server: S3Emulator, certificate: Certificate) -> None:
+    server.plan("PUT", "lost")
+    server.plan("GET", "cut", times=2)
+    await works(server, fingerprint=certificate.fingerprint)
+
+
+def test_fingerprint_only_without_fingerprint_makes_no_sense(server: S3Emulator) -> None:
+    with pytest.raises(UsageError, match="needs a fingerprint"):
+        server.endpoint(fingerprint_only=True)
