@@ -33,6 +33,8 @@ _BATCH_FILES: Final = 128
 _BATCH_SIZE: Final = 4 << 20
 #: Bytes of a larger file that are read at once. Only reads across the end of a chunk are copied.
 _PIECE: Final = 512 << 10
+#: Bytes of the largest chunk.
+_MAX_HELD: Final = 16 << 20
 _DAMAGED: Final = "the backup is damaged there"
 #: Errors of one entry. All others (no connection, no key) concern every entry.
 _UNREADABLE: Final = (FormatError, NotFoundError)
@@ -143,7 +145,8 @@ class _Run:
         self._small: list[tuple[bytes, bytes, Buffer]] = []
         self._small_positions: list[int] = []
         self._small_size = 0
-        self._flags = options.features & _FLAGS
+        self._flags = int(options.features & _FLAGS)  # operations on enums are slow
+        self._whole: object = None  #: what the last piece was a part of
         self._prefix = b""  #: path of the folder that is restored
 
     def folder(self, path: str, start: Directory, prefix: bytes) -> ExtractReport:
@@ -176,11 +179,11 @@ class _Run:
     def _go_on(self) -> None:
         """Go through the current folder up to the next one in it, or to its end."""
         level = self._levels[-1]
-        selection = self._selection
+        selection, is_choosing = self._selection, bool(self._selection)
         try:
             for node in level.stream:
                 taken, path = level.taken, b""
-                if selection:
+                if is_choosing:
                     path = level.path + b"/" + node.name
                     kind = node.kind
                     taken = selection.takes(path, None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY, taken)
@@ -283,7 +286,8 @@ class _Run:
         size, meta = node.size, node.meta
         if size <= _SMALL and not copy and self._is_plain(meta):
             stream, offset, size = self._accessor.open_content(node)
-            data = stream.read(offset, size) if size else b""
+            # A view would keep all of its chunk, and a batch may be of as many chunks as files.
+            data = bytes(stream.read(offset, size)) if size else b""
             if len(data) != size:
                 raise FormatError("read", "archive", f"a file of {size} bytes, {len(data)} are there")
             self._small.append((name, meta, data))
@@ -299,15 +303,23 @@ class _Run:
         first = next(content, b"")
         put(0, target.begin_file, name, node.metadata, node.filename_position, copy)
         try:
-            put(len(first), target.content, first)
+            put(self._held(first), target.content, first)
             for piece in content:
-                put(len(piece), target.content, piece)
+                put(self._held(piece), target.content, piece)
                 if self._progress is not None:
                     self._progress(self._report)
         except _UNREADABLE:
             put(0, target.drop_file)
             raise
         put(0, target.end_file)
+
+    def _held(self, piece: Buffer) -> int:
+        """Bytes of memory that `piece` keeps: of a view all that it is a part of, unless the last one was, too."""
+        whole = piece.obj if isinstance(piece, memoryview) else piece
+        if whole is self._whole:
+            return len(piece)
+        self._whole = whole
+        return max(len(piece), min(_MAX_HELD, memoryview(whole).nbytes))
 
     def _is_plain(self, meta: bytes) -> bool:
         """Whether there is nothing to be set but owner, permissions and time."""
