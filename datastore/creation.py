@@ -16,6 +16,8 @@ from datastore.files import FOLDER_MODE, Owner, create_file, make_folder, remove
 from datastore.local_chunks import CHUNK_FOLDER_MODE, fill_chunk_folder
 from datastore.names import BackupType
 
+#: In the cache folder of a bucket: whose cache it is.
+S3_STATE: Final = ".fleece/s3.json"
 #: User and group of a new store made by root, where they exist: PBS's `backup`.
 BACKUP_ID: Final = 34
 

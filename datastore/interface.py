@@ -74,7 +74,7 @@ class ChunkStore(Protocol):
         """
         ...
 
-    async def read_many(self, digests: Sequence[bytes]) -> list[Blob]:
+    async def read_many(self, digests: Sequence[bytes], *, origin: bool = False) -> list[Blob]:
         """Several chunks, in the given order; as `read`."""
         ...
 
@@ -99,7 +99,16 @@ class ChunkStore(Protocol):
         """Touch many chunks (packed digests, ascending as a rule) for garbage collection.
 
         Returns:
-            the missing ones; their bad copies are touched.
+            the missing ones; their bad copies are touched. A store with a cache in front gives those that are not known
+            to be there, and remembers that they are used; `sweep` finds out which of them are missing.
+        """
+        ...
+
+    async def missing(self, digests: Buffer) -> list[bytes]:
+        """Touch chunks as `mark` does, and give those that are not there for certain.
+
+        Raises:
+            StoreError: it cannot be told.
         """
         ...
 
@@ -112,10 +121,14 @@ class ChunkStore(Protocol):
         progress: Progress,
         *,
         dry_run: bool = False,
-    ) -> None:
+        allow_empty: bool = False,
+    ) -> list[bytes] | None:
         """Remove every chunk that was last touched before `min_atime`, under its lock, and count all of them.
 
         Cancelled or failed, everything that is left is whole, and `status` counts what was done.
+
+        Returns:
+            the chunks that are used, but not there; None if `mark` gave just these.
 
         Args:
             min_atime: Unix seconds.
@@ -124,6 +137,7 @@ class ChunkStore(Protocol):
             status: gets the counters of chunks.
             progress: told how far it is.
             dry_run: count only; what would go counts as removed.
+            allow_empty: without any index, too, remove what a bucket holds: it is no mistake.
 
         Raises:
             StoreError: a chunk can be neither looked at nor removed, or one in use looks old.
@@ -214,6 +228,14 @@ class MetaStore(Protocol):
         """
         ...
 
+    async def create(self, path: str, data: bytes) -> None:
+        """Make a small file, whole or not at all.
+
+        Raises:
+            StoreError: it is there, no space, no rights.
+        """
+        ...
+
     async def publish_index(self, tmp: Path, path: str) -> None:
         """Give a finished index, written at `tmp` in the same folder, its name."""
         ...
@@ -247,6 +269,32 @@ class MetaStore(Protocol):
 
         `folders` are the snapshot's folder and those above it, which level `file` syncs one by one.
         """
+        ...
+
+
+class Backend(Protocol):
+    """Where a datastore's bytes lie: what `Datastore` is made of."""
+
+    @property
+    def chunks(self) -> ChunkStore:
+        """Its chunks."""
+        ...
+
+    @property
+    def meta(self) -> MetaStore:
+        """Its other files."""
+        ...
+
+    def check_writable(self) -> None:
+        """See to it that the store may be written now.
+
+        Raises:
+            StoreError: it may not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give descriptors back; nothing may be running."""
         ...
 
 

@@ -40,7 +40,7 @@ from datastore.files import (
     write_all,
 )
 from datastore.gc_status import GcStatus
-from datastore.interface import PutResult, SweepGuard
+from datastore.interface import ChunkStore, PutResult, SweepGuard
 from datastore.locks import ChunkLocks, ProcessLocker, Writer
 from datastore.sweep import Sweep
 
@@ -85,7 +85,7 @@ class LocalChunkStore:
         """See `ChunkStore.read`."""
         return await in_io_thread(self.read_blocking, digest)
 
-    async def read_many(self, digests: Sequence[bytes]) -> list[Blob]:
+    async def read_many(self, digests: Sequence[bytes], *, origin: bool = False) -> list[Blob]:
         """See `ChunkStore.read_many`."""
         return await in_io_thread(lambda: [self.read_blocking(digest) for digest in digests])
 
@@ -97,6 +97,10 @@ class LocalChunkStore:
         """See `ChunkStore.mark`."""
         return await in_io_thread(self._mark, digests)
 
+    async def missing(self, digests: Buffer) -> list[bytes]:
+        """See `ChunkStore.missing`."""
+        return await in_io_thread(self._mark, digests)
+
     async def sweep(
         self,
         min_atime: int,
@@ -106,6 +110,7 @@ class LocalChunkStore:
         progress: Progress,
         *,
         dry_run: bool = False,
+        allow_empty: bool = False,
     ) -> None:
         """See `ChunkStore.sweep`."""
         # Listing 65536 folders takes half a second, which the access-time test waits anyway.
@@ -183,26 +188,7 @@ class LocalChunkStore:
         self, zero_digest: bytes, zero_blob: Blob, *, task_status: "trio.TaskStatus[float]" = trio.TASK_STATUS_IGNORED
     ) -> None:
         """See `ChunkStore.check_access_times`."""
-        await self.insert(zero_digest, zero_blob)
-        path = self.path(zero_digest)
-        for attempt in range(2):
-            with store_errors("use the chunk store", self._base):
-                before = await in_io_thread(os.stat, path)
-                if attempt == 0:
-                    task_status.started(before.st_atime_ns / 1e9)
-                await trio.sleep(_ACCESS_TIME_WAIT_S)
-                await self.touch(zero_digest)
-                after = await in_io_thread(os.stat, path)
-            if before.st_ino != after.st_ino and attempt == 0:
-                continue  # somebody replaced it meanwhile
-            if before.st_ino == after.st_ino and before.st_atime_ns < after.st_atime_ns:
-                return
-        raise StoreError(
-            "use the chunk store",
-            str(self._base),
-            "touching a file does not change its access time",
-            "garbage collection needs that; use another file system",
-        )
+        await check_access_times(self, self._base, self.path(zero_digest), zero_digest, zero_blob, task_status)
 
     def close(self) -> None:
         """Close the descriptors that are kept."""
@@ -376,17 +362,22 @@ class LocalChunkStore:
                     pass  # no blob at all
             names = self._bad_names(digest)
             bad = next((name for name in names if not os.path.lexists(name)), names[-1])
-            self._note_set_aside()
+            self.note_set_aside()
             try:
                 os.rename(path, bad)  # noqa: PTH104 - str paths throughout
             except FileNotFoundError:
                 return None
             # Once more, for a backup that looked in between and found the chunk in its place.
             with suppress(OSError):
-                self._note_set_aside()
+                self.note_set_aside()
             return os.path.basename(bad)  # noqa: PTH119
 
-    def _note_set_aside(self) -> None:
+    def note_set_aside(self) -> None:
+        """Let `times_set_aside` grow.
+
+        Raises:
+            OSError: no space, no rights.
+        """
         make_folders(self._base, ".fleece", self._owner)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self._base / _SET_ASIDE, flags, FILE_MODE)
@@ -412,3 +403,33 @@ def fill_chunk_folder(chunks: Path, owner: Owner) -> None:
             settle_folder(name, owner, CHUNK_FOLDER_MODE, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+async def check_access_times(
+    store: ChunkStore,
+    base: Path,
+    path: str,
+    zero_digest: bytes,
+    zero_blob: Blob,
+    task_status: "trio.TaskStatus[float]" = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """See `ChunkStore.check_access_times`, of a store that has the zero chunk as the file `path`."""
+    await store.insert(zero_digest, zero_blob)
+    for attempt in range(2):
+        with store_errors("use the chunk store", base):
+            before = await in_io_thread(os.stat, path)
+            if attempt == 0:
+                task_status.started(before.st_atime_ns / 1e9)
+            await trio.sleep(_ACCESS_TIME_WAIT_S)
+            await store.touch(zero_digest)
+            after = await in_io_thread(os.stat, path)
+        if before.st_ino != after.st_ino and attempt == 0:
+            continue  # somebody replaced it meanwhile
+        if before.st_ino == after.st_ino and before.st_atime_ns < after.st_atime_ns:
+            return
+    raise StoreError(
+        "use the chunk store",
+        str(base),
+        "touching a file does not change its access time",
+        "garbage collection needs that; use another file system",
+    )

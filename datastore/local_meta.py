@@ -13,6 +13,7 @@ from datastore.errors import StoreError
 from datastore.files import (
     Owner,
     SyncLevel,
+    create_file,
     make_folders,
     remove_tree,
     replace_file,
@@ -48,6 +49,16 @@ class LocalMetaStore:
                 replace_file(target, data, self._owner, sync=sync and self._level is not SyncLevel.NONE)
 
         await in_io_thread(write)
+
+    async def create(self, path: str, data: bytes) -> None:
+        """See `MetaStore.create`."""
+
+        def make() -> None:
+            with store_errors("write", path):
+                if not create_file(self._base / path, data, self._owner):
+                    raise StoreError("write", path, "it exists already")
+
+        await in_io_thread(make)
 
     async def publish_index(self, tmp: Path, path: str) -> None:
         """See `MetaStore.publish_index`."""

@@ -433,18 +433,18 @@ class ChunkLocks:
         Raises:
             LockedError: somebody else holds it for longer than `wait_s`.
         """
-        offset = int.from_bytes(digest[:8], "big") >> 2
+        offset = _lock_byte(digest)
         give_up = time.monotonic() + wait_s
         with self._changed:
             while offset in self._held:
                 if not self._changed.wait(give_up - time.monotonic()):
-                    raise _chunk_busy(digest)
+                    raise chunk_busy(digest)
             fd = self._open()
             self._held.add(offset)
         try:
             while not _range_lock(fd, fcntl.F_WRLCK, offset, 1):
                 if time.monotonic() >= give_up:
-                    raise _chunk_busy(digest)
+                    raise chunk_busy(digest)
                 time.sleep(0.002)
             try:
                 yield
@@ -454,6 +454,23 @@ class ChunkLocks:
             with self._changed:
                 self._held.remove(offset)
                 self._changed.notify_all()
+
+    def try_acquire(self, digest: bytes) -> bool:
+        """Take the chunk `digest` without waiting, to be given back by `release`; False if somebody holds it."""
+        offset = _lock_byte(digest)
+        with self._changed:
+            if offset in self._held or not _range_lock(self._open(), fcntl.F_WRLCK, offset, 1):
+                return False
+            self._held.add(offset)
+            return True
+
+    def release(self, digest: bytes) -> None:
+        """Give back what `try_acquire` took."""
+        offset = _lock_byte(digest)
+        with self._changed:
+            _range_lock(self._fd, fcntl.F_UNLCK, offset, 1)
+            self._held.remove(offset)
+            self._changed.notify_all()
 
     def _open(self) -> int:
         if self._fd < 0:
@@ -467,5 +484,10 @@ class ChunkLocks:
             self._fd = -1
 
 
-def _chunk_busy(digest: bytes) -> LockedError:
+def _lock_byte(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def chunk_busy(digest: bytes) -> LockedError:
+    """The error for a chunk that stays locked."""
     return LockedError("lock chunk", digest.hex(), "another process holds it", "is one of them stopped?")

@@ -274,7 +274,7 @@ class LocalBackupSession:
         for name in self._files:
             if archive_kind(name) is not ArchiveKind.BLOB:
                 index = await in_io_thread(open_snapshot_index, self.store, self.snapshot, name)
-                missing.update(await self.store.chunks.mark(index.digests))
+                missing.update(await self.store.chunks.missing(index.digests))
         return len(missing)
 
     async def abort(self) -> None:
@@ -336,7 +336,7 @@ async def open_session(
         made = await store.meta.make_folders(snapshot.group.path)
         new_group = store.base / snapshot.group.path in made
         try:
-            warnings = await in_io_thread(_check_owner, store, snapshot.group, owner)
+            warnings = await _check_owner(store, snapshot.group, owner)
             await store.remove_unfinished(snapshot.group)
             base = await in_io_thread(_find_base, store, snapshot)
             if base is not None:
@@ -395,10 +395,10 @@ async def _remove_group(store: Datastore, group: Group, lock: HeldLock) -> None:
         lock.release(unlink=True)
 
 
-def _check_owner(store: Datastore, group: Group, owner: str | None) -> list[str]:
-    current = store.group_owner(group)
+async def _check_owner(store: Datastore, group: Group, owner: str | None) -> list[str]:
+    current = await in_io_thread(store.group_owner, group)
     if current is None:
-        store.write_new_owner(group, owner or DEFAULT_OWNER)
+        await store.write_new_owner(group, owner or DEFAULT_OWNER)
         return []
     if owner is None or current == owner or current.startswith(f"{owner}!"):
         return []

@@ -11,12 +11,11 @@ from typing import Final, Self
 
 from core.limits import in_io_thread
 from datastore.codec import ChunkCodec
-from datastore.creation import check_layout, make_store, remove_store
+from datastore.creation import S3_STATE, check_layout, make_store, remove_store
 from datastore.errors import LockedError, ProtectedError, SnapshotNotFoundError, StoreError
 from datastore.files import Owner, SyncLevel, create_file, make_folders, read_file, store_errors
-from datastore.interface import ChunkStore, MetaStore
-from datastore.local_chunks import LocalChunkStore
-from datastore.local_meta import LocalMetaStore
+from datastore.interface import Backend, ChunkStore, MetaStore
+from datastore.local_backend import LocalBackend
 from datastore.locks import LOCK_FOLDER, LockRoot, StoreLocks
 from datastore.names import Group, Snapshot
 from datastore.pbs import LOCKS, OLD_LOCKING, PbsStore, find_store
@@ -28,15 +27,17 @@ __all__ = ["Datastore", "FileEntry", "SnapshotEntry"]
 class Datastore(StoreTree):
     """One datastore, open. Made by `create` and `open`; `close` gives its descriptors back."""
 
-    def __init__(self, base: Path, sync_level: SyncLevel, pbs: PbsStore | None) -> None:
+    def __init__(
+        self, base: Path, sync_level: SyncLevel, pbs: PbsStore | None, backend: Backend | None = None
+    ) -> None:
+        """`backend` None: chunks lie in `base`, too. Otherwise `datastore.s3` has made it."""
         super().__init__(base)
         self.sync_level: Final = sync_level
         self.owner: Final = Owner.of(base)
         self.pbs: Final = pbs
-        local = LocalChunkStore(base, self.owner, sync_level)
-        self._local = local
-        self.chunks: ChunkStore = local
-        self.meta: MetaStore = LocalMetaStore(base, self.owner, sync_level)
+        self._backend: Final = LocalBackend(base, self.owner, sync_level) if backend is None else backend
+        self.chunks: ChunkStore = self._backend.chunks
+        self.meta: MetaStore = self._backend.meta
         roots = [LockRoot(base, LOCK_FOLDER, self.owner)]
         if pbs is not None and LOCKS.is_dir():
             roots.append(LockRoot(LOCKS, pbs.name, self.owner))
@@ -61,7 +62,7 @@ class Datastore(StoreTree):
         try:
             codec = ChunkCodec()
             size = 4 << 20
-            await store._local.check_access_times(codec.zero_digest(size), codec.encode(bytes(size)))
+            await store.chunks.check_access_times(codec.zero_digest(size), codec.encode(bytes(size)))
         except BaseException:
             store.close()
             await in_io_thread(made.undo)
@@ -74,7 +75,7 @@ class Datastore(StoreTree):
 
         Raises:
             StoreError: not a datastore, no rights, in a maintenance mode of PBS that refuses reading, or the cache of a
-                bucket of PBS.
+                bucket.
         """
         path = await in_io_thread(path.absolute)
         await in_io_thread(check_layout, path)
@@ -82,6 +83,9 @@ class Datastore(StoreTree):
         if pbs is not None and pbs.s3:
             why = "it is PBS's cache of an S3 bucket; chunks that are written here would never reach the bucket"
             raise StoreError("open datastore", str(path), why, "use this store through PBS")
+        if await in_io_thread((path / S3_STATE).exists):
+            why = "it is the cache of an S3 bucket, which must be opened by the name of its datastore"
+            raise StoreError("open datastore", str(path), why, "'fleece datastore list' shows the names")
         if pbs is not None and pbs.refuses_reading:
             raise StoreError("open datastore", str(path), f"PBS has it in maintenance mode {pbs.maintenance!r}")
         return cls(path, sync_level, pbs)
@@ -111,14 +115,15 @@ class Datastore(StoreTree):
 
     def close(self) -> None:
         """Give the descriptors back; nothing may be running."""
-        self._local.close()
+        self._backend.close()
 
     def check_writable(self) -> None:
         """See to it that snapshots may be written and removed now.
 
         Raises:
-            StoreError: PBS's maintenance mode or way of locking forbids it.
+            StoreError: PBS's maintenance mode or way of locking forbids it, or the backend does.
         """
+        self._backend.check_writable()
         if self.pbs is None:
             return
         if self.pbs.refuses_writing:
@@ -151,15 +156,13 @@ class Datastore(StoreTree):
 
         return await in_io_thread(read_or_make)
 
-    def write_new_owner(self, group: Group, owner: str) -> None:
+    async def write_new_owner(self, group: Group, owner: str) -> None:
         """Give the new group an owner.
 
         Raises:
             StoreError: it has one, or the file cannot be written.
         """
-        with store_errors("write", f"{group}/owner"):
-            if not create_file(self.base / group.path / "owner", f"{owner}\n".encode(), self.owner):
-                raise StoreError("write", f"{group}/owner", "it exists already")
+        await self.meta.create(f"{group.path}/owner", f"{owner}\n".encode())
 
     # Removal.
 
