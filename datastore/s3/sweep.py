@@ -1,0 +1,478 @@
+"""The second half of garbage collection in a bucket: unused objects go, then unused files of the cache.
+
+The bucket is listed while indexes are still being read; nothing is looked at before that has ended. Each object's file
+in the cache tells its age. Objects go in batches of 1000 whose chunk locks are held until the answer is there; their
+files go after that (R39). What phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
+"""
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from core.errors import FleeceError, os_reason
+from core.limits import in_io_thread
+from core.nursery import open_nursery
+from core.progress import Progress, Task
+from datastore.errors import StoreError
+from datastore.files import store_errors, unlink_existing
+from datastore.gc_status import GcStatus, read_status
+from datastore.interface import SweepGuard
+from datastore.s3.cache_files import list_folder
+from datastore.s3.errors import S3BackendError, S3Error
+from datastore.s3.keys import ChunkKey
+from datastore.s3.xml import MAX_DELETE_KEYS, Listed
+
+if TYPE_CHECKING:
+    from datastore.s3.chunks import S3ChunkStore
+
+
+#: Seconds before the start of a run (or of the oldest writer) that an object must be old to go (R35).
+DELETE_GUARD_S: Final = 300.0
+#: Seconds that the clocks of this machine and the endpoint may differ.
+_MAX_CLOCK_OFFSET_S: Final = 300.0
+#: Objects in the last run from which on the bucket is listed in parallel (R38).
+PARALLEL_FROM: Final = 20_000
+#: Pages listed before they may be looked at, while indexes are read.
+_PAGES_AHEAD: Final = 8
+_LOOKERS: Final = 2
+_DELETERS: Final = 4
+#: Seconds that the first key of a batch waits for company; who wants to store that chunk waits as long.
+_BATCH_AGE_S: Final = 30.0
+_FOLDERS: Final = 1 << 16
+_FOLDERS_AT_ONCE: Final = 512
+_FILE_NAME: Final = re.compile(r"([0-9a-f]{64})(?:\.(using|[0-9]\.bad))?")
+_ARCHIVE_TIERS: Final = frozenset({"GLACIER", "DEEP_ARCHIVE", "ARCHIVE"})
+
+
+class _Fate(Enum):
+    """What becomes of an object."""
+
+    IN_USE = 1
+    PENDING = 2  #: unused, but too young to go
+    REMOVE = 3
+    ADOPT = 4  #: used and there, but the cache did not know it
+    KEEP_BAD = 5  #: a corrupt copy of a chunk that is lost
+    STRANGE = 6  #: not to be looked at
+
+
+@dataclass(slots=True)
+class _Object:
+    """One chunk object of the listing."""
+
+    listed: Listed
+    key: ChunkKey
+
+    @property
+    def bad(self) -> bool:
+        return self.key.bad is not None
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What a worker thread found out about one page."""
+
+    status: GcStatus = field(default_factory=GcStatus)
+    doomed: list[_Object] = field(default_factory=list)  #: their locks are held
+    busy: list[_Object] = field(default_factory=list)
+
+
+class BucketSweep:
+    """One sweep; see `ChunkStore.sweep` for the arguments."""
+
+    def __init__(
+        self,
+        store: "S3ChunkStore",
+        min_atime: int,
+        oldest_writer: int,
+        guard: SweepGuard,
+        status: GcStatus,
+        progress: Progress,
+        *,
+        dry_run: bool,
+        allow_empty: bool,
+    ) -> None:
+        self._store = store
+        self._client, self._keys, self._files, self._locks = store.client, store.keys, store.files, store.locks
+        self._min_atime, self._oldest, self._guard = min_atime, oldest_writer, guard
+        self._status, self._progress = status, progress
+        self._dry_run, self._allow_empty = dry_run, allow_empty
+        self._youngest = 0.0  # LastModified from which on an object stays
+        self._queue: list[_Object] = []  # doomed ones that wait for their batch
+        self._queued_at = 0.0
+        self._busy: list[_Object] = []
+        self._kept: set[bytes] = set()  # could not be deleted, or were busy: their files stay
+        self._adopted: set[bytes] = set()  # in a dry run
+        self._failures: list[str] = []
+        self._foreign = 0
+        self._archived: set[str] = set()
+
+    async def run(self) -> list[bytes]:
+        """Sweep; returns the digests of chunks that are used, but not there.
+
+        Raises:
+            StoreError: nothing may be removed, a file can be neither looked at nor removed, or one in use looks old.
+            S3Error: the bucket cannot be listed.
+        """
+        with self._progress.task("sweep the bucket", None, "objects") as task:
+            await self._sweep_bucket(task)
+        lost = await self._sweep_cache()
+        self._report()
+        return lost
+
+    # The bucket.
+
+    async def _sweep_bucket(self, task: Task) -> None:
+        pages, listed = trio.open_memory_channel[list[Listed]](_PAGES_AHEAD)
+        batches, waiting = trio.open_memory_channel[list[_Object]](0)
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._list, pages)
+                async with open_nursery() as deleters, batches:
+                    for _ in range(_DELETERS):
+                        deleters.start_soon(self._delete_batches, waiting.clone())
+                    async with open_nursery() as lookers:
+                        for _ in range(_LOOKERS):
+                            lookers.start_soon(self._look_at_pages, listed.clone(), batches, task)
+                        listed.close()
+                    waiting.close()
+                    await self._flush(batches)
+            if self._busy:
+                await self._look_again()
+        finally:
+            self._release(self._queue)
+
+    async def _list(self, pages: trio.MemorySendChannel[list[Listed]]) -> None:
+        """Hand over the listing page by page, one stream, or one for each first digit of a large bucket."""
+        async with pages, open_nursery() as nursery:
+            if await in_io_thread(self._was_large):
+                for digit in "0123456789abcdef":
+                    nursery.start_soon(self._list_prefix, self._keys.chunks + digit, pages.clone())
+            else:
+                nursery.start_soon(self._list_prefix, self._keys.chunks, pages.clone())
+
+    async def _list_prefix(self, prefix: str, pages: trio.MemorySendChannel[list[Listed]]) -> None:
+        token: str | None = None
+        async with pages:
+            while True:
+                page = await self._client.page(prefix, token)
+                await pages.send(page.objects)
+                token = page.token
+                if token is None:
+                    return
+
+    def _was_large(self) -> bool:
+        try:
+            last = read_status(self._files.base)
+        except FleeceError:
+            return False
+        return last is not None and last.disk_chunks + last.pending_chunks + last.removed_chunks > PARALLEL_FROM
+
+    async def _look_at_pages(
+        self,
+        pages: trio.MemoryReceiveChannel[list[Listed]],
+        batches: trio.MemorySendChannel[list[_Object]],
+        task: Task,
+    ) -> None:
+        async with pages:
+            await self._guard.ready()
+            self._check_clock()
+            async for page in pages:
+                objects = self._chunk_objects(page)
+                looked = await in_io_thread(self._look_at, objects)
+                self._status.add(looked.status)
+                self._busy += looked.busy
+                if looked.doomed and not self._queue:
+                    self._queued_at = trio.current_time()
+                self._queue += looked.doomed
+                task.advance(len(page))
+                while len(self._queue) >= MAX_DELETE_KEYS:
+                    batch, self._queue = self._queue[:MAX_DELETE_KEYS], self._queue[MAX_DELETE_KEYS:]
+                    await self._send(batches, batch)
+                if self._queue and trio.current_time() > self._queued_at + _BATCH_AGE_S:
+                    await self._flush(batches)
+
+    async def _flush(self, batches: trio.MemorySendChannel[list[_Object]]) -> None:
+        if self._queue:
+            batch, self._queue = self._queue, []
+            await self._send(batches, batch)
+
+    async def _send(self, batches: trio.MemorySendChannel[list[_Object]], batch: list[_Object]) -> None:
+        try:
+            await batches.send(batch)
+        except BaseException:
+            self._release(batch)
+            raise
+
+    def _check_clock(self) -> None:
+        offset = self._client.link.clock_offset_s or 0.0
+        if abs(offset) > _MAX_CLOCK_OFFSET_S:
+            raise StoreError(
+                "collect garbage in",
+                str(self._files.base),
+                f"the clocks of this machine and the endpoint differ by {abs(offset):.0f} seconds",
+                "nothing was removed; set the clock right",
+            )
+        self._youngest = self._oldest - self._store.delete_guard_s - abs(offset)
+
+    def _chunk_objects(self, page: Sequence[Listed]) -> list[_Object]:
+        """The chunks of a page; everything else is counted and left alone (R8)."""
+        objects = []
+        for listed in page:
+            key = self._keys.parse(listed.key)
+            if not isinstance(key, ChunkKey):
+                self._foreign += 1
+                continue
+            if listed.storage_class in _ARCHIVE_TIERS:
+                self._archived.add(listed.storage_class)
+            objects.append(_Object(listed, key))
+        if not self._allow_empty and not self._status.index_file_count:
+            self._refuse_chunks(objects)
+        return objects
+
+    def _refuse_chunks(self, objects: Sequence[_Object]) -> None:
+        """Without any index, nothing but the chunk that every store has may be there (R36)."""
+        if any(one.key.digest != self._store.zero_digest for one in objects):
+            raise StoreError(
+                "collect garbage in",
+                str(self._files.base),
+                "there is not one index here, but the bucket holds chunks",
+                "nothing was removed; 'fleece datastore refresh' fetches the indexes, "
+                "and if all backups are meant to be gone, --allow-empty removes their chunks",
+            )
+
+    def _look_at(self, objects: Sequence[_Object]) -> _Looked:
+        """In a worker thread: decide about every object of a page; those that go stay locked."""
+        looked = _Looked()
+        try:
+            for one in objects:
+                trio.from_thread.check_cancelled()
+                fate = self._fate(one)
+                if fate in (_Fate.REMOVE, _Fate.ADOPT) and not self._dry_run:
+                    # The lock only for what is about to change, so that chunks that stay cost nothing.
+                    with store_errors("lock chunk", one.listed.key):
+                        if not self._locks.try_acquire(one.key.digest):
+                            looked.busy.append(one)
+                            continue
+                    try:
+                        fate = self._fate(one)
+                        if fate is _Fate.REMOVE:
+                            self._check_unused(one)
+                            looked.doomed.append(one)
+                            continue
+                        if fate is _Fate.ADOPT:
+                            self._files.mark(one.key.digest)
+                    finally:
+                        if not looked.doomed or looked.doomed[-1] is not one:
+                            self._locks.release(one.key.digest)
+                self._count(one, fate, looked.status)
+        except BaseException:
+            self._release(looked.doomed)
+            raise
+        return looked
+
+    def _fate(self, one: _Object) -> _Fate:
+        digest, number = one.key.digest, one.key.bad
+        path = self._files.path(digest) if number is None else self._files.bad(digest, number)
+        try:
+            found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
+        except FileNotFoundError:
+            return self._fate_unknown(one)
+        except OSError as error:
+            raise StoreError("look at chunk", path, os_reason(error)) from error
+        if not stat.S_ISREG(found.st_mode):
+            return _Fate.STRANGE
+        atime = found[stat.ST_ATIME]
+        if atime >= self._oldest:
+            return _Fate.IN_USE
+        return self._unless_young(one) if atime < self._min_atime else _Fate.PENDING
+
+    def _fate_unknown(self, one: _Object) -> _Fate:
+        used = os.path.lexists(self._files.using(one.key.digest))
+        if one.bad:
+            return _Fate.KEEP_BAD if used else self._unless_young(one)
+        if used or one.key.digest in self._adopted or self._guard.uses(one.key.digest):
+            return _Fate.ADOPT
+        return self._unless_young(one)
+
+    def _unless_young(self, one: _Object) -> _Fate:
+        return _Fate.PENDING if one.listed.last_modified > self._youngest else _Fate.REMOVE
+
+    def _check_unused(self, one: _Object) -> None:
+        if not one.bad and self._guard.uses(one.key.digest):
+            raise _looks_old(self._files.base, one.key.digest)
+
+    def _count(self, one: _Object, fate: _Fate, status: GcStatus) -> None:
+        size = one.listed.size
+        if fate is _Fate.REMOVE:
+            status.removed_bytes += size
+            status.removed_bad += one.bad
+            status.removed_chunks += not one.bad
+        elif fate is _Fate.PENDING:
+            status.pending_bytes += size
+            status.still_bad += one.bad
+            status.pending_chunks += not one.bad
+        elif fate is not _Fate.STRANGE:
+            status.disk_bytes += size
+            status.disk_chunks += not one.bad
+            if fate is _Fate.ADOPT and self._dry_run:
+                self._adopted.add(one.key.digest)
+
+    # Deleting.
+
+    async def _delete_batches(self, batches: trio.MemoryReceiveChannel[list[_Object]]) -> None:
+        async with batches:
+            async for batch in batches:
+                await self._delete(batch)
+
+    async def _delete(self, batch: list[_Object]) -> None:
+        """Delete the objects, then their files; what fails stays (R39). The locks are given back in any case."""
+        try:
+            try:
+                failures = await self._client.delete_many([one.listed.key for one in batch])
+            except S3BackendError:
+                raise
+            except S3Error as error:
+                # The link has told the list of unknown deletes of them, if they may still happen (R31).
+                self._failures.append(f"{len(batch)} objects were not deleted: {error.why}")
+                self._keep(batch)
+                return
+            failed = {failure.key: failure for failure in failures}
+            for failure in failures[:3]:
+                self._failures.append(f"{failure.key} was not deleted: {failure.code} {failure.message}".rstrip())
+            if len(failures) > 3:
+                self._failures.append(f"{len(failures) - 3} more objects were not deleted")
+            self._keep([one for one in batch if one.listed.key in failed])
+            gone = [one for one in batch if one.listed.key not in failed]
+            await in_io_thread(self._remove_files, gone)
+            for one in gone:
+                if not one.bad:
+                    self._store.cache.forget(one.key.digest)
+                self._count(one, _Fate.REMOVE, self._status)
+        finally:
+            self._release(batch)
+
+    def _keep(self, objects: Sequence[_Object]) -> None:
+        for one in objects:
+            self._kept.add(one.key.digest)
+            self._count(one, _Fate.PENDING, self._status)
+
+    def _remove_files(self, objects: Sequence[_Object]) -> None:
+        for one in objects:
+            if one.key.bad is None:
+                self._files.remove(one.key.digest)
+            else:
+                with store_errors("remove chunk", one.listed.key):
+                    unlink_existing(self._files.bad(one.key.digest, one.key.bad))
+
+    async def _look_again(self) -> None:
+        """Look once more at what somebody held: a chunk whose corrupt copy was in a batch, or one being stored."""
+        busy, self._busy = self._busy, []
+        for start in range(0, len(busy), MAX_DELETE_KEYS):
+            looked = await in_io_thread(self._look_at, busy[start : start + MAX_DELETE_KEYS])
+            self._status.add(looked.status)
+            self._kept.update(one.key.digest for one in looked.busy)
+            if looked.doomed:
+                await self._delete(looked.doomed)
+
+    def _release(self, objects: Sequence[_Object]) -> None:
+        for one in objects:
+            self._locks.release(one.key.digest)
+
+    # The cache.
+
+    async def _sweep_cache(self) -> list[bytes]:
+        """Remove old files without an object, and all `.using`; returns the chunks that these stood for."""
+        jobs = iter(range(0, _FOLDERS, _FOLDERS_AT_ONCE))
+        orphans: list[bytes] = []
+
+        async def work() -> None:
+            for start in jobs:
+                orphans.extend(await in_io_thread(self._sweep_folders, start))
+
+        with self._progress.task("sweep the cache", None, "folders"):
+            async with open_nursery() as nursery:
+                for _ in range(_LOOKERS):
+                    nursery.start_soon(work)
+            orphans.sort()
+            lost = [digest for digest in orphans if digest not in self._adopted]
+            if not self._dry_run:
+                # A listing may be older than an upload of another host.
+                there = await self._store.adopt(lost)
+                lost = [digest for digest, found in zip(lost, there, strict=True) if not found]
+            await in_io_thread(self._remove_marks, orphans)
+        if not self._dry_run:
+            await in_io_thread(self._files.remove_temporary_files, self._min_atime)
+        return lost
+
+    def _sweep_folders(self, start: int) -> list[bytes]:
+        orphans = []
+        for number in range(start, start + _FOLDERS_AT_ONCE):
+            for entry in list_folder(f"{self._files.folder}/{number:04x}"):
+                match = _FILE_NAME.fullmatch(entry.name)
+                if match is None:
+                    continue
+                digest = bytes.fromhex(match[1])
+                if match[2] == "using":
+                    if digest not in self._kept and self._files.size(digest) is None:
+                        orphans.append(digest)
+                    elif digest not in self._kept and not self._dry_run:
+                        with store_errors("remove", entry.path):
+                            unlink_existing(entry.path)
+                elif not self._dry_run:
+                    self._sweep_file(entry.path, digest, bad=match[2] is not None)
+        return orphans
+
+    def _sweep_file(self, path: str, digest: bytes, *, bad: bool) -> None:
+        if digest in self._kept or not self._is_old(path):
+            return
+        with store_errors("lock chunk", path):
+            if not self._locks.try_acquire(digest):
+                return
+        try:
+            if not self._is_old(path):
+                return
+            if not bad and self._guard.uses(digest):
+                raise _looks_old(self._files.base, digest)
+            with store_errors("remove chunk", path):
+                unlink_existing(path)
+        finally:
+            self._locks.release(digest)
+        if not bad:
+            trio.from_thread.run_sync(self._store.cache.forget, digest)
+
+    def _is_old(self, path: str) -> bool:
+        with store_errors("look at chunk", path):
+            try:
+                found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - as above
+            except FileNotFoundError:
+                return False
+        return stat.S_ISREG(found.st_mode) and found[stat.ST_ATIME] < self._min_atime
+
+    def _remove_marks(self, digests: Sequence[bytes]) -> None:
+        for digest in digests:
+            with store_errors("remove", self._files.using(digest)):
+                unlink_existing(self._files.using(digest))
+
+    def _report(self) -> None:
+        for text in self._failures:
+            self._progress.warn(text)
+        if self._foreign:
+            self._progress.log(f"{self._foreign} objects below {self._keys.chunks} are no chunks; they were left alone")
+        if self._archived:
+            tiers = ", ".join(sorted(self._archived))
+            self._progress.warn(f"chunks lie in the archive tier {tiers}: they cannot be read, and so not be restored")
+
+
+def _looks_old(base: object, digest: bytes) -> StoreError:
+    return StoreError(
+        "collect garbage in",
+        str(base),
+        f"chunk {digest.hex()} was touched, but its access time stays old; did a clock jump?",
+        "nothing that is in use was removed; see to the clocks and start again",
+    )
