@@ -1,8 +1,9 @@
 """What `fleece datastore status` shows: space, contents, deduplication, verification, garbage collection, growth."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,11 +13,19 @@ from core.units import format_size
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import BackupType
 from datastore.upid import Upid
+from datastore.usage_history import UsageSample
 from repository.interface import Repository, StoreUsage
 
 _DAY_S: Final = 86_400
-#: Days over which growth is summed up; the longest one is what the estimate rests on.
+#: Days over which growth is summed up; the estimate rests on the longest one where there is no history.
 _GROWTH_DAYS: Final = (1, 7, 30)
+#: Days of history that count: some eight weekly garbage collections.
+_HISTORY_DAYS: Final = 60
+#: Garbage collections, days between the first and the last, and since the last, that make a history. One that is older
+#: says nothing of today: since then nothing was removed.
+_MIN_SAMPLES: Final = 4
+_MIN_HISTORY_DAYS: Final = 7
+_MAX_AGE_DAYS: Final = 14
 
 
 @dataclass(slots=True)
@@ -35,6 +44,7 @@ class StoreStatus:
     verify: Counter[str] = field(default_factory=Counter)  #: `ok`, `failed`, `none`
     growth: Counter[int] = field(default_factory=Counter)  #: days -> bytes of new chunks stored in that time
     oldest: int | None = None  #: backup time of the oldest snapshot
+    history: Sequence[UsageSample] = ()  #: oldest first
 
     @property
     def dedup_factor(self) -> float | None:
@@ -54,8 +64,51 @@ class StoreStatus:
             return None
 
     @property
+    def recent(self) -> Sequence[UsageSample]:
+        """The history that counts; empty if it is too short, or too old."""
+        day = self.now / _DAY_S
+        recent = [one for one in self.history if day - _HISTORY_DAYS <= one.time / _DAY_S <= day]
+        if len(recent) < _MIN_SAMPLES or recent[-1].time - recent[0].time < _MIN_HISTORY_DAYS * _DAY_S:
+            return ()
+        return recent if day - recent[-1].time / _DAY_S <= _MAX_AGE_DAYS else ()
+
+    @property
+    def net_growth(self) -> float | None:
+        """Bytes a day by which the used space grows, removals counted; None without enough history."""
+        recent = self.recent
+        # Theil and Sen: the median of the slopes between any two. Some odd samples (a large backup that was removed
+        # again, files of somebody else) do not change it, where two end points or least squares would follow them.
+        slopes = sorted(
+            (two.used - one.used) / (two.time - one.time)
+            for position, two in enumerate(recent)
+            for one in recent[:position]
+            if two.time > one.time
+        )
+        if not slopes:
+            return None
+        middle = len(slopes) // 2
+        return _DAY_S * (slopes[middle] + slopes[-middle - 1]) / 2
+
+    @property
+    def basis(self) -> str | None:
+        """What `full_date` rests on: `history`, `manifests` (what backups stored, all of it kept), None: nothing."""
+        if self.net_growth is not None:
+            return "history"
+        return None if self._full_without_removals() is None else "manifests"
+
+    @property
     def full_date(self) -> int | None:
-        """When the space will be used up at the growth of the last 30 days, if nothing is removed; None: unknown."""
+        """When the space will be used up; None if that is unknown, or never.
+
+        At the net growth between garbage collections; without enough of these at the growth of the last 30 days, as if
+        nothing were removed.
+        """
+        growth = self.net_growth
+        if growth is None:
+            return self._full_without_removals()
+        return int(self.now + self.usage.available / growth * _DAY_S) if growth > 0 else None
+
+    def _full_without_removals(self) -> int | None:
         longest = _GROWTH_DAYS[-1]
         if self.oldest is None or not self.growth[longest]:
             return None
@@ -72,6 +125,7 @@ async def look(repository: Repository) -> StoreStatus:
         FleeceError: the repository cannot be read.
     """
     status = StoreStatus(repository.name, await repository.usage(), await repository.gc_status(), time.time())
+    status.history = await repository.usage_history()
     for ns in await repository.namespaces():
         status.namespaces += bool(ns.components)
         try:
@@ -113,7 +167,9 @@ def status_document(status: StoreStatus) -> dict[str, Any]:
         "last-gc": status.last_gc,
         "deduplication-factor": None if factor is None else round(factor, 3),
         "growth": {f"{days}-days": status.growth[days] for days in _GROWTH_DAYS},
+        "net-growth-per-day": None if status.net_growth is None else round(status.net_growth),
         "estimated-full-date": status.full_date,
+        "estimate-basis": status.basis,
     }
 
 
@@ -140,6 +196,7 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
         ("last gc", _last_gc(status)),
         ("growth", ", ".join(f"{format_size(status.growth[days])} in {days} days"
                              for days in _GROWTH_DAYS[1:] if status.growth[days])),
+        ("net growth", _net_growth(status)),
         ("full", _full(status)),
     ]  # fmt: skip
     yield from list(table(("", ""), [row for row in rows if row[1]]))[1:]
@@ -164,11 +221,23 @@ def _last_gc(status: StoreStatus) -> str:
     return text
 
 
-def _full(status: StoreStatus) -> str:
-    if status.full_date is None:
+def _net_growth(status: StoreStatus) -> str:
+    growth, recent = status.net_growth, status.recent
+    if growth is None:
         return ""
-    days = (status.full_date - status.now) / _DAY_S
-    return f"in about {days:.0f} days, if nothing is removed" if days < 3650 else "not within ten years"
+    days = (recent[-1].time - recent[0].time) / _DAY_S
+    sign = "-" if growth <= -0.5 else ""
+    return f"{sign}{format_size(abs(growth))} a day over {days:.0f} days, between {len(recent)} garbage collections"
+
+
+def _full(status: StoreStatus) -> str:
+    if status.basis is None:
+        return ""
+    days = math.inf if status.full_date is None else (status.full_date - status.now) / _DAY_S
+    text = f"in about {days:.0f} days" if days < 3650 else "not within ten years"
+    if status.basis == "history":
+        return text
+    return f"{text}, if nothing is removed (what is removed counts after a week with garbage collections)"
 
 
 def _date(ctime: int) -> str:

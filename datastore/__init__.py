@@ -13,6 +13,7 @@ docs/formats.md describes the bytes. A local folder is the only backend so far.
     prune.py, filters.py           which snapshots stay; which groups are meant
     gc.py, gc_status.py            garbage collection and its result
     gc_indexes.py, marked.py, sweep.py   its parts: finding indexes, digests it has marked, removal in a local folder
+    usage_history.py               how full a store was after each collection
     upid.py                        the names of tasks
     changes.py                     notes, protection, owners, namespaces
     digests.py                     `DigestSet`: millions of digests, packed

@@ -32,6 +32,7 @@ from datastore.index_file import DIGEST_SIZE
 from datastore.marked import MarkedDigests
 from datastore.store import Datastore
 from datastore.upid import Upid
+from datastore.usage_history import UsageSample, add_sample
 
 if TYPE_CHECKING:
     from numpy import uint64
@@ -103,7 +104,7 @@ async def collect_garbage(
         store: the datastore.
         cutoff_s: 60 to 172800 seconds.
         lock_wait_s: how long to wait for another garbage collection or a backup of PBS.
-        dry_run: mark, but remove nothing and write no `.gc-status`.
+        dry_run: mark, but remove nothing, and write neither `.gc-status` nor the history of the space used.
         upid: of the task, for `.gc-status`; None makes one.
         progress: told how far it is, and warned of missing chunks and indexes outside of snapshots.
 
@@ -125,12 +126,23 @@ async def collect_garbage(
         await _collect(store, cutoff_s, oldest_writer, report, progress)
         report.duration_s = time.monotonic() - begun
         if not dry_run:
-            try:
-                await in_io_thread(write_status, store.base, report.status, store.owner)
-            except StoreError as error:
-                # As in PBS the work counts, not the note about it.
-                progress.warn(str(error))
+            for note in (_write_status, _add_to_history):
+                try:
+                    await in_io_thread(note, store, report.status)
+                except StoreError as error:
+                    # As in PBS the work counts, not the note about it.
+                    progress.warn(str(error))
     return report
+
+
+def _write_status(store: Datastore, status: GcStatus) -> None:
+    write_status(store.base, status, store.owner)
+
+
+def _add_to_history(store: Datastore, status: GcStatus) -> None:
+    _, used, _ = store.usage()
+    sample = UsageSample(int(time.time()), used, status.disk_bytes + status.pending_bytes)
+    add_sample(store.base, sample, store.owner)
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult
+from datastore.usage_history import UsageSample
 
 #: Bytes of every chunk of a fixed index but the last: what PBS always uses.
 FIXED_CHUNK_SIZE: Final = 4 << 20
@@ -402,6 +403,10 @@ class Repository(Protocol):
 
     async def gc_status(self) -> dict[str, Any] | None:
         """What the last garbage collection found, with PBS's keys; None before the first, or if it is unreadable."""
+        ...
+
+    async def usage_history(self) -> list[UsageSample]:
+        """How full it was after garbage collections, oldest first, one a day; empty where that is not known."""
         ...
 
     def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AbstractAsyncContextManager[BackupSession]:

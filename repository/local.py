@@ -20,6 +20,7 @@ from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
 from datastore.session import LocalBackupSession, open_session
 from datastore.store import Datastore, SnapshotEntry
+from datastore.usage_history import UsageSample, read_history
 from repository.interface import FileInfo, GroupInfo, SnapshotInfo, StoreUsage
 
 #: Seconds a writer waits for a garbage collection that excludes it.
@@ -159,6 +160,10 @@ class LocalRepository:
         """See `Repository.gc_status`."""
         return await in_io_thread(self.store.gc_status)
 
+    async def usage_history(self) -> list[UsageSample]:
+        """See `Repository.usage_history`."""
+        return await in_io_thread(_history, self.store.base)
+
     @asynccontextmanager
     async def backup(self, snapshot: Snapshot, *, owner: str | None = None) -> AsyncIterator[LocalBackupSession]:
         """See `Repository.backup`."""
@@ -205,6 +210,13 @@ async def open_local(
     """
     store = await Datastore.open(Path(path), sync_level=sync_level)
     return LocalRepository(store, name or str(path), lock_wait_s=lock_wait_s)
+
+
+def _history(base: Path) -> list[UsageSample]:
+    try:
+        return read_history(base)
+    except StoreError:
+        return []
 
 
 def _info(entry: SnapshotEntry) -> SnapshotInfo:

@@ -20,7 +20,7 @@ from datastore import gc, locks
 from datastore.codec import ChunkCodec
 from datastore.errors import LockedError, StoreError
 from datastore.gc import DEFAULT_CUTOFF_S, GcReport, collect_garbage
-from datastore.gc_indexes import list_indexes
+from datastore.gc_indexes import list_indexes, read_indexes
 from datastore.gc_status import GcStatus, read_status
 from datastore.marked import MarkedDigests
 from datastore.names import Snapshot
@@ -437,7 +437,7 @@ class TestIndexes:
         age(base, 3 * DAY)
         unfinished = base / "vm/100/1970-01-01T00:33:20Z"
         unfinished.mkdir()
-        real = gc.read_indexes
+        real = read_indexes
 
         def prune_first(base: Path, left: list[str], *rest: Any) -> Any:
             if (base / first.path).exists():
@@ -572,13 +572,29 @@ async def test_file_that_cannot_be_removed_stops_it(repo: LocalRepository, monke
         await collect_garbage(repo.store)
 
 
+async def test_each_one_that_removes_adds_to_the_history_what_is_left(repo: LocalRepository) -> None:
+    await write(repo, 1000, image("kept"))
+    await collect_garbage(repo.store, dry_run=True)
+    assert await repo.usage_history() == []
+    before = int(time.time())
+    report = await collect_garbage(repo.store)
+    (sample,) = await repo.usage_history()
+    assert sample.chunk_bytes == report.status.disk_bytes + report.status.pending_bytes > 0
+    assert sample.chunk_bytes <= sample.used <= (await repo.usage()).total
+    assert before <= sample.time <= time.time()
+    (repo.store.base / ".fleece/usage-history").unlink()
+    (repo.store.base / ".fleece/usage-history").mkdir()
+    assert await repo.usage_history() == []
+
+
+@pytest.mark.parametrize("note", ["write_status", "add_sample"])
 async def test_status_that_cannot_be_written_is_a_warning(
-    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch
+    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch, note: str
 ) -> None:
     def full(*args: object) -> None:
         raise StoreError("write", ".gc-status", "No space left on device")
 
-    monkeypatch.setattr(gc, "write_status", full)
+    monkeypatch.setattr(gc, note, full)
     heard = Heard()
     report: GcReport = await collect_garbage(repo.store, progress=heard)
     assert report.status.disk_chunks == 1

@@ -28,6 +28,7 @@ from datastore.interface import PutResult
 from datastore.manifest import Manifest
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult
+from datastore.usage_history import UsageSample
 from repository.interface import FIXED_CHUNK_SIZE, GroupInfo, SnapshotInfo, StoreUsage
 
 Hook = Callable[[str], None]
@@ -372,6 +373,9 @@ class NoUpkeep:
 
     async def gc_status(self) -> dict[str, Any] | None:
         return None
+
+    async def usage_history(self) -> list[UsageSample]:
+        return []
 
 
 class MemoryRepository(NoUpkeep):
