@@ -1,4 +1,4 @@
-"""The suite of the chunk store interface: runs over every implementation (today the local folder)."""
+"""The suite of the chunk store interface: runs over the local folder, and over a bucket with a cache in front."""
 
 import errno
 import os
@@ -20,6 +20,7 @@ from datastore.errors import ChunkNotFoundError, LockedError, StoreError
 from datastore.files import Owner, SyncLevel
 from datastore.interface import ChunkStore, PutResult
 from datastore.local_chunks import LocalChunkStore
+from tests.support.s3_stores import s3_store
 
 CODEC = ChunkCodec()
 DATA = b"fleece" * 2000
@@ -29,8 +30,17 @@ LARGE = CODEC.encode(DATA, compress=False)
 SECRET = ChunkCodec(CryptKey.from_raw(bytes(range(32))), CryptMode.ENCRYPT)
 
 
-@pytest.fixture(params=["local"])
+#: What only a folder does, where a file is the chunk and not just a sign of it.
+only_local = pytest.mark.parametrize("store", ["local"], indirect=True)
+
+
+@pytest.fixture(params=["local", "s3"])
 async def store(request: pytest.FixtureRequest, store_folder: Path) -> AsyncIterator[ChunkStore]:
+    if request.param == "s3":
+        emulator = request.getfixturevalue("s3_emulator")
+        async with s3_store(store_folder, emulator.endpoint()) as opened:
+            yield opened.chunks
+        return
     local = LocalChunkStore(store_folder, Owner.of(store_folder), SyncLevel.FILESYSTEM)
     yield local
     local.close()
@@ -72,6 +82,7 @@ async def test_a_second_insert_is_a_duplicate_and_touches_the_chunk(
     assert found.st_mtime == 1
 
 
+@only_local
 async def test_a_chunk_that_pbs_sets_aside_between_look_and_touch_is_stored_anew(
     store: ChunkStore, path: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +113,7 @@ async def test_marking_tells_what_is_missing_and_touches_bad_copies(
     assert bad.stat().st_atime > 1
 
 
+@only_local
 @pytest.mark.parametrize(
     ("there", "incoming", "duplicate", "stays"),
     [
@@ -123,6 +135,7 @@ async def test_what_is_there_decides(
     assert path(DIGEST).read_bytes() == expected
 
 
+@only_local
 @pytest.mark.parametrize(
     ("there", "incoming"),
     [
@@ -152,6 +165,7 @@ async def test_a_folder_or_link_in_a_chunks_place_is_an_error(store: ChunkStore,
         await store.read(DIGEST)
 
 
+@only_local
 async def test_a_chunk_longer_than_any_is_refused_before_it_is_read(
     store: ChunkStore, path: Callable[[bytes], Path]
 ) -> None:
@@ -161,6 +175,7 @@ async def test_a_chunk_longer_than_any_is_refused_before_it_is_read(
         await store.read(DIGEST)
 
 
+@only_local
 async def test_chunks_have_mode_644_and_no_other_file_appears(store: ChunkStore, path: Callable[[bytes], Path]) -> None:
     umask = os.umask(0o077)
     try:
