@@ -195,6 +195,8 @@ async def move_namespace(store: Datastore, source: Namespace, target: Namespace)
     _refuse_root(source, "move")
     _refuse_root(target, "move")
     store.check_writable()
+    if not await in_io_thread(store.namespace_exists, source):
+        raise SnapshotNotFoundError("move the namespace", repr(str(source)), "it does not exist")
     meta = store.meta
     if not isinstance(meta, RenamingMetaStore):
         why = "the datastore lies in a bucket, where nothing can be renamed"

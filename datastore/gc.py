@@ -70,8 +70,10 @@ class GcReport:
     status: GcStatus
     dry_run: bool
     duration_s: float = 0.0
-    missing: list[bytes] = field(default_factory=list)  #: chunks that are used, but not there; the first ones
+    #: Chunks that are used, but not there; the first ones, of a store in a bucket all.
+    missing: list[bytes] = field(default_factory=list)
     missing_count: int = 0
+    missing_is_certain: bool = False  #: the bucket was asked: `missing` has them all
     strange: list[str] = field(default_factory=list)  #: indexes outside of any snapshot, relative to the store
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ async def collect_garbage(
     cutoff_s: int = DEFAULT_CUTOFF_S,
     lock_wait_s: float = LOCK_WAIT_S,
     dry_run: bool = False,
+    allow_empty: bool = False,
     upid: Upid | None = None,
     progress: Progress | None = None,
 ) -> GcReport:
@@ -123,7 +126,7 @@ async def collect_garbage(
     report = GcReport(GcStatus(str(upid)), dry_run)
     begun = time.monotonic()
     async with _exclusive(store, lock_wait_s, progress) as oldest_writer:
-        await _collect(store, cutoff_s, oldest_writer, report, progress)
+        await _collect(store, cutoff_s, oldest_writer, report, progress, allow_empty)
         report.duration_s = time.monotonic() - begun
         if not dry_run:
             for note in (_write_status, _add_to_history):
@@ -162,7 +165,12 @@ async def _exclusive(store: Datastore, wait_s: float, progress: Progress) -> Asy
 
 
 async def _collect(
-    store: Datastore, cutoff_s: int, oldest_writer: float | None, report: GcReport, progress: Progress
+    store: Datastore,
+    cutoff_s: int,
+    oldest_writer: float | None,
+    report: GcReport,
+    progress: Progress,
+    allow_empty: bool,
 ) -> None:
     codec = ChunkCodec()
     zero = await in_cpu_thread(lambda: codec.encode(bytes(_ZERO_SIZE)))
@@ -184,7 +192,15 @@ async def _collect(
             min_atime = oldest - _WRITER_MARGIN_S
         marked = await in_io_thread(MarkedDigests)
         guard = _Guard(marked, clock)
-        nursery.start_soon(_sweep, store, min_atime, oldest, guard, report, progress)
+
+        async def sweep() -> None:
+            lost = await store.chunks.sweep(
+                min_atime, oldest, guard, report.status, progress, dry_run=report.dry_run, allow_empty=allow_empty
+            )
+            if lost is not None:  # what the cache did not know may be there all the same
+                report.missing, report.missing_count, report.missing_is_certain = lost, len(lost), True
+
+        nursery.start_soon(sweep)
         marks = _Marks(store, marked, report, progress)
         await marks.run()
         await tested.wait()
@@ -194,12 +210,6 @@ async def _collect(
         named = ", ".join(one.hex() for one in report.missing[:3]) + (", ..." if report.missing_count > 3 else "")
         hint = "'fleece verify' names the snapshots"
         progress.warn(f"{report.missing_count} chunks are used, but not there ({named}); {hint}")
-
-
-async def _sweep(
-    store: Datastore, min_atime: int, oldest: int, guard: "_Guard", report: GcReport, progress: Progress
-) -> None:
-    await store.chunks.sweep(min_atime, oldest, guard, report.status, progress, dry_run=report.dry_run)
 
 
 class _Clock:

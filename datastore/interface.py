@@ -214,6 +214,26 @@ class BlockingChunkStore(Protocol):
         ...
 
 
+@runtime_checkable
+class RepairingChunkStore(Protocol):
+    """What a chunk store offers besides, if it has another copy of some chunks."""
+
+    async def repair(self, digest: bytes, wrong: Callable[[Blob], bool]) -> bool:
+        """Put the copy in the place of a chunk that is missing or wrong, if the copy itself is right.
+
+        Args:
+            digest: the chunk.
+            wrong: says so of a chunk, in a worker thread.
+
+        Returns:
+            True if the store has the right chunk now.
+
+        Raises:
+            StoreError: it cannot be read or written.
+        """
+        ...
+
+
 class MetaStore(Protocol):
     """Every other file of a datastore, by its path relative to the store's folder.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.errors import UsageError
 from core.limits import in_io_thread
@@ -22,6 +22,11 @@ class LocalReader:
 
     store: Datastore
     snapshot: Snapshot
+    origin: bool = False  #: chunks come from where they lie, not from a cache
+
+    def from_origin(self) -> "LocalReader":
+        """See `OriginReads.from_origin`."""
+        return replace(self, origin=True)
 
     async def manifest(self) -> bytes:
         """See `Reader.manifest`."""
@@ -39,11 +44,11 @@ class LocalReader:
 
     async def read_chunk(self, digest: bytes) -> Blob:
         """See `Reader.read_chunk`."""
-        return await self.store.chunks.read(digest)
+        return await self.store.chunks.read(digest, origin=self.origin)
 
     async def read_chunks(self, digests: Sequence[bytes]) -> list[Blob]:
         """See `Reader.read_chunks`."""
-        return await self.store.chunks.read_many(digests)
+        return await self.store.chunks.read_many(digests, origin=self.origin)
 
     @property
     def reads_block_briefly(self) -> bool:

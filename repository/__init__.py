@@ -13,6 +13,7 @@ restore.py     `restore_disk`, `restore_stream`, `restore_blob`: archives back t
 fetch.py       how chunks flow out of a repository
 archive.py     `open_cache`, `open_archive_reader`: random access with a chunk cache and read-ahead, for mounts
 verify.py      `verify`, `verify_snapshot`: is everything there, and is it what it was?
+findings.py    what verify says about single chunks
 users.py       `record_users`: which snapshots use the chunks that verify set aside
 locate.py      `load_manifest`, `open_archive`: an archive compared with the manifest before it is used
 report.py      `ArchiveReport`, `BackupReport`: the closing report

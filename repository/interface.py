@@ -262,6 +262,31 @@ class VerifyRecorder(Protocol):
 
 
 @runtime_checkable
+class ChunkRepairer(Protocol):
+    """What a `VerifyRecorder` offers besides, if it may have a good copy of a chunk somewhere else."""
+
+    async def repair(self, digest: bytes, wrong: Callable[[Blob], bool]) -> bool:
+        """Put the good copy in the place of a chunk that is missing, or of which `wrong` says so.
+
+        Returns:
+            True if the chunk is right now.
+
+        Raises:
+            FleeceError: it cannot be read or written.
+        """
+        ...
+
+
+@runtime_checkable
+class OriginReads(Protocol):
+    """What a `Reader` offers besides, if chunks may come out of a cache."""
+
+    def from_origin(self) -> "Reader":
+        """The same, but chunks come from where they lie."""
+        ...
+
+
+@runtime_checkable
 class BlockingReads(Protocol):
     """What a `Reader` offers besides, if chunks are read by a few system calls.
 
@@ -396,6 +421,7 @@ class Repository(Protocol):
         cutoff_s: int = DEFAULT_CUTOFF_S,
         lock_wait_s: float = LOCK_WAIT_S,
         dry_run: bool = False,
+        allow_empty: bool = False,
         progress: Progress | None = None,
     ) -> GcReport:
         """Remove the chunks that no snapshot uses any more; as `datastore.gc.collect_garbage`."""

@@ -14,14 +14,17 @@ from datastore.codec import format_fingerprint
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import SyncLevel
 from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport, collect_garbage
+from datastore.interface import RepairingChunkStore
 from datastore.manifest import Manifest
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
 from datastore.session import LocalBackupSession, open_session
 from datastore.store import Datastore, SnapshotEntry
+from datastore.upid import Upid
 from datastore.usage_history import UsageSample, read_history
 from repository.interface import FileInfo, GroupInfo, SnapshotInfo, StoreUsage
+from repository.users import record_users
 
 #: Seconds a writer waits for a garbage collection that excludes it.
 WRITER_WAIT_S: Final = 60.0
@@ -132,12 +135,23 @@ class LocalRepository:
         cutoff_s: int = DEFAULT_CUTOFF_S,
         lock_wait_s: float = LOCK_WAIT_S,
         dry_run: bool = False,
+        allow_empty: bool = False,
         progress: Progress | None = None,
     ) -> GcReport:
         """See `Repository.collect_garbage`."""
-        return await collect_garbage(
-            self.store, cutoff_s=cutoff_s, lock_wait_s=lock_wait_s, dry_run=dry_run, progress=progress
+        report = await collect_garbage(
+            self.store,
+            cutoff_s=cutoff_s,
+            lock_wait_s=lock_wait_s,
+            dry_run=dry_run,
+            allow_empty=allow_empty,
+            progress=progress,
         )
+        if report.missing_is_certain and report.missing and not dry_run:
+            # Chunks of a bucket that are lost for certain: no backup may build on the snapshots that need them.
+            upid = Upid.new("garbage_collection", self.name)
+            await record_users(self, self, report.missing, (), Progress() if progress is None else progress, upid)
+        return report
 
     async def why_not_recording(self) -> str:
         """See `VerifyRecorder.why_not_recording`."""
@@ -155,6 +169,11 @@ class LocalRepository:
     async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
         """See `VerifyRecorder.quarantine`."""
         return await self.store.chunks.quarantine(digest, wrong)
+
+    async def repair(self, digest: bytes, wrong: Callable[[Blob], bool]) -> bool:
+        """See `ChunkRepairer.repair`."""
+        chunks = self.store.chunks
+        return isinstance(chunks, RepairingChunkStore) and await chunks.repair(digest, wrong)
 
     async def gc_status(self) -> dict[str, Any] | None:
         """See `Repository.gc_status`."""

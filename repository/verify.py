@@ -6,7 +6,6 @@ it (`VerifyRecorder`), the result goes into the manifest, and chunks that are wr
 so that the next backup stores them anew.
 """
 
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +29,16 @@ from datastore.filters import GroupFilter, passes
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import ROOT, ArchiveKind, BackupType, Namespace, Snapshot, archive_kind
+from datastore.s3.errors import S3BackendError
 from datastore.upid import Upid
 from repository.fetch import fetch
-from repository.interface import Reader, Repository, VerifyRecorder
+from repository.findings import Lines, is_system_error
+from repository.interface import ChunkRepairer, OriginReads, Reader, Repository, VerifyRecorder
 from repository.locate import Archive, check_index, load_readable
 from repository.users import record_users
 
 #: Chunks in a row that the system cannot read before the run stops: it is the disk, not the chunks.
 MAX_SYSTEM_ERRORS: Final = 20
-#: Lines about single chunks per file; the count of the others follows.
-MAX_CHUNK_LINES: Final = 20
-_SYSTEM_ERRORS: Final = frozenset((errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 _DAY_S: Final = 86_400
 #: Seconds that an interrupted run may take to find the snapshots that use chunks which it set aside.
 _RECORD_TIMEOUT_S: Final = 600.0
@@ -223,6 +221,8 @@ async def verify_snapshot(
     result = VerifyResult(snapshot)
     try:
         async with repository.reader(snapshot) as reader:
+            if isinstance(reader, OriginReads):
+                reader = reader.from_origin()
             try:
                 manifest, codec = await load_readable(reader, codec)
             except FleeceError as error:
@@ -334,7 +334,7 @@ class _Check:
 
     async def _chunks(self, index: ArchiveIndex, entry: ManifestFile) -> list[str]:
         archive = Archive(index, entry, None)
-        errors = _Lines(index.where)
+        errors = Lines(index.where)
         numbers = list(self._unseen(index, errors))
         total = sum(index.span(number)[1] for number in numbers)
         with self.progress.task(f"{self.reader.snapshot}/{entry.filename}", total) as task:
@@ -345,7 +345,7 @@ class _Check:
             await fetch(self.reader, self.codec, archive, numbers, consume)
         return errors.all()
 
-    def _unseen(self, index: ArchiveIndex, errors: "_Lines") -> Iterator[int]:
+    def _unseen(self, index: ArchiveIndex, errors: Lines) -> Iterator[int]:
         """Numbers of chunks that are to be read, each digest once; known faults go to `errors`."""
         here: dict[bytes, int] = {}
         for number in range(index.count):
@@ -362,7 +362,7 @@ class _Check:
                 errors.add(f"{index.where} at {offset}: chunk {digest.hex()} has {size} bytes, not {length}")
 
     async def _count(
-        self, archive: Archive, number: int, data: Buffer | FleeceError, errors: "_Lines", task: Task
+        self, archive: Archive, number: int, data: Buffer | FleeceError, errors: Lines, task: Task
     ) -> None:
         digest, (_, length) = archive.index.digest(number), archive.index.span(number)
         task.advance(length)
@@ -372,7 +372,9 @@ class _Check:
             self.seen.system_errors = 0
             self.seen.good.add(digest, length)
             return
-        if isinstance(data, FormatError):
+        if isinstance(data, S3BackendError):
+            raise data  # nothing in the bucket can be read, which says nothing about the chunk (R43)
+        if isinstance(data, FormatError | ChunkNotFoundError):
             again = await self._look_again(archive, number, data)
             if again is None:
                 self.seen.good.add(digest, length)
@@ -380,7 +382,8 @@ class _Check:
             data = again
         if errors.add(str(data)):
             self.progress.log(str(data))
-        if _is_system_error(data):
+        if is_system_error(data):
+            # Not remembered as bad: the next snapshot that has it asks again.
             self.seen.system_errors += 1
             if self.seen.system_errors >= MAX_SYSTEM_ERRORS:
                 raise FleeceError(
@@ -394,8 +397,10 @@ class _Check:
         if digest not in self.seen.good:
             self.seen.bad[digest] = data.why
 
-    async def _look_again(self, archive: Archive, number: int, first: FormatError) -> FleeceError | None:
-        """Read a chunk that is wrong a second time, and set it aside if it is wrong again.
+    async def _look_again(
+        self, archive: Archive, number: int, first: FormatError | ChunkNotFoundError
+    ) -> FleeceError | None:
+        """Read a chunk that is wrong or missing a second time, and set it aside if it is wrong again.
 
         Returns:
             what is wrong, None if it is right now. A chunk that only does not fit its archive (encrypted or not, its
@@ -406,13 +411,19 @@ class _Check:
         try:
             blob = await self.reader.read_chunk(digest)
         except ChunkNotFoundError as error:
+            if await self._repaired(digest, where):
+                return None
             return ChunkNotFoundError("read", where, error.why)
         except FormatError:
+            if await self._repaired(digest, where):
+                return None
             return await self._set_aside(digest, first)
         except FleeceError as error:
             return error
         size = await in_cpu_thread(self._plain_size, blob, digest)
         if size is None:
+            if await self._repaired(digest, where):
+                return None
             return await self._set_aside(digest, first)
         mode = archive.entry.crypt_mode
         if size in (0, length) and blob.kind.encrypted is (mode is CryptMode.ENCRYPT):
@@ -420,6 +431,19 @@ class _Check:
             return None
         self.seen.good.add(digest, size or length)
         return first
+
+    async def _repaired(self, digest: bytes, where: str) -> bool:
+        """Try to put a good copy of the chunk in its place, where there may be one (R42)."""
+        if self.record is None or not isinstance(self.record.recorder, ChunkRepairer):
+            return False
+        try:
+            if not await self.record.recorder.repair(digest, partial(self._is_wrong, digest)):
+                return False
+        except FleeceError as failure:
+            self.progress.warn(str(failure))
+            return False
+        self.progress.warn(f"{where} was missing or corrupt, and is repaired from another copy")
+        return True
 
     def _plain_size(self, blob: Blob, digest: bytes) -> int | None:
         """Plain bytes of the chunk, 0 if only its key tells; None if it is wrong."""
@@ -439,7 +463,7 @@ class _Check:
         key = self.codec.key
         return blob.kind.encrypted and (key is None or self.manifest.fingerprint != key.fingerprint)
 
-    async def _set_aside(self, digest: bytes, error: FormatError) -> FleeceError:
+    async def _set_aside(self, digest: bytes, error: FleeceError) -> FleeceError:
         if self.record is None:
             return error
         # The chunk's lock is held for a last look: a backup may have stored it anew since.
@@ -456,33 +480,3 @@ class _Check:
 
     def _is_wrong(self, digest: bytes, blob: Blob) -> bool:
         return self._plain_size(blob, digest) is None
-
-
-class _Lines:
-    """Lines about single chunks of one file: the first `MAX_CHUNK_LINES`, and how many more; there may be millions."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._lines: list[str] = []
-        self._more = 0
-
-    def add(self, line: str) -> bool:
-        """Add a line; False if it is only counted."""
-        if len(self._lines) < MAX_CHUNK_LINES:
-            self._lines.append(line)
-            return True
-        self._more += 1
-        return False
-
-    def all(self) -> list[str]:
-        """The lines, and one about the others."""
-        return [*self._lines, f"{self._where}: {self._more} more chunks are bad"] if self._more else self._lines
-
-
-def _is_system_error(error: BaseException | None) -> bool:
-    """True if the system could not read, which says nothing about the chunk."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.errno in _SYSTEM_ERRORS
-        error = error.__cause__
-    return False
