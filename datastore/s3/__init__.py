@@ -2,7 +2,7 @@
 
     endpoint.py                    `Endpoint`: where a provider is and how it wants to be talked to
     signer.py, xml.py              the signature of a request; the XML of answers
-    http.py                        HTTP/1.1 over trio with pinned certificates; the one module that imports httpx
+    wire.py, http.py               an HTTP/1.1 connection with pinned certificates; a pool of them, over httpx
     pacing.py                      token buckets and the gate that adapts to throttling
     calls.py                       one request, and what its answer means
     link.py                        `EndpointLink`: attempts, waits, time-outs, clocks, counted requests

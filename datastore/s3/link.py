@@ -39,9 +39,10 @@ from datastore.s3.errors import (
     S3UnknownOutcomeError,
 )
 from datastore.s3.hashing import BodyHasher, content_md5
-from datastore.s3.http import Fault, HttpAnswer, HttpError, HttpPool, HttpRequest, TlsPin
+from datastore.s3.http import HttpPool
 from datastore.s3.pacing import DEFAULT_PARALLEL, Gate, TokenBucket
 from datastore.s3.signer import Signer, encode_path, encode_query, format_date
+from datastore.s3.wire import Fault, HttpAnswer, HttpError, HttpRequest, TlsPin
 from datastore.s3.xml import parse_error
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,9 @@ from datastore.s3 import hashing
 from datastore.s3.hashing import BodyHasher, content_md5
 
 
-async def test_digests_are_those_of_hashlib_whatever_the_pieces() -> None:
+@pytest.mark.parametrize("lanes", [True, False])
+async def test_digests_are_those_of_hashlib_whatever_the_pieces(lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_has_lanes", lambda: lanes)
     numbers = random.Random(1)
     hasher = BodyHasher()
     bodies = [numbers.randbytes(numbers.choice([0, 1, 40_000, 300_000])) for _ in range(60)]
@@ -36,6 +38,7 @@ async def test_bodies_that_wait_are_hashed_together(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(hashing, "_hash_batch", watched)
     monkeypatch.setattr(hashing, "cpu_count", lambda: 1)
+    monkeypatch.setattr(hashing, "_has_lanes", lambda: True)
     hasher = BodyHasher()
     async with trio.open_nursery() as nursery:
         for number in range(20):
@@ -46,7 +49,8 @@ async def test_bodies_that_wait_are_hashed_together(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_cancelled_bodies_do_not_hold_up_others(seed: int) -> None:
+async def test_cancelled_bodies_do_not_hold_up_others(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_has_lanes", lambda: seed % 2 == 0)
     numbers = random.Random(seed)
     hasher = BodyHasher()
     done: list[int] = []

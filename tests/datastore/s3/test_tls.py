@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from core.errors import UsageError
-from datastore.s3 import http
+from datastore.s3 import wire
 from datastore.s3.client import S3Client
 from datastore.s3.errors import S3BackendError, S3CertificateError, S3UnavailableError
 from datastore.s3.link import RetryPolicy
@@ -134,7 +134,7 @@ async def test_a_certificate_for_another_name_is_not_accepted(server: S3Emulator
 async def test_a_server_without_tls_is_waited_for_like_one_that_is_away(
     s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(wire, "CONNECT_TIMEOUT_S", 0.2)
     policy = RetryPolicy(patience_s=0.2, base_s=0.01, cap_s=0.02)
     async with S3Client.open(s3_emulator.endpoint(allow_http=False), BUCKET, policy=policy) as client:
         with pytest.raises(S3UnavailableError, match="no connection within"):
