@@ -17,6 +17,7 @@ import trio
 from agent.restore_options import RestoreOptions
 from core.buffers import Buffer
 from core.errors import FleeceError, NotFoundError, TargetError, UsageError
+from core.nursery import open_nursery
 from core.progress import Progress, Task
 from core.units import format_size
 from datastore.codec import ChunkCodec
@@ -130,7 +131,8 @@ async def restore_to_folder(
         node = _found(accessor, manifest, wanted)
         if isinstance(node, Directory):
             extract_folder(
-                accessor, target, extract, start=node, prefix=wanted.path, report=report, progress=notes
+                accessor, target, extract, start=node, prefix=wanted.path, report=report, progress=notes,
+                beside=notes.beside,
             )  # fmt: skip
             return target
         if extract.patterns:
@@ -212,7 +214,8 @@ def _restore_entry(
         raise TargetError("restore to", str(path), "the folder for it is not there")
     inside = wanted.path.rpartition(b"/")[0]
     extract_entry(
-        accessor, node, str(path.parent), os.fsencode(path.name), extract, prefix=inside, report=report, progress=notes
+        accessor, node, str(path.parent), os.fsencode(path.name), extract, prefix=inside, report=report,
+        progress=notes, beside=notes.beside,
     )  # fmt: skip
     if report.failed:
         raise FleeceError("restore", wanted.shown, report.warnings.pop().partition(": ")[2])
@@ -231,10 +234,10 @@ async def _run(
     whole: bool,
 ) -> FilesRestored:
     report = ExtractReport()
-    async with open_streams(reader, codec, manifest, wanted.name) as streams:
+    async with open_streams(reader, codec, manifest, wanted.name) as streams, open_nursery() as nursery:
         total = _size(streams) if whole and not wanted.path else None
         with progress.task(wanted.shown, total) as task:
-            notes = _Notes(task)
+            notes = _Notes(task, nursery)
 
             def restore() -> str:
                 accessor = ArchiveAccessor(
@@ -258,10 +261,10 @@ def _size(streams: ArchiveStreams) -> int:
 
 
 class _Notes:
-    """Shows how far the restore is, and ends it if it is cancelled; called in its thread."""
+    """What a restore needs of the event loop; called in its thread. Ends it if it is cancelled."""
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, nursery: trio.Nursery) -> None:
+        self._task, self._nursery = task, nursery
         self._token = trio.lowlevel.current_trio_token()
         self._next = 0.0
 
@@ -276,7 +279,17 @@ class _Notes:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._show, report.size, report.entries)
 
+    def beside(self, work: Callable[[], None]) -> None:
+        """See `pxar.behind.Beside`."""
+        trio.from_thread.run_sync(self._nursery.start_soon, _in_thread, work)
+
     def _show(self, size: int, entries: int) -> None:
         if size > self._task.done:
             self._task.update(note=f"{entries} entries")
             self._task.advance(size - self._task.done)
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    # Who gave the work waits for its end, also if all of it is cancelled.
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(work)

@@ -1,4 +1,4 @@
-"""Calls that run in order in a thread of their own, a bounded distance behind whoever makes them.
+"""Calls that run in order in another thread, a bounded distance behind whoever makes them.
 
 A restore reads in one thread and writes in another: while the kernel creates files, the next ones are looked up.
 """
@@ -7,7 +7,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
+
+#: Has the caller run something in another worker thread of its own, beside this one.
+Beside: TypeAlias = Callable[[Callable[[], None]], None]
 
 #: Bytes that the calls on their way may hold, and the weight of a call that holds none.
 MAX_WEIGHT: Final = 32 << 20
@@ -20,17 +23,20 @@ class Behind:
     The thread that made it is the only one that may use it.
     """
 
-    def __init__(self, max_weight: int = MAX_WEIGHT) -> None:
+    def __init__(self, beside: Beside | None, max_weight: int = MAX_WEIGHT) -> None:
+        """`beside` starts the thread that makes the calls; without, `put` makes each at once."""
+        self._beside = beside
         self._max_weight = max_weight
         self._calls: deque[tuple[int, Callable[..., object], tuple[Any, ...]]] = deque()
         self._weight = 0  # of the calls that are not done
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="fleece-writer", daemon=True)
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if self._beside is not None:
+            self._beside(self._run)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -43,7 +49,8 @@ class Behind:
                     self._calls.clear()
                 self._closed = True
                 self._changed.notify_all()
-            self._thread.join()
+            if self._beside is not None:
+                self._ended.wait()
 
     def put(self, weight: int, call: Callable[..., object], *arguments: Any) -> None:
         """Run `call(*arguments)` after all calls before it; waits while too much is on its way. `weight`: its bytes.
@@ -51,6 +58,9 @@ class Behind:
         Raises:
             BaseException: what an earlier call raised; no later one is run.
         """
+        if self._beside is None:
+            call(*arguments)
+            return
         weight += _CALL_WEIGHT
         with self._changed:
             while self._weight and self._weight + weight > self._max_weight and self._error is None:
@@ -75,6 +85,12 @@ class Behind:
                 raise self._error
 
     def _run(self) -> None:
+        try:
+            self._make_calls()
+        finally:
+            self._ended.set()
+
+    def _make_calls(self) -> None:
         while True:
             with self._changed:
                 while not self._calls and not self._closed:

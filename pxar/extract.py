@@ -1,9 +1,10 @@
 """Restores files of an archive into a folder.
 
-    accessor, contents  ->  `Behind`, a thread  ->  `Target`, the folder
+    accessor, contents  ->  `Behind`, another thread  ->  `Target`, the folder
 
 This side reads, in the order of the archive, which is that of the payload stream; the other side makes the entries.
-Neither recurses, so the depth of a tree costs memory only. Synchronous, for one worker thread.
+Neither recurses, so the depth of a tree costs memory only. Synchronous, for one worker thread, or two if the caller
+lends a second one.
 
 Docs: docs/formats.md, "File archives"; what is safe against forged archives: `target.py`.
 """
@@ -16,7 +17,7 @@ from typing import Final
 from core.buffers import Buffer
 from core.errors import FormatError, NotFoundError
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Hardlink, Node, Special, Symlink
-from pxar.behind import Behind
+from pxar.behind import Behind, Beside
 from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.features import CHATTR_FLAGS, FAT_FLAGS, Features
 from pxar.format import ENTRY, ENTRY_CONTENT, ENTRY_SIZE, HEADER, HEADER_SIZE, Kind
@@ -59,13 +60,14 @@ def extract_folder(
     prefix: bytes = b"",
     report: ExtractReport | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
 ) -> ExtractReport:
     """Restore the archive, or its folder `start` at the path `prefix`, into the folder `path`, which may be new.
 
     What cannot be restored is a warning in the report, and the rest goes on. `report` is kept up to date while it runs
     (a new one otherwise); `progress` is called with it now and then and may raise to stop. Patterns see paths from the
     root of the archive. The target gets the metadata of `start`, except if only patterns chose what goes into a folder
-    that was there before.
+    that was there before. With `beside` entries are made in a second thread, which has ended when this returns.
 
     Raises:
         TargetError: the target cannot be used, is full, read-only, or gone.
@@ -74,7 +76,7 @@ def extract_folder(
     After any error what was restored stays; a file that was not complete is removed, and folders that were being
     filled still belong to the user alone (0700).
     """
-    run = _Run(accessor, options or ExtractOptions(), report or ExtractReport(), progress)
+    run = _Run(accessor, options or ExtractOptions(), report or ExtractReport(), progress, beside)
     return run.folder(path, start or accessor.root, prefix.strip(b"/"))
 
 
@@ -88,6 +90,7 @@ def extract_entry(
     prefix: bytes = b"",
     report: ExtractReport | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
 ) -> ExtractReport:
     """Restore `node`, which is no folder and lies in the archive's folder `prefix`, as `name` in an existing `folder`.
 
@@ -98,7 +101,7 @@ def extract_entry(
     """
     # That the folder is there is the point.
     options = replace(options or ExtractOptions(), allow_existing=True)
-    run = _Run(accessor, options, report or ExtractReport(), progress)
+    run = _Run(accessor, options, report or ExtractReport(), progress, beside)
     return run.entry(node, folder, name, prefix.strip(b"/"))
 
 
@@ -137,8 +140,14 @@ class _Level:
 
 class _Run:
     def __init__(
-        self, accessor: ArchiveAccessor, options: ExtractOptions, report: ExtractReport, progress: Progress | None
+        self,
+        accessor: ArchiveAccessor,
+        options: ExtractOptions,
+        report: ExtractReport,
+        progress: Progress | None,
+        beside: Beside | None,
     ) -> None:
+        self._beside = beside
         self._accessor, self._options, self._report, self._progress = accessor, options, report, progress
         self._selection = Selection(options.patterns)
         self._levels: list[_Level] = []
@@ -150,7 +159,7 @@ class _Run:
         self._prefix = b""  #: path of the folder that is restored
 
     def folder(self, path: str, start: Directory, prefix: bytes) -> ExtractReport:
-        with Target(path, self._options, self._report, prefix=prefix) as target, Behind() as behind:
+        with Target(path, self._options, self._report, prefix=prefix) as target, Behind(self._beside) as behind:
             self._target, self._behind, self._prefix = target, behind, prefix
             selection = self._selection
             shown = b"/" + prefix if prefix else b""
@@ -165,7 +174,7 @@ class _Run:
         return self._report
 
     def entry(self, node: Node, folder: str, name: bytes, prefix: bytes) -> ExtractReport:
-        with Target(folder, self._options, self._report, prefix=prefix) as target, Behind() as behind:
+        with Target(folder, self._options, self._report, prefix=prefix) as target, Behind(self._beside) as behind:
             self._target, self._behind, self._prefix = target, behind, prefix
             if isinstance(node, Hardlink):
                 self._file(node.follow(), name, False)

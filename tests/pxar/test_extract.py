@@ -8,6 +8,7 @@ import socket
 import stat
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -740,6 +741,10 @@ def test_without_root_owners_are_one_warning(tmp_path: Path, monkeypatch: pytest
     assert report.warnings == ["13 entries: owner: only root can give files away"]
 
 
+def beside(run: Callable[[], None]) -> None:
+    threading.Thread(target=run, daemon=True).start()
+
+
 def test_calls_run_in_order_behind_and_the_first_error_ends_them() -> None:
     done: list[int] = []
 
@@ -748,11 +753,11 @@ def test_calls_run_in_order_behind_and_the_first_error_ends_them() -> None:
             raise KeyError(number)
         done.append(number)
 
-    with pytest.raises(KeyError), Behind(100_000) as behind:
+    with pytest.raises(KeyError), Behind(beside, 100_000) as behind:
         for number in range(10_000):
             behind.put(1000, call, number)
     assert done == list(range(50))
-    with Behind() as behind:
+    with Behind(beside) as behind:
         for number in range(40, 50):
             behind.put(0, call, number)
         behind.drain()
