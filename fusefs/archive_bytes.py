@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 from core.buffers import Buffer
 from core.errors import FormatError
+from fusefs.kernel import give_back_memory
 from repository.archive import ArchiveReader
 
 T = TypeVar("T")
@@ -17,6 +18,11 @@ T = TypeVar("T")
 #: Most bytes that one question may need at a time: the table of a folder with five million entries. Forged archives
 #: can ask for more than there is memory.
 MAX_AT_ONCE: Final = 128 << 20
+
+
+#: Bytes of chunks that have passed since memory was given back, and after how many that is done again.
+_passed = 0
+_GIVE_BACK_AFTER: Final = 64 << 20
 
 
 class NotAtHand(Exception):  # noqa: N818 - not a fault: the caller asks in another way
@@ -63,6 +69,7 @@ class ChunkBytes:
                 chunk = self.reader.read_cached(start, size)
                 if chunk is None:
                     raise NeedChunk(self, number)
+            account(size)
             self._start, self._end, self._view = start, start + size, memoryview(chunk).cast("B")
         return self._view, self._start, self._end
 
@@ -118,6 +125,15 @@ async def settle(question: Callable[[], T], *streams: ChunkBytes) -> T:
         if total > 2 * MAX_AT_ONCE:
             raise _too_much(stream.reader)
         fetched[stream][number] = chunk
+
+
+def account(size: int) -> None:
+    """Note that a chunk of `size` bytes is used: now and then memory is given back."""
+    global _passed
+    _passed += size
+    if _passed > _GIVE_BACK_AFTER:
+        _passed = 0
+        give_back_memory()
 
 
 def _too_much(reader: ArchiveReader) -> FormatError:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 #: Entries that are read at once; a reply to the kernel holds 25 to 200.
 _RUN: Final = 64
+#: Seconds that who asks for a file waits for the number of its names.
+COUNT_S: Final = 2.0
 
 
 class FileArchive(Stored):
@@ -36,7 +38,7 @@ class FileArchive(Stored):
         self.row: Row | None = None  #: of its root, when it was read
         self._trace: Trace[OpenSnapshot] | None = None
         self._opened: ref[OpenArchive] | None = None
-        self._counting = trio.Lock()
+        self._counting = False
 
     async def measure(self) -> None:
         """See `Stored.measure`."""
@@ -97,6 +99,27 @@ class FileArchive(Stored):
             return None
         return lease, RangeContent(*place)
 
+    async def count(self) -> None:
+        """Wait until it is known how many names files have, or will not be known soon.
+
+        The first to ask causes the search for hard links. Listing names does not, as it would take longer.
+        """
+        if not self._counting:
+            self._counting = True
+            self.shared.pool.start_soon(self._count_links)
+        with trio.move_on_after(COUNT_S):
+            await self.links.counted.wait()
+
+    async def _count_links(self) -> None:
+        try:
+            lease, opened = await self._acquire()
+            try:
+                await opened.count_links(self.links)
+            finally:
+                lease.release()
+        finally:
+            self.links.counted.set()
+
     async def _acquire(self) -> tuple[Lease[OpenSnapshot], OpenArchive]:
         lease = self._trace.lease() if self._trace is not None else None
         opened = self._opened() if lease is not None and self._opened is not None else None
@@ -107,10 +130,6 @@ class FileArchive(Stored):
                 index, *payload = (part.filename for part in self.parts)
                 opened = await lease.value.archive(index, *payload)
                 self._is(opened.csums)
-                async with self._counting:
-                    if self._trace is None:
-                        await opened.count_links(self.links)
-                        self._trace = lease.trace()
                 self._trace, self._opened = lease.trace(), ref(opened)
             self.shared.recent.use(opened)
         except BaseException:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final, NamedTuple, TypeVar
 
+import trio
+
 from core.errors import FleeceError, FormatError
 from core.limits import in_cpu_thread
-from fusefs.archive_bytes import ChunkBytes, settle
+from fusefs.archive_bytes import ChunkBytes, account, settle
 from fusefs.posix_acl import ACCESS, DEFAULT, access_acl, default_acl
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Special, Symlink
 from pxar.format import FILENAME, HARDLINK, HEADER, HEADER_SIZE, MAX_NAME, U64, bad, shown
@@ -64,7 +66,8 @@ class Links:
     """How many further names the files of an archive have."""
 
     def __init__(self) -> None:
-        self.complete = False  #: all were counted
+        self.complete = False  #: all were noted
+        self.counted: Final = trio.Event()  #: set when the search for them is over, however it ended
         self._further: dict[int, int] = {}
         self._seen: set[int] = set()
 
@@ -77,11 +80,6 @@ class Links:
         if not self.complete and link not in self._seen and len(self._seen) < MAX_LINKED:
             self._seen.add(link)
             self._further[position] = self._further.get(position, 0) + 1
-
-    def close(self) -> None:
-        """All were noted."""
-        self.complete = True
-        self._seen = set()
 
     @property
     def full(self) -> bool:
@@ -188,25 +186,27 @@ class OpenArchive:
         One that cannot be read to the end is left as it is: what is missing comes to light where it is looked at.
         """
         limit = MAX_SEARCHED if self.payload is None else MAX_SEARCHED_SPLIT
-        if self.archive.size > limit:
-            return
         reader = self.archive.reader
         base, data, looked_at = 0, b"", 0
         try:
+            if self.archive.size > limit:
+                return
             for number in range(reader.archive.index.count):
-                chunk = await reader.chunk(number)
-                kept = data[-_OVERLAP:]
-                base += len(data) - len(kept)
-                data = kept + bytes(chunk)
+                base += max(0, len(data) - _OVERLAP)
+                data = data[-_OVERLAP:]
+                data += await reader.chunk(number)
+                account(len(data))
                 found, candidates = await in_cpu_thread(_find_links, data, base)
                 looked_at += candidates
                 for link in found:  # what is close to the end comes again with the next chunk, and does no harm
                     links.note(*link)
                 if links.full or looked_at > 2 * MAX_LINKED:
                     return
+            links.complete = True
         except FleeceError:
             return
-        links.close()
+        finally:
+            links.counted.set()
 
     def _directory(self, spot: Spot) -> Directory:
         return self._accessor.root if spot == ROOT else self._accessor.directory_at(spot.position, spot.end)

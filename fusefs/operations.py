@@ -31,6 +31,8 @@ R = TypeVar("R")
 ENTRY_TIMEOUT_S: Final = 5.0
 #: Seconds for which attributes of what never changes are believed.
 FILE_TIMEOUT_S: Final = 3600.0
+#: The same for files whose names are still being counted.
+COUNTING_TIMEOUT_S: Final = 1.0
 #: Errors remembered so that each is logged once, however often the kernel asks again.
 MAX_LOGGED: Final = 1024
 #: Reads at once that wait for a chunk, each with up to 8 MiB in its hands; others queue up.
@@ -191,6 +193,8 @@ class Operations(pyfuse3.Operations):
         entry = _immutable()
         entry.st_ino = entries.inode(row)
         self._fill(entry, entries.archive, row)
+        if not entries.archive.links.counted.is_set() and row[2] >> 12 == _FILE_TYPE:
+            entry.attr_timeout = COUNTING_TIMEOUT_S
         return entry
 
     def _place(self, inode: int) -> tuple[FileArchive, Spot] | None:
@@ -230,6 +234,8 @@ class Operations(pyfuse3.Operations):
         if row is None:
             # Number 0: there is no such name, and the kernel need not ask again.
             return _immutable()
+        if row[2] >> 12 == _FILE_TYPE:
+            await archive.count()
         entries = self.entries.of(archive)
         entry = self._entry(entries, row)
         entries.remember(row)
@@ -242,6 +248,8 @@ class Operations(pyfuse3.Operations):
         if entries is not None:
             spot = entries.spot(inode)
             row = await entries.archive.ask(lambda opened: opened.row(spot))
+            if row[2] >> 12 == _FILE_TYPE:
+                await entries.archive.count()
             return self._entry(entries, row)
         node = self.inodes[inode]
         if isinstance(node, Stored):
@@ -323,12 +331,17 @@ class Operations(pyfuse3.Operations):
         while rows:
             # Nothing waits from here on, so that the kernel's view of the archive stays as it is.
             entries = self.entries.of(archive)
+            if counted := archive.links.counted.is_set():
+                entry.attr_timeout = FILE_TIMEOUT_S
             for name, row in rows:
                 number += 1
                 if len(name) > _LONGEST_NAME:
                     continue
                 entry.st_ino = entries.inode(row)
                 self._fill(entry, archive, row)
+                if not counted:
+                    # Who wants to know how many names a file has asks again, and waits.
+                    entry.attr_timeout = 0 if row[2] >> 12 == _FILE_TYPE else FILE_TIMEOUT_S
                 if not reply(token, name, entry, number):
                     return
                 entries.remember(row)

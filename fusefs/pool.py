@@ -167,6 +167,17 @@ class SnapshotPool(Generic[T]):
         finally:
             lease.release()
 
+    def start_soon(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Run `work` beside everything else; it ends with the pool. A fault of it is logged."""
+
+        async def run() -> None:
+            try:
+                await work()
+            except Exception as error:
+                _LOG.warning("%s", error, exc_info=None if isinstance(error, FleeceError) else error)
+
+        self._nursery.start_soon(run)
+
     async def look(self, entry: _Entry[T]) -> None:
         """Find out whether the snapshot of `entry` is still there."""
         entry.last_look = trio.current_time()
