@@ -363,7 +363,7 @@ class S3ChunkStore:
                 await in_io_thread(self._local.note_set_aside)
             bad = self.keys.bad_chunk(digest, number)
             if not await self.client.copy(self.keys.chunk(digest), bad):
-                await in_io_thread(self._forget, digest)
+                await self.forget(digest)
                 return None
             await self.client.delete(self.keys.chunk(digest))
             await in_io_thread(self.files.set_aside, digest, number)
@@ -419,11 +419,16 @@ class S3ChunkStore:
             if absent:
                 with store_errors("note the missing chunk", self.path(digest)):
                     await in_io_thread(self._local.note_set_aside)
-                await in_io_thread(self._forget, digest)
+                await self.forget(digest)
             return False
 
-    def _forget(self, digest: bytes) -> None:
-        self.files.remove(digest)
+    async def forget(self, digest: bytes) -> None:
+        """The object is gone: remove its file, so that the next backup stores it anew; the caller holds the lock.
+
+        Raises:
+            StoreError: no rights.
+        """
+        await in_io_thread(self.files.remove, digest)
         self.cache.forget(digest)
 
     async def times_set_aside(self) -> int:
@@ -447,7 +452,7 @@ class S3ChunkStore:
                         _LOG.warning("chunk %s was lost to a late delete, and is stored again", digest.hex())
                     else:
                         _LOG.error("chunk %s was lost to a late delete; the next backup stores it again", digest.hex())
-                        await in_io_thread(self._forget, digest)
+                        await self.forget(digest)
         if due:
             await in_io_thread(self.unknown.settle, due)
 

@@ -32,7 +32,7 @@ from datastore.files import (
 from datastore.names import MANIFEST_NAME, BackupType, is_time
 from datastore.s3.client import META_LIMIT
 from datastore.s3.counters import Work, counted_as
-from datastore.s3.keys import MetaKey, MetaKind
+from datastore.s3.keys import NAMESPACE_MARKER, MetaKey, MetaKind, StoreKeys
 from datastore.s3.opening import S3Datastore
 from datastore.s3.state import CacheState, refreshing
 from datastore.s3.xml import Listed
@@ -249,6 +249,22 @@ class _Refresh:
         if self._report.strange:
             count, prefix = self._report.strange, self._store.keys.metadata
             self._progress.warn(f"{count} objects below {prefix} belong to no snapshot; they were left alone")
+
+
+def list_local(base: Path, keys: StoreKeys) -> set[str]:
+    """The paths of all files below `base` that belong in the bucket, and of markers of namespaces.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    tree = _look(base)
+    found = {f"{ns}/{NAMESPACE_MARKER}" for ns in tree.namespaces}
+    for group in tree.groups:
+        for folder, folders, files in os.walk(base / group):
+            folders[:] = [name for name in folders if is_time(name)]
+            paths = [str((Path(folder) / name).relative_to(base)) for name in files]
+            found.update(path for path in paths if keys.parse(f"{keys.metadata}{path}") is not None)
+    return found
 
 
 def _look(root: Path) -> _Tree:
