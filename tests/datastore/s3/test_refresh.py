@@ -225,9 +225,9 @@ async def test_creating_taking_over_and_destroying(tmpfs: Path, s3_emulator: S3E
         await write_snapshot(LocalRepository(store, "test"), GROUP, 1000, FILES)
         expected = tree(wanted.cache)
     other = settings(tmpfs / "other", s3_emulator.endpoint())
-    for options in ({}, {"reuse": True}):
+    for reuse in (False, True):
         with pytest.raises(UsageError, match="it is in use by"):
-            await create_store(other, policy=IMPATIENT, **options)
+            await create_store(other, policy=IMPATIENT, reuse=reuse)
     with pytest.raises(UsageError, match="holds backups of a datastore of this name"):
         await create_store(other, policy=IMPATIENT, overwrite_in_use=True)
     assert not other.cache.exists()
@@ -318,8 +318,8 @@ async def test_a_bucket_that_pbs_wrote_opens_and_verifies(
             bucket.put(member.name, file.read())
     sizes = {}
     for line in (golden / "s3/keys.txt").read_text().splitlines():
-        name, _, size = line.rpartition(" ")
-        sizes[name] = int(size)
+        name, _, number = line.rpartition(" ")
+        sizes[name] = int(number)
     files = {path.name: path for path in golden_store.rglob("*") if len(path.name) == 64}
     for name, size in sizes.items():
         key = keys.parse(name)
