@@ -10,5 +10,5 @@
     keys.py                        object keys of a datastore, and back
     counters.py, errors.py         what it cost; what can go wrong
 
-The rules (R2, R14, ...) that comments name are those of docs/s3.md, which this package follows.
+The rules (R2, R14, ...) that comments name are those of docs/s3-rules.md, which this package follows.
 """
