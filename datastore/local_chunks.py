@@ -155,15 +155,7 @@ class LocalChunkStore:
 
     async def times_set_aside(self) -> int:
         """See `ChunkStore.times_set_aside`."""
-
-        def look() -> int:
-            with store_errors("look at", self._base / _SET_ASIDE):
-                try:
-                    return (self._base / _SET_ASIDE).stat().st_size
-                except FileNotFoundError:
-                    return 0
-
-        return await in_io_thread(look)
+        return await in_io_thread(self.count_set_aside)
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `ChunkStore.disk_order`: by inode, as PBS; those that cannot be looked at last."""
@@ -371,6 +363,14 @@ class LocalChunkStore:
             with suppress(OSError):
                 self.note_set_aside()
             return os.path.basename(bad)  # noqa: PTH119
+
+    def count_set_aside(self) -> int:
+        """See `ChunkStore.times_set_aside`."""
+        with store_errors("look at", self._base / _SET_ASIDE):
+            try:
+                return (self._base / _SET_ASIDE).stat().st_size
+            except FileNotFoundError:
+                return 0
 
     def note_set_aside(self) -> None:
         """Let `times_set_aside` grow.

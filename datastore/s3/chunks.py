@@ -88,6 +88,7 @@ class S3ChunkStore:
         self.client: Final = client
         self.keys: Final = keys
         self.base: Final = base
+        self.owner: Final = owner
         self.in_use: Final = in_use
         self.files: Final = CacheFiles(base, owner)
         self.locks: Final = ChunkLocks(base, owner)
@@ -365,9 +366,10 @@ class S3ChunkStore:
             if not await self.client.copy(self.keys.chunk(digest), bad):
                 await self.forget(digest)
                 return None
-            await self.client.delete(self.keys.chunk(digest))
+            # The claim goes before the object: an object without a marker, which a kill would leave, is harmless.
             await in_io_thread(self.files.set_aside, digest, number)
             self.cache.forget(digest)
+            await self.client.delete(self.keys.chunk(digest))
             # Once more, for a backup that looked in between and found the chunk in its place.
             with suppress(OSError):
                 await in_io_thread(self._local.note_set_aside)
@@ -434,6 +436,10 @@ class S3ChunkStore:
     async def times_set_aside(self) -> int:
         """See `ChunkStore.times_set_aside`."""
         return await self._local.times_set_aside()
+
+    def count_set_aside(self) -> int:
+        """As `times_set_aside`, in a worker thread."""
+        return self._local.count_set_aside()
 
     async def settle_unknown(self) -> None:
         """Look for chunks that were stored while an old delete might still hit them, and store lost ones again (R31).

@@ -1,14 +1,15 @@
 """The second half of garbage collection in a bucket: unused objects go, then unused files of the cache.
 
 The bucket is listed while indexes are still being read; nothing is looked at before that has ended. Each object's file
-in the cache tells its age. Objects go in batches of 1000 whose chunk locks are held until the answer is there; their
-files go after that (R39). What phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
+in the cache tells its age. Objects go in batches of 1000 whose chunk locks are held until the answer is there. What
+phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
 """
 
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -23,8 +24,8 @@ from datastore.errors import StoreError
 from datastore.files import store_errors, unlink_existing
 from datastore.gc_status import GcStatus, read_status
 from datastore.interface import SweepGuard
-from datastore.s3.cache_files import list_folder
-from datastore.s3.errors import S3BackendError, S3Error
+from datastore.s3.cache_files import list_folder, make_empty
+from datastore.s3.errors import S3BackendError, S3Error, S3UnknownOutcomeError
 from datastore.s3.keys import ChunkKey
 from datastore.s3.xml import MAX_DELETE_KEYS, Listed
 
@@ -102,6 +103,7 @@ class BucketSweep:
         self._min_atime, self._oldest, self._guard = min_atime, oldest_writer, guard
         self._status, self._progress = status, progress
         self._dry_run, self._allow_empty = dry_run, allow_empty
+        self._set_aside = 0  # chunks set aside before the bucket was listed
         self._youngest = 0.0  # LastModified from which on an object stays
         self._queue: list[_Object] = []  # doomed ones that wait for their batch
         self._queued_at = 0.0
@@ -119,6 +121,7 @@ class BucketSweep:
             StoreError: nothing may be removed, a file can be neither looked at nor removed, or one in use looks old.
             S3Error: the bucket cannot be listed.
         """
+        self._set_aside = await self._store.times_set_aside()
         with self._progress.task("sweep the bucket", None, "objects") as task:
             await self._sweep_bucket(task)
         lost = await self._sweep_cache()
@@ -266,7 +269,7 @@ class BucketSweep:
                             looked.doomed.append(one)
                             continue
                         if fate is _Fate.ADOPT:
-                            self._files.mark(one.key.digest)
+                            self._adopt(one.key.digest)
                     finally:
                         if not looked.doomed or looked.doomed[-1] is not one:
                             self._locks.release(one.key.digest)
@@ -276,9 +279,18 @@ class BucketSweep:
             raise
         return looked
 
+    def _adopt(self, digest: bytes) -> None:
+        """Make a marker of an object that the listing has, under its lock.
+
+        If chunks were set aside since the sweep began, the listing may be older than that; the bucket is asked later.
+        """
+        if self._store.count_set_aside() == self._set_aside:
+            self._files.mark(digest)
+        else:
+            self._files.note_use(digest)
+
     def _fate(self, one: _Object) -> _Fate:
-        digest, number = one.key.digest, one.key.bad
-        path = self._files.path(digest) if number is None else self._files.bad(digest, number)
+        path = self._file(one)
         try:
             found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - hot path, no Path objects
         except FileNotFoundError:
@@ -331,29 +343,43 @@ class BucketSweep:
                 await self._delete(batch)
 
     async def _delete(self, batch: list[_Object]) -> None:
-        """Delete the objects, then their files; what fails stays (R39). The locks are given back in any case."""
+        """Delete the objects; the locks are given back in any case.
+
+        Their files, which claim that the objects are there, go first: killed in between, we leave objects without a
+        marker, which is harmless. What the endpoint refuses to delete gets its marker again, of the old age (R39).
+        What may be deleted later gets none, so that a backup stores it again (R31).
+        """
         try:
+            ages = await in_io_thread(self._remove_files, batch)
+            for one in batch:
+                if not one.bad:
+                    self._store.cache.forget(one.key.digest)
             try:
                 failures = await self._client.delete_many([one.listed.key for one in batch])
             except S3BackendError:
+                await in_io_thread(self._restore_files, batch, ages)
                 raise
-            except S3Error as error:
-                # The link has told the list of unknown deletes of them, if they may still happen (R31).
-                self._failures.append(f"{len(batch)} objects were not deleted: {error.why}")
+            except S3UnknownOutcomeError as error:
+                # The link has told the list of unknown deletes of them.
+                self._failures.append(f"{len(batch)} objects were perhaps not deleted: {error.why}")
                 self._keep(batch)
                 return
-            failed = {failure.key: failure for failure in failures}
+            except S3Error as error:
+                self._failures.append(f"{len(batch)} objects were not deleted: {error.why}")
+                await in_io_thread(self._restore_files, batch, ages)
+                self._keep(batch)
+                return
+            failed = {failure.key for failure in failures}
             for failure in failures[:3]:
                 self._failures.append(f"{failure.key} was not deleted: {failure.code} {failure.message}".rstrip())
             if len(failures) > 3:
                 self._failures.append(f"{len(failures) - 3} more objects were not deleted")
-            self._keep([one for one in batch if one.listed.key in failed])
-            gone = [one for one in batch if one.listed.key not in failed]
-            await in_io_thread(self._remove_files, gone)
-            for one in gone:
-                if not one.bad:
-                    self._store.cache.forget(one.key.digest)
-                self._count(one, _Fate.REMOVE, self._status)
+            refused = [one for one in batch if one.listed.key in failed]
+            await in_io_thread(self._restore_files, refused, ages)
+            self._keep(refused)
+            for one in batch:
+                if one.listed.key not in failed:
+                    self._count(one, _Fate.REMOVE, self._status)
         finally:
             self._release(batch)
 
@@ -362,13 +388,28 @@ class BucketSweep:
             self._kept.add(one.key.digest)
             self._count(one, _Fate.PENDING, self._status)
 
-    def _remove_files(self, objects: Sequence[_Object]) -> None:
+    def _file(self, one: _Object) -> str:
+        digest, number = one.key.digest, one.key.bad
+        return self._files.path(digest) if number is None else self._files.bad(digest, number)
+
+    def _remove_files(self, objects: Sequence[_Object]) -> dict[str, tuple[float, float]]:
+        """Remove the files; returns access and modification times by key."""
+        ages: dict[str, tuple[float, float]] = {}
         for one in objects:
-            if one.key.bad is None:
-                self._files.remove(one.key.digest)
-            else:
-                with store_errors("remove chunk", one.listed.key):
-                    unlink_existing(self._files.bad(one.key.digest, one.key.bad))
+            path = self._file(one)
+            with store_errors("remove chunk", path), suppress(FileNotFoundError):
+                found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - as above
+                unlink_existing(path)
+                ages[one.listed.key] = (found.st_atime, found.st_mtime)
+        return ages
+
+    def _restore_files(self, objects: Sequence[_Object], ages: Mapping[str, tuple[float, float]]) -> None:
+        """Make markers of the files that were removed."""
+        for one in objects:
+            if one.listed.key in ages:
+                with store_errors("mark chunk", self._file(one)):
+                    make_empty(self._file(one), self._store.owner)
+                    os.utime(self._file(one), ages[one.listed.key])
 
     async def _look_again(self) -> None:
         """Look once more at what somebody held: a chunk whose corrupt copy was in a batch, or one being stored."""
@@ -402,7 +443,7 @@ class BucketSweep:
             orphans.sort()
             lost = [digest for digest in orphans if digest not in self._adopted]
             if not self._dry_run:
-                # A listing may be older than an upload of another host.
+                # A listing may be older than an upload of another host, or than a verification that set chunks aside.
                 there = await self._store.adopt(lost)
                 lost = [digest for digest, found in zip(lost, there, strict=True) if not found]
             await in_io_thread(self._remove_marks, orphans)
