@@ -1,11 +1,11 @@
 """The datastore: its bytes (blobs, chunks, indexes, manifests) and its rules (names, locks, order of writes).
 
-docs/formats.md describes the bytes. A local folder is the only backend so far.
+docs/formats.md describes the bytes. They lie in a local folder, or in a bucket with a cache in front (`s3/`).
 
     store.py, creation.py, tree.py `Datastore`: create, open, remove; its folders; what is in it
     session.py, reader.py          one snapshot being written; one being read
-    interface.py                   `ChunkStore`, `MetaStore`: what a backend is
-    local_chunks.py, local_meta.py the local folder's
+    interface.py                   `ChunkStore`, `MetaStore`, `Backend`: what a backend is
+    local_backend.py, local_chunks.py, local_meta.py   the local folder's
     names.py                       `Namespace`, `Group`, `Snapshot`, archive names, each checked
     codec.py, sha256.py            `ChunkCodec`: plain bytes to blobs and back; digests of many chunks at once
     blob.py                        the container of a chunk or small file

@@ -10,5 +10,14 @@
     keys.py                        object keys of a datastore, and back
     counters.py, errors.py         what it cost; what can go wrong
 
+    opening.py                     `S3Settings`, `open_store`: a datastore in a bucket
+    lifecycle.py                   `create_store`, `destroy_store`
+    chunks.py, meta.py             `S3ChunkStore`, `S3MetaStore`: see `datastore.interface`
+    cache.py, cache_files.py       which chunks are kept here; what their files say about objects
+    sweep.py                       garbage collection: what is unused goes
+    refresh.py, reconcile.py       metadata fetched anew; what is here compared with what is in the bucket
+    chunk_locks.py, state.py, in_use.py   who may do what: chunks, the folder, the whole store
+    unknown.py, pending.py         deletes that may still happen, and those that must be done later
+
 The rules (R2, R14, ...) that comments name are those of docs/s3-rules.md, which this package follows.
 """

@@ -20,7 +20,7 @@ from datastore.errors import ChunkNotFoundError, LockedError, StoreError
 from datastore.files import Owner, SyncLevel
 from datastore.interface import ChunkStore, PutResult
 from datastore.local_chunks import LocalChunkStore
-from tests.support.s3_stores import s3_store
+from tests.support.s3_stores import s3_place, s3_store
 
 CODEC = ChunkCodec()
 DATA = b"fleece" * 2000
@@ -34,11 +34,10 @@ SECRET = ChunkCodec(CryptKey.from_raw(bytes(range(32))), CryptMode.ENCRYPT)
 only_local = pytest.mark.parametrize("store", ["local"], indirect=True)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", pytest.param("rgw", marks=pytest.mark.rgw)])
 async def store(request: pytest.FixtureRequest, store_folder: Path) -> AsyncIterator[ChunkStore]:
-    if request.param == "s3":
-        emulator = request.getfixturevalue("s3_emulator")
-        async with s3_store(store_folder, emulator.endpoint()) as opened:
+    if request.param != "local":
+        async with s3_store(store_folder, *s3_place(request)) as opened:
             yield opened.chunks
         return
     local = LocalChunkStore(store_folder, Owner.of(store_folder), SyncLevel.FILESYSTEM)

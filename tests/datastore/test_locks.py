@@ -15,6 +15,7 @@ from datastore.errors import LockedError, StoreError
 from datastore.files import Owner
 from datastore.locks import LOCK_FOLDER, ChunkLocks, HeldLock, LockRoot, ProcessLocker, StoreLocks, escape, lock_file
 from datastore.names import ROOT, Group, Namespace, Snapshot
+from datastore.s3.chunk_locks import hold
 
 SNAPSHOT = Snapshot.parse("vm/100/2022-05-02T08:11:33Z")
 
@@ -314,3 +315,30 @@ async def test_a_file_system_without_such_locks_is_named(base: Path, monkeypatch
     with pytest.raises(StoreError, match="has no open-file-description locks"):
         async with ProcessLocker(base, Owner.of(base)).writer(wait_s=0):
             pass
+
+
+async def test_tasks_and_threads_share_the_locks_of_chunks(base: Path) -> None:
+    locks, other = ChunkLocks(base, Owner.of(base)), ChunkLocks(base, Owner.of(base))
+    digest = bytes(32)
+    assert locks.try_acquire(digest)
+    assert not locks.try_acquire(digest)
+    assert not other.try_acquire(digest)  # as another process would
+    with pytest.raises(LockedError, match=digest.hex()):
+        async with hold(locks, digest, wait_s=0.01):
+            pass
+    async with trio.open_nursery() as nursery:
+        entered = trio.Event()
+
+        async def waits() -> None:
+            async with hold(other, digest):
+                entered.set()
+
+        nursery.start_soon(waits)
+        await trio.sleep(0.02)
+        assert not entered.is_set()
+        locks.release(digest)
+        await entered.wait()
+    with locks.hold(digest, wait_s=0), other.hold(b"\xff" * 32, wait_s=0):
+        pass
+    locks.close()
+    other.close()

@@ -1,4 +1,4 @@
-"""The suite of the repository interface: runs over every implementation (today the local datastore)."""
+"""The suite of the repository interface: runs over a local datastore and one in a bucket."""
 
 import hashlib
 import os
@@ -16,7 +16,8 @@ from datastore.manifest import Manifest, ManifestFile
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, Mark
 from repository.interface import Repository
-from repository.local import open_local
+from repository.local import LocalRepository, open_local
+from tests.support.s3_stores import s3_place, s3_store
 from tests.support.snapshots import CHUNK, CODEC, put_all, put_file, put_image, read_image, write_snapshot
 
 GROUP = Group.parse("vm/100")
@@ -24,8 +25,12 @@ IMAGE = os.urandom(3 * CHUNK + 100)
 FILES = {"disk.img.fidx": IMAGE, "vm.conf.blob": b"name: test\n"}
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", "s3", pytest.param("rgw", marks=pytest.mark.rgw)])
 async def repo(request: pytest.FixtureRequest, store_folder: Path) -> AsyncIterator[Repository]:
+    if request.param != "local":
+        async with s3_store(store_folder, *s3_place(request)) as store:
+            yield LocalRepository(store, "test")
+        return
     local = await open_local(store_folder, name="test")
     yield local
     local.close()

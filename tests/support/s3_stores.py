@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from datastore.files import Owner
 from datastore.s3.counters import Counters
 from datastore.s3.endpoint import Endpoint
@@ -16,6 +18,14 @@ from tests.support.s3_service import BUCKET
 #: Attempts as always, but without the waits that a real endpoint needs.
 IMPATIENT = RetryPolicy(base_s=0.01, cap_s=0.02)
 NAME = "s3store"
+
+
+def s3_place(request: pytest.FixtureRequest) -> tuple[Endpoint, str]:
+    """An endpoint and an empty bucket for a fixture with the parameters `s3` (the emulator) and `rgw`."""
+    if request.param == "rgw":
+        gateway = request.getfixturevalue("rgw")
+        return gateway.endpoint(), gateway.make_bucket()
+    return request.getfixturevalue("s3_emulator").endpoint(), BUCKET
 
 
 def settings(base: Path, endpoint: Endpoint, bucket: str = BUCKET, **changes: Any) -> S3Settings:
