@@ -27,9 +27,7 @@ __all__ = ["Datastore", "FileEntry", "SnapshotEntry"]
 class Datastore(StoreTree):
     """One datastore, open. Made by `create` and `open`; `close` gives its descriptors back."""
 
-    def __init__(
-        self, base: Path, sync_level: SyncLevel, pbs: PbsStore | None, backend: Backend | None = None
-    ) -> None:
+    def __init__(self, base: Path, sync_level: SyncLevel, pbs: PbsStore | None, backend: Backend | None = None) -> None:
         """`backend` None: chunks lie in `base`, too. Otherwise `datastore.s3` has made it."""
         super().__init__(base)
         self.sync_level: Final = sync_level

@@ -367,6 +367,7 @@ class NoUpkeep:
         cutoff_s: int = DEFAULT_CUTOFF_S,
         lock_wait_s: float = LOCK_WAIT_S,
         dry_run: bool = False,
+        allow_empty: bool = False,
         progress: Progress | None = None,
     ) -> GcReport:
         raise _not_here()
