@@ -6,7 +6,6 @@ phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
 """
 
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,9 +23,10 @@ from datastore.errors import StoreError
 from datastore.files import store_errors, unlink_existing
 from datastore.gc_status import GcStatus, read_status
 from datastore.interface import SweepGuard
-from datastore.s3.cache_files import list_folder, make_empty
+from datastore.s3.cache_files import make_empty
 from datastore.s3.errors import S3BackendError, S3Error, S3UnknownOutcomeError
 from datastore.s3.keys import ChunkKey
+from datastore.s3.sweep_cache import CacheSweep, looks_old
 from datastore.s3.xml import MAX_DELETE_KEYS, Listed
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ _LOOKERS: Final = 2
 _DELETERS: Final = 4
 #: Seconds that the first key of a batch waits for company; who wants to store that chunk waits as long.
 _BATCH_AGE_S: Final = 30.0
-_FOLDERS: Final = 1 << 16
-_FOLDERS_AT_ONCE: Final = 512
-_FILE_NAME: Final = re.compile(r"([0-9a-f]{64})(?:\.(using|[0-9]\.bad))?")
 _ARCHIVE_TIERS: Final = frozenset({"GLACIER", "DEEP_ARCHIVE", "ARCHIVE"})
 
 
@@ -124,7 +121,10 @@ class BucketSweep:
         self._set_aside = await self._store.times_set_aside()
         with self._progress.task("sweep the bucket", None, "objects") as task:
             await self._sweep_bucket(task)
-        lost = await self._sweep_cache()
+        cache = CacheSweep(
+            self._store, self._min_atime, self._guard, kept=self._kept, adopted=self._adopted, dry_run=self._dry_run
+        )
+        lost = await cache.run(self._progress)
         self._report()
         return lost
 
@@ -317,7 +317,7 @@ class BucketSweep:
 
     def _check_unused(self, one: _Object) -> None:
         if not one.bad and self._guard.uses(one.key.digest):
-            raise _looks_old(self._files.base, one.key.digest)
+            raise looks_old(self._files.base, one.key.digest)
 
     def _count(self, one: _Object, fate: _Fate, status: GcStatus) -> None:
         size = one.listed.size
@@ -425,81 +425,6 @@ class BucketSweep:
         for one in objects:
             self._locks.release(one.key.digest)
 
-    # The cache.
-
-    async def _sweep_cache(self) -> list[bytes]:
-        """Remove old files without an object, and all `.using`; returns the chunks that these stood for."""
-        jobs = iter(range(0, _FOLDERS, _FOLDERS_AT_ONCE))
-        orphans: list[bytes] = []
-
-        async def work() -> None:
-            for start in jobs:
-                orphans.extend(await in_io_thread(self._sweep_folders, start))
-
-        with self._progress.task("sweep the cache", None, "folders"):
-            async with open_nursery() as nursery:
-                for _ in range(_LOOKERS):
-                    nursery.start_soon(work)
-            orphans.sort()
-            lost = [digest for digest in orphans if digest not in self._adopted]
-            if not self._dry_run:
-                # A listing may be older than an upload of another host, or than a verification that set chunks aside.
-                there = await self._store.adopt(lost)
-                lost = [digest for digest, found in zip(lost, there, strict=True) if not found]
-            await in_io_thread(self._remove_marks, orphans)
-        if not self._dry_run:
-            await in_io_thread(self._files.remove_temporary_files, self._min_atime)
-        return lost
-
-    def _sweep_folders(self, start: int) -> list[bytes]:
-        orphans = []
-        for number in range(start, start + _FOLDERS_AT_ONCE):
-            for entry in list_folder(f"{self._files.folder}/{number:04x}"):
-                match = _FILE_NAME.fullmatch(entry.name)
-                if match is None:
-                    continue
-                digest = bytes.fromhex(match[1])
-                if match[2] == "using":
-                    if digest not in self._kept and self._files.size(digest) is None:
-                        orphans.append(digest)
-                    elif digest not in self._kept and not self._dry_run:
-                        with store_errors("remove", entry.path):
-                            unlink_existing(entry.path)
-                elif not self._dry_run:
-                    self._sweep_file(entry.path, digest, bad=match[2] is not None)
-        return orphans
-
-    def _sweep_file(self, path: str, digest: bytes, *, bad: bool) -> None:
-        if digest in self._kept or not self._is_old(path):
-            return
-        with store_errors("lock chunk", path):
-            if not self._locks.try_acquire(digest):
-                return
-        try:
-            if not self._is_old(path):
-                return
-            if not bad and self._guard.uses(digest):
-                raise _looks_old(self._files.base, digest)
-            with store_errors("remove chunk", path):
-                unlink_existing(path)
-        finally:
-            self._locks.release(digest)
-        if not bad:
-            trio.from_thread.run_sync(self._store.cache.forget, digest)
-
-    def _is_old(self, path: str) -> bool:
-        with store_errors("look at chunk", path):
-            try:
-                found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - as above
-            except FileNotFoundError:
-                return False
-        return stat.S_ISREG(found.st_mode) and found[stat.ST_ATIME] < self._min_atime
-
-    def _remove_marks(self, digests: Sequence[bytes]) -> None:
-        for digest in digests:
-            with store_errors("remove", self._files.using(digest)):
-                unlink_existing(self._files.using(digest))
-
     def _report(self) -> None:
         for text in self._failures:
             self._progress.warn(text)
@@ -508,12 +433,3 @@ class BucketSweep:
         if self._archived:
             tiers = ", ".join(sorted(self._archived))
             self._progress.warn(f"chunks lie in the archive tier {tiers}: they cannot be read, and so not be restored")
-
-
-def _looks_old(base: object, digest: bytes) -> StoreError:
-    return StoreError(
-        "collect garbage in",
-        str(base),
-        f"chunk {digest.hex()} was touched, but its access time stays old; did a clock jump?",
-        "nothing that is in use was removed; see to the clocks and start again",
-    )
