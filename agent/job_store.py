@@ -35,7 +35,7 @@ _FILE_MODE: Final = 0o640
 #: How often, and with which pause in seconds, a lock is tried that somebody may only be looking at.
 _TRIES: Final = 20
 _TRY_S: Final = 0.01
-_RUN: Final = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._\-]*):([0-9]{8}T[0-9]{6}Z-[0-9a-f]{4})")
+_RUN: Final = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._\-]*):([0-9]{8}T[0-9]{6}Z-(?:[0-9a-f]{4}){1,2})")
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ class JobStore:
                 raise BusyError("run the job", self.name, f"it is running already{self._since()}")
             now = time.time()
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-            run = Run(f"{self.name}:{stamp}-{secrets.token_hex(2)}", self.name, kind, now, os.getpid())
+            run = Run(f"{self.name}:{stamp}-{secrets.token_hex(4)}", self.name, kind, now, os.getpid())
             start = {"run": run.id, "event": "start", "type": kind, "start": now, "pid": run.pid}
             problems: list[str] = []
             for step in (self._rotate, lambda: self.append(start)):
