@@ -194,6 +194,9 @@ async def move_namespace(store: Datastore, source: Namespace, target: Namespace)
     """
     _refuse_root(source, "move")
     _refuse_root(target, "move")
+    inside = (source.components[: len(target.components)], target.components[: len(source.components)])
+    if inside[0] == target.components or inside[1] == source.components:
+        raise UsageError("move the namespace", str(source), f"one of it and {target} lies inside the other")
     store.check_writable()
     if not await in_io_thread(store.namespace_exists, source):
         raise SnapshotNotFoundError("move the namespace", repr(str(source)), "it does not exist")
@@ -203,9 +206,6 @@ async def move_namespace(store: Datastore, source: Namespace, target: Namespace)
         raise UsageError(
             "move the namespace", str(source), why, "sync it to the new namespace, then delete the old one"
         )
-    inside = (source.components[: len(target.components)], target.components[: len(source.components)])
-    if inside[0] == target.components or inside[1] == source.components:
-        raise UsageError("move the namespace", str(source), f"one of it and {target} lies inside the other")
     result = NamespaceMove()
     async with store.chunks.exclusive(wait_s=0):
         below = await in_io_thread(lambda: list(store.namespaces(source)))
