@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.pxar.backups import ext4
-from tests.pxar.test_extract import AS_ROOT, described, names_below
+from tests.pxar.restored import AS_ROOT, described, names_below
 
 from .conftest import Fleece
 

@@ -27,7 +27,7 @@ from pxar.tar_stream import write_tar
 from pxar.zip_stream import write_zip
 from tests.pxar.archives import Item, MemoryBytes, archived, item
 from tests.pxar.backups import back_up, ext4
-from tests.pxar.test_extract import (
+from tests.pxar.restored import (
     AS_ROOT,
     FOLDER,
     Damaged,
@@ -41,7 +41,7 @@ from tests.pxar.test_extract import (
     patterns,
     sample,
 )
-from tests.pxar.test_extract import varied_tree as make_varied_tree
+from tests.pxar.restored import varied_tree as make_varied_tree
 
 MIB = 1 << 20
 BOTH = pytest.mark.parametrize("write", [write_tar, write_zip], ids=["tar", "zip"])
