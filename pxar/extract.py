@@ -157,6 +157,7 @@ class _Run:
         self._flags = int(options.features & _FLAGS)  # operations on enums are slow
         self._whole: object = None  #: what the last piece was a part of
         self._prefix = b""  #: path of the folder that is restored
+        self._copied: set[int] = set()  #: where the files are that were restored as one of their further names
 
     def folder(self, path: str, start: Directory, prefix: bytes) -> ExtractReport:
         with Target(path, self._options, self._report, prefix=prefix) as target, Behind(self._beside) as behind:
@@ -244,16 +245,17 @@ class _Run:
 
     def _copy_unlinked(self) -> None:
         """Hard links whose file is not there become files, the first name of each, and further names of these."""
-        put, target = self._behind.put, self._target
+        put, target, copied = self._behind.put, self._target, self._copied
         self._behind.drain()  # only the target knows which files are there
-        copied = set()
+        again = False
         for name, node in target.take_unlinked():
             if node.filename_position in copied:
                 put(0, target.hardlink, name, b"", node)
+                again = True
             else:
                 copied.add(node.filename_position)
                 self._copy(node, name)
-        if copied:
+        if again:
             self._behind.drain()
             for name, node in target.take_unlinked():
                 self._copy(node, name)

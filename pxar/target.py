@@ -44,10 +44,11 @@ _LOST_AND_FOUND: Final = b"lost+found"
 class _Folder:
     """A folder on the way to the current one."""
 
-    __slots__ = ("dev", "fd", "ino", "metadata", "name")
+    __slots__ = ("dev", "fd", "ino", "metadata", "name", "unlinked")
 
     def __init__(self, name: bytes, fd: int, metadata: Metadata | None) -> None:
         found = os.fstat(fd)
+        self.unlinked: list[tuple[bytes, FileNode]] = []  # hard links in it for which no file was found
         self.name, self.fd, self.metadata = name, fd, metadata  # fd -1: closed for now; metadata None: left as they are
         self.dev, self.ino = found.st_dev, found.st_ino
 
@@ -96,7 +97,6 @@ class Target:
         #: Of every file that was made, in order: where its FILENAME is in the archive, and its inode.
         self._positions, self._inos = array("Q"), array("Q")
         self._copies: dict[int, tuple[int, bytes]] = {}  # of hard links whose file is not there: inode, path
-        self._unlinked: list[tuple[bytes, FileNode]] = []
         self._serial = 0
         self._how = SET_OWNER * bool(options.features & Features.OWNER)
         self._how |= SET_MODE * bool(options.features & Features.PERMISSIONS)
@@ -302,14 +302,15 @@ class Target:
             return
         found = self._find(target, node)
         if found < 0:
-            self._unlinked.append((name, node))
+            self._folders[-1].unlinked.append((name, node))
             return
         try:
             self._link(found, name, node)
             self._report.hardlinks += 1
         except OSError as error:
             if error.errno in (errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM):
-                self._unlinked.append((name, node))  # not every file system has hard links, or enough of them
+                # Not every file system has hard links, or enough of them.
+                self._folders[-1].unlinked.append((name, node))
             else:
                 self._failed(name, error)
         finally:
@@ -317,7 +318,10 @@ class Target:
 
     def take_unlinked(self) -> list[tuple[bytes, FileNode]]:
         """The hard links of the current folder for which no file was found; they are forgotten."""
-        unlinked, self._unlinked = self._unlinked, []
+        if self._lost:
+            return []
+        folder = self._folders[-1]
+        unlinked, folder.unlinked = folder.unlinked, []
         return unlinked
 
     def complain(self, path: bytes, what: str, why: str, alike: str | None = None) -> None:

@@ -95,6 +95,30 @@ def test_several_names_of_a_file_that_is_not_chosen_become_one_file(tmp_path: Pa
     assert report.warnings == []
 
 
+def test_names_of_a_file_that_is_not_chosen_stay_in_their_folders(tmp_path: Path) -> None:
+    """A folder with such names holds further folders with them, between its own names."""
+    inner = folder({b"z": hardlink(b"a/f")})
+    root = folder({b"a": folder({b"f": file(b"content")}), b"b": folder({b"x": hardlink(b"a/f"), b"y": inner})})
+    root.children[b"b"].children[b"zz"] = hardlink(b"a/f")
+    target = tmp_path / "target"
+    report = extract_folder(opened(root), str(target), ExtractOptions(patterns(b"/b")))
+    assert report.warnings == []
+    assert names_below(target) == {"b", "b/x", "b/y", "b/y/z", "b/zz"}
+    assert len({(target / name).stat().st_ino for name in ("b/x", "b/y/z", "b/zz")}) == 1
+    assert (target / "b/x").read_bytes() == b"content"
+
+
+def test_names_of_a_file_that_is_not_chosen_survive_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    names = {b"x": hardlink(b"a/f"), b"y": folder({b"z": hardlink(b"a/f")})}
+    root = folder({b"a": folder({b"f": file(b"content")}), b"b": folder(names)})
+    target = tmp_path / "target"
+    (target / "b").mkdir(parents=True)
+    (target / "b/y").write_bytes(b"in the way")
+    report = extract_folder(opened(root), str(target), ExtractOptions(patterns(b"/b"), allow_existing=True))
+    assert (len(report.warnings), report.failed) == (1, 1)
+    assert (target / "b/x").read_bytes() == b"content"
+
+
 def test_one_entry_is_restored_under_a_new_name(tmp_path: Path) -> None:
     accessor = opened(sample())
     for number, path in enumerate((b"etc/passwd", b"home/me/same")):
