@@ -51,8 +51,8 @@ LOCK_WAIT_S: Final = 3600.0
 _WRITER_MARGIN_S: Final = 300
 #: Looks at the whole store before it counts as too busy; each looks at what the ones before have not read.
 _MAX_LOOKS: Final = 10
-#: Digests gathered before they are sorted and marked (8 MB), and marked by one call in a worker thread.
-_MARK_AT_ONCE: Final = 1 << 18
+#: Digests gathered before they are sorted and marked (4 MB), and marked by one call in a worker thread.
+_MARK_AT_ONCE: Final = 1 << 17
 _MARK_IN_A_CALL: Final = 1 << 13
 #: Threads that mark; more than one helps where the disk has to seek for names.
 _MARKERS: Final = 4

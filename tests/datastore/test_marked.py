@@ -58,7 +58,7 @@ def test_memory_is_32_bytes_a_digest() -> None:
     marked = MarkedDigests()
     marked.add(np.random.default_rng(1).integers(0, 1 << 63, (100_000, 4), dtype=np.uint64))
     marked.take()
-    assert marked._keys.nbytes + marked._rests.nbytes == 32 * 100_000
+    assert sum(part.keys.nbytes + part.rests.nbytes for part in marked._parts) == 32 * 100_000
 
 
 @pytest.mark.parametrize(
