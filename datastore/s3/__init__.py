@@ -3,6 +3,7 @@
     endpoint.py                    `Endpoint`: where a provider is and how it wants to be talked to
     signer.py, xml.py              the signature of a request; the XML of answers
     wire.py, http.py               an HTTP/1.1 connection with pinned certificates; a pool of them, over httpx
+    bodies.py                      memory of answers, used again
     pacing.py                      token buckets and the gate that adapts to throttling
     calls.py                       one request, and what its answer means
     link.py                        `EndpointLink`: attempts, waits, time-outs, clocks, counted requests

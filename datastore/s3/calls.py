@@ -66,7 +66,7 @@ class Reply:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes | bytearray
+    body: Buffer
     error: ErrorBody | None = None  #: of a refusal with a readable body
     md5: str = ""  #: content-md5 that was sent
 

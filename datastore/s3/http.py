@@ -12,6 +12,7 @@ import httpcore
 import httpx
 import trio
 
+from datastore.s3.bodies import BodyMemory
 from datastore.s3.pacing import TokenBucket
 from datastore.s3.wire import HttpAnswer, HttpRequest, TlsPin, Wire, WireSettings
 
@@ -34,7 +35,7 @@ class HttpPool:
         received: TokenBucket | None = None,
         sent: TokenBucket | None = None,
     ) -> None:
-        settings = WireSettings(pin or TlsPin(), received, sent)
+        settings = WireSettings(pin or TlsPin(), BodyMemory(max_connections), received, sent)
         self._kept = _Transport(settings, max_connections, keep=True)
         self._fresh = _Transport(settings, max_connections, keep=False)
 

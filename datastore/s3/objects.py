@@ -42,7 +42,7 @@ class ObjectInfo:
 class Fetched:
     """An object that was read."""
 
-    data: bytes | bytearray
+    data: Buffer  #: drop it soon: the memory is used again
     info: ObjectInfo
 
 

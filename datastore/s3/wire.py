@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection over trio: TLS with pinned certificates, bodies without copies, time-outs for inactivity.
 
 h11 writes and reads heads, and bodies of unknown length. Bodies of known length pass it by: what is sent are views of
-the caller's buffers, what comes goes straight into the answer's buffer. Through h11 they are copied four times, which
-took half of the CPU time of a download.
+the caller's buffers, what comes goes straight into the answer's buffer (`bodies.py`). Through h11 they are copied four
+times, which took half of the CPU time of a download.
 
 Certificates (R4): the handshake is made with the system's authorities first. If that fails and a fingerprint is
 configured, a second connection is made without verification, and its leaf certificate is compared before the first
@@ -22,6 +22,7 @@ import h11
 import trio
 
 from core.buffers import Buffer
+from datastore.s3.bodies import BodyMemory
 from datastore.s3.pacing import TokenBucket
 
 #: Seconds to a finished handshake.
@@ -91,15 +92,18 @@ class HttpAnswer:
 
     status: int
     headers: Mapping[str, str]  #: names in lower case
-    body: bytes | bytearray
+    body: Buffer  #: a large one lies in memory that is used again when no view of it is left
     reusable: bool = True  #: the connection takes another request
 
 
 class WireSettings:
     """What all connections of one pool have in common."""
 
-    def __init__(self, pin: TlsPin, received: TokenBucket | None = None, sent: TokenBucket | None = None) -> None:
+    def __init__(
+        self, pin: TlsPin, bodies: BodyMemory, received: TokenBucket | None = None, sent: TokenBucket | None = None
+    ) -> None:
         self.pin = pin
+        self.bodies = bodies
         self.received = received
         self.sent = sent
         self._verified: ssl.SSLContext | None = None
@@ -219,14 +223,14 @@ class Wire:
         keep = whole and head.http_version == b"1.1" and "close" not in headers.get("connection", "").lower()
         without = method == "HEAD" or head.status_code in _WITHOUT_BODY
         if not without and ("content-length" not in headers or "transfer-encoding" in headers):
-            body = await self._read_unknown_length(engine, highest)
-            return HttpAnswer(head.status_code, headers, body, keep and "transfer-encoding" in headers)
+            pieces = await self._read_unknown_length(engine, highest)
+            return HttpAnswer(head.status_code, headers, pieces, keep and "transfer-encoding" in headers)
         size = 0 if without else int(headers["content-length"])  # h11 has checked that it is a number
         if size > highest:
             raise HttpError(Fault.MALFORMED, f"the answer has {size} bytes, at most {highest} are accepted")
         came, _ = engine.trailing_data
-        body = bytearray(size)
-        body[: len(came)] = came[:size]
+        body = self._settings.bodies.take(size)
+        body[: min(len(came), size)] = came[:size]
         await self._receive_into(memoryview(body)[len(came) :])
         return HttpAnswer(head.status_code, headers, body, keep and len(came) <= size)
 
