@@ -17,18 +17,27 @@ _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Folder:
     """A folder that was entered."""
 
-    __slots__ = ("dev", "features", "ino", "name", "parent", "path")
+    __slots__ = ("dev", "features", "ino", "name", "parent")
 
     def __init__(self, parent: "Folder | None", name: bytes, dev: int, ino: int, features: Features) -> None:
         self.parent, self.name = parent, name
         self.dev, self.ino = dev, ino
         self.features = features  #: what is read of its entries' metadata
-        #: From the root, without slashes at the ends.
-        self.path: bytes = b"%b/%b" % (parent.path, name) if parent is not None and parent.path else name
+
+    @property
+    def path(self) -> bytes:
+        """From the root, without slashes at the ends; put together each time, as deep trees have long paths."""
+        names = []
+        folder = self
+        while folder.parent is not None:
+            names.append(folder.name)
+            folder = folder.parent
+        return b"/".join(reversed(names))
 
     def path_of(self, name: bytes) -> bytes:
         """The path of its entry `name` from the root."""
-        return b"%b/%b" % (self.path, name) if self.path else name
+        path = self.path
+        return b"%b/%b" % (path, name) if path else name
 
 
 class OpenFolders:

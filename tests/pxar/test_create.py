@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,32 @@ def test_a_tree_deeper_than_any_path_and_than_descriptors_and_python_go(tmp_path
 
 
 # --- what is left out ---
+
+
+@pytest.mark.parametrize("detecting", [False, True])
+def test_memory_does_not_grow_with_the_lengths_of_paths(tmp_path: Path, detecting: bool) -> None:
+    depth, name = 500, b"n" * 250
+    root = tmp_path / "tree"
+    root.mkdir()
+    fd = os.open(root, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open(b"bottom", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+    os.close(fd)
+    base = back_up(root) if detecting else None
+    tracemalloc.start()
+    try:
+        report = back_up(root, base).report
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        subprocess.run(["rm", "-rf", root], check=True)
+    assert (report.folders, report.warnings) == (depth + 1, [])
+    # All paths together have 31 MB.
+    assert peak < 12 << 20
 
 
 def test_patterns_of_the_command_line_are_stored_with_split_archives(root: Path) -> None:
