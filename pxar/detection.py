@@ -119,21 +119,21 @@ class Lookahead:
     def start_folder(self, folder: Folder, meta: bytes) -> None:
         """`folder`, not the root, is entered."""
         if self._cache:
-            self._cache.append(_Start(folder, meta))
+            self._put_off(_Start(folder, meta))
         else:
             self._writer.start_folder(folder.name, meta)
 
     def end_folder(self, parent: Folder) -> None:
         """A folder in `parent` is left."""
         if self._cache:
-            self._cache.append(_End())
+            self._put_off(_End())
         else:
             self._writer.end_folder()
 
     def other(self, folder: Folder, name: bytes, found: Scanned | Opened) -> None:
         """A symlink, device, FIFO or socket."""
         if self._cache:
-            self._cache.append(_Other(name, found))
+            self._put_off(_Other(name, found))
         else:
             self._writer.other(folder, name, found)
 
@@ -248,16 +248,22 @@ class Lookahead:
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 
+    def _put_off(self, entry: _Link | _Other | _Start | _End) -> None:
+        """Put into the cache what has no content, and may come in any number."""
+        self._cache.append(entry)
+        if len(self._cache) >= self._check_at:
+            self._relieve()
+
     def _link(self, folder: Folder, name: bytes, found: Scanned | Opened) -> bool:
         """Take a file as a further name of one that is in the archive or in the cache; False if it is none."""
         key = (found[3], found[4])
         if key in self._waiting:
-            self._cache.append(_Link(name, key))
+            self._put_off(_Link(name, key))
             return True
         if not self._writer.linked(key):
             return False
         if self._cache:
-            self._cache.append(_Link(name, key))
+            self._put_off(_Link(name, key))
         else:
             self._writer.link(name, key)
         return True

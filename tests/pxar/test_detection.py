@@ -143,6 +143,43 @@ def files(root: Path, count: int, size: int, start: int = 0) -> list[Path]:
     return paths
 
 
+def new_symlinks(root: Path, number: int) -> None:
+    (root / f"n{number}").mkdir()
+    for name in "abcdefgh":
+        (root / f"n{number}" / name).symlink_to("x")
+
+
+def new_folders(root: Path, number: int) -> None:
+    (root / f"n{number}").mkdir()
+
+
+def new_names(root: Path, number: int) -> None:
+    (root / f"n{number}").mkdir()
+    for name in "abcdefgh":
+        (root / f"n{number}" / name).hardlink_to(root / "f00000")
+
+
+@pytest.mark.parametrize("make", [new_symlinks, new_folders, new_names])
+def test_what_has_no_content_does_not_wait_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, int], None]
+) -> None:
+    """An unchanged file is in the cache, and nothing behind it settles what becomes of it."""
+    monkeypatch.setattr(pxar.detection, "EARLY", 5)
+    monkeypatch.setattr(pxar.detection, "FULL", 20)
+    root = tmp_path / "tree"
+    (file,) = files(root, 1, 100 * KIB)
+    base = back_up(root, average=AVERAGE)
+    for number in range(30):
+        make(root, number)
+    os.utime(file, ns=(1, 1))
+    written: list[int] = []
+    made = back_up(root, base, average=AVERAGE, progress=lambda report: written.append(report.entries))
+    assert made.report.reused_files == 1
+    # The last call comes before the end settles everything.
+    assert written[-1] > made.report.entries - 20
+    assert_restorable(made, root)
+
+
 def assert_nothing_is_read(root: Path, base: Backup, options: CreateOptions | None = None) -> Backup:
     made = back_up(root, base, options, average=AVERAGE)
     assert made.report.changed_files == made.report.read == 0
