@@ -163,7 +163,7 @@ def passphrase_from_environment(variable: str) -> bytes | None:
     if value is not None:
         return _first_line(value)
     if (text := os.environ.get(f"{variable}_FD")) is not None:
-        return _first_line(_read_descriptor(_descriptor(text, f"{variable}_FD"), f"{variable}_FD"))
+        return _first_line(read_descriptor(_descriptor(text, f"{variable}_FD"), f"{variable}_FD"))
     if (text := os.environ.get(f"{variable}_FILE")) is not None:
         return _first_line(read_small(Path(text), what="read the passphrase from", limit=_MAX_PASSPHRASE))
     if (text := os.environ.get(f"{variable}_CMD")) is not None:
@@ -181,7 +181,7 @@ def _descriptor(text: str, where: str) -> int:
     return int(text)
 
 
-def _read_descriptor(descriptor: int, where: str, limit: int = _MAX_PASSPHRASE) -> bytes:
+def read_descriptor(descriptor: int, where: str, limit: int = _MAX_PASSPHRASE) -> bytes:
     """All that the open `descriptor` gives, which is closed then."""
     try:
         with os.fdopen(descriptor, "rb") as file:
@@ -311,7 +311,7 @@ def _find_key(options: KeyOptions) -> _Found | None:
         return _Found(read_key_file(options.keyfile), str(options.keyfile), False)
     if options.keyfd is not None:
         where = f"file descriptor {options.keyfd}"
-        text = _read_descriptor(options.keyfd, "--keyfd", MAX_KEY_FILE_SIZE)
+        text = read_descriptor(options.keyfd, "--keyfd", MAX_KEY_FILE_SIZE)
         return _Found(KeyFile.parse(text, where=where), where, False)
     path = options.default_keyfile or default_file(KEY_NAME)
     return None if path is None else _Found(read_key_file(path), str(path), True)
@@ -319,7 +319,7 @@ def _find_key(options: KeyOptions) -> _Found | None:
 
 def _find_master(options: KeyOptions) -> MasterPublicKey | None:
     if options.master_pubkey_fd is not None:
-        pem = _read_descriptor(options.master_pubkey_fd, "--master-pubkey-fd", MAX_KEY_FILE_SIZE)
+        pem = read_descriptor(options.master_pubkey_fd, "--master-pubkey-fd", MAX_KEY_FILE_SIZE)
         return MasterPublicKey.parse(pem, where=f"file descriptor {options.master_pubkey_fd}")
     path = options.master_pubkey_file or options.default_master or default_file(MASTER_PUBLIC_NAME)
     if path is None:

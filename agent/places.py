@@ -68,6 +68,16 @@ def datastores_file() -> Path:
     return state_dir() / "datastores.toml"
 
 
+def s3_endpoints_file() -> Path:
+    """The list that `fleece s3 endpoint` writes."""
+    return state_dir() / "s3-endpoints.toml"
+
+
+def secrets_dir() -> Path:
+    """The folder of secrets, a file each, for nobody else to read."""
+    return state_dir() / "secrets"
+
+
 def scratch_dir() -> Path:
     """The folder of fleecing images when the configuration names none."""
     return state_dir() / "tmp"

@@ -1,22 +1,25 @@
 """The datastores of this host that `fleece datastore create` made: a small TOML file that only commands write."""
 
-import fcntl
-import json
-import os
-import tempfile
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from core.errors import FleeceError, os_reason
+from agent.state_files import StateFile
+from core.errors import FleeceError
 from datastore.names import check_store_name
 
 SYNC_LEVELS: Final = ("filesystem", "file", "none")
 
-_HEADER: Final = "# Datastores of this host. Written by 'fleece datastore', not for editing by hand.\n"
+
+@dataclass(frozen=True, slots=True)
+class S3Place:
+    """Where the objects of a datastore lie."""
+
+    endpoint: str  #: id in the list of endpoints
+    bucket: str
+    max_cache_size: int | None = None  #: bytes of cached chunks; None: four fifths of the free space
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +27,9 @@ class Datastore:
     """One registered datastore."""
 
     name: str
-    path: Path
+    path: Path  #: its folder; of one in a bucket the local cache
     sync_level: str | None = None  #: how backups reach the disk; None: the default
-
-
-def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+    s3: S3Place | None = None  #: it lies in a bucket
 
 
 class Registry:
@@ -38,6 +37,13 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = StateFile(
+            path,
+            "datastore",
+            "the list of datastores",
+            "Datastores of this host. Written by 'fleece datastore', not for editing by hand.",
+            "repair or remove the file, then 'fleece datastore create ... --reuse' for each datastore",
+        )
 
     def datastores(self) -> dict[str, Datastore]:
         """All datastores by name; none if the file is not there.
@@ -45,52 +51,49 @@ class Registry:
         Raises:
             FleeceError: the file cannot be read, or somebody else wrote it.
         """
-        try:
-            data = tomllib.loads(self.path.read_text())
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise FleeceError("read the list of datastores", str(self.path), os_reason(error)) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FleeceError(
-                "read the list of datastores", str(self.path), str(error),
-                "repair or remove the file, then 'fleece datastore create PATH --reuse' for each datastore",
-            ) from error  # fmt: skip
-        sections = data.get("datastore", {})
-        found = {}
-        for name, section in sections.items() if isinstance(sections, dict) else ():
-            path = section.get("path") if isinstance(section, dict) else None
-            if not isinstance(path, str) or not path.startswith("/"):
-                raise FleeceError("read the list of datastores", str(self.path), f"datastore.{name} has no path")
-            level = section.get("sync-level")
-            if level not in (None, *SYNC_LEVELS):
-                raise FleeceError(
-                    "read the list of datastores", str(self.path), f"datastore.{name}: sync-level {level!r}"
-                )
-            found[name] = Datastore(name, Path(path), level)
-        return found
+        return {name: self._parse(name, table) for name, table in self._file.read().items()}
 
-    def add(self, name: str, path: Path, sync_level: str | None = None) -> None:
+    def _parse(self, name: str, table: dict[str, Any]) -> Datastore:
+        path = table.get("path")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise self._file.wrong(f"datastore.{name} has no path")
+        level = table.get("sync-level")
+        if level not in (None, *SYNC_LEVELS):
+            raise self._file.wrong(f"datastore.{name}: sync-level {level!r}")
+        if "endpoint" not in table:
+            return Datastore(name, Path(path), level)
+        endpoint, bucket, size = (table.get(key) for key in ("endpoint", "bucket", "max-cache-size"))
+        if not isinstance(endpoint, str) or not isinstance(bucket, str):
+            raise self._file.wrong(f"datastore.{name} has no bucket")
+        if size is not None and (not isinstance(size, int) or size < 0):
+            raise self._file.wrong(f"datastore.{name}: max-cache-size {size!r}")
+        return Datastore(name, Path(path), level, S3Place(endpoint, bucket, size))
+
+    def add(
+        self,
+        name: str,
+        path: Path,
+        sync_level: str | None = None,
+        *,
+        s3: S3Place | None = None,
+    ) -> None:
         """Register the datastore in the folder `path` under `name`; the same pair again is fine.
 
         Raises:
-            FleeceError: the name is taken by another folder, the folder has another name, or the list is unwritable.
+            FleeceError: as `check`, or the list is unwritable.
         """
-        check_store_name(name)
-        path = path.absolute()
+        wanted = Datastore(check_store_name(name), path.absolute(), sync_level, s3)
         with self._changing() as known:
-            if name in known and known[name].path != path:
-                raise FleeceError(
-                    "register the datastore", str(path), f"the name {name!r} belongs to {known[name].path}",
-                    "choose another one with --name",
-                )  # fmt: skip
-            for other in known.values():
-                if other.path == path and other.name != name:
-                    raise FleeceError(
-                        "register the datastore", str(path), f"it is registered as {other.name!r} already",
-                        f"'fleece datastore remove {other.name}' forgets that name",
-                    )  # fmt: skip
-            known[name] = Datastore(name, path, sync_level)
+            _check(wanted, known)
+            known[name] = wanted
+
+    def check(self, name: str, path: Path, *, s3: S3Place | None = None) -> None:
+        """See to it that `add` would take the datastore.
+
+        Raises:
+            FleeceError: the name is taken by another folder or bucket, or the folder has another name.
+        """
+        _check(Datastore(check_store_name(name), path.absolute(), s3=s3), self.datastores())
 
     def remove(self, name: str) -> None:
         """Forget `name`; nothing happens if it is not there.
@@ -104,39 +107,55 @@ class Registry:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Datastore]]:
         """The list, written back atomically at the end of the block; one change at a time."""
-        try:
-            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with (self.path.parent / ".datastores.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                known = self.datastores()
-                yield known
-                self._write(known)
-        except OSError as error:
-            raise FleeceError("write the list of datastores", str(self.path), os_reason(error)) from error
-
-    def _write(self, known: dict[str, Datastore]) -> None:
-        text = _HEADER
-        for name, datastore in sorted(known.items()):
+        with self._file.changing():
+            known = self.datastores()
+            yield known
             try:
-                str(datastore.path).encode()
-            except UnicodeEncodeError:
-                raise FleeceError("register the datastore", repr(datastore.path), "its path is not UTF-8") from None
-            text += f"\n[datastore.{_quoted(name)}]\npath = {_quoted(str(datastore.path))}\n"
-            if datastore.sync_level is not None:
-                text += f"sync-level = {_quoted(datastore.sync_level)}\n"
-        descriptor, temporary = tempfile.mkstemp(prefix=".datastores.", dir=self.path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-                os.fchmod(file.fileno(), 0o644)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+                self._file.write({name: _table(datastore) for name, datastore in known.items()})
+            except UnicodeEncodeError as error:
+                raise FleeceError("register the datastore", repr(error.object), "its path is not UTF-8") from None
+
+
+def _table(datastore: Datastore) -> dict[str, str | int | None]:
+    s3 = datastore.s3
+    return {
+        "path": str(datastore.path),
+        "sync-level": datastore.sync_level,
+        "endpoint": None if s3 is None else s3.endpoint,
+        "bucket": None if s3 is None else s3.bucket,
+        "max-cache-size": None if s3 is None else s3.max_cache_size,
+    }
+
+
+def _check(wanted: Datastore, known: dict[str, Datastore]) -> None:
+    taken = known.get(wanted.name)
+    if taken is not None and taken.path != wanted.path:
+        hint = "choose another one with --name" if wanted.s3 is None else _forget(wanted.name)
+        raise FleeceError(
+            "register the datastore", str(wanted.path), f"the name {wanted.name!r} belongs to {taken.path}", hint
+        )
+    if taken is not None and _home(taken) != _home(wanted):
+        why = f"{wanted.name!r} is a datastore in {_words(taken)} already"
+        raise FleeceError("register the datastore", str(wanted.path), why, _forget(wanted.name))
+    for other in known.values():
+        if other.path == wanted.path and other.name != wanted.name:
+            raise FleeceError(
+                "register the datastore",
+                str(wanted.path),
+                f"it is registered as {other.name!r} already",
+                _forget(other.name),
+            )
+
+
+def _forget(name: str) -> str:
+    return f"'fleece datastore remove {name}' forgets that name"
+
+
+def _home(datastore: Datastore) -> tuple[str, str] | None:
+    return None if datastore.s3 is None else (datastore.s3.endpoint, datastore.s3.bucket)
+
+
+def _words(datastore: Datastore) -> str:
+    return (
+        "a folder" if datastore.s3 is None else f"bucket {datastore.s3.bucket!r} of endpoint {datastore.s3.endpoint!r}"
+    )
