@@ -10,6 +10,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink
+from pxar.format import HEADER_SIZE
 from pxar.metadata import Metadata, parse_metadata
 from pxar.sinks import ChunkTable, ReferenceBytes
 
@@ -89,7 +90,10 @@ class OldFolder:
         return OldFolder(self.reference, node)
 
     def file(self, name: bytes) -> OldFile | None:
-        """The regular file `name` in it, if there was one, or the one that `name` was another name of."""
+        """The regular file `name` in it, if there was one, or the one that `name` was another name of.
+
+        None also if its payload would lie behind the end of the payload stream.
+        """
         node = self._directory.lookup(name)
         if node is None:
             return None
@@ -97,6 +101,8 @@ class OldFolder:
         if isinstance(node, Hardlink):
             node = node.follow()
         if not isinstance(node, FileNode) or node.payload_position is None:
+            return None
+        if node.payload_position + HEADER_SIZE + node.size > self.reference.chunks.size:
             return None
         return OldFile(node.metadata, node.payload_position, node.size)
 

@@ -17,6 +17,7 @@ from pxar.create import CreateOptions, create_archive, measure_archive
 from pxar.create_report import Trouble
 from pxar.errors import ArchiveError
 from pxar.filesystem import open_entry
+from pxar.format import HEADER, PAYLOAD_REF
 from pxar.reference import Reference
 from tests.pxar.backups import Backup, assert_restorable, back_up, references
 from tests.support.recorded_streams import RecordedStream, StoredStream
@@ -414,6 +415,22 @@ def test_an_index_that_is_not_of_this_archive_makes_no_reference_into_nothing(tm
         made = with_reference(tree, Reference(base.archive, short), base)
         assert_restorable(made, tree)
         assert made.report.changed_files == 50
+
+
+@pytest.mark.parametrize("offset", [0, 1 << 20, (1 << 63) - 1, (1 << 63) + 5, (1 << 64) - 1])
+def test_a_payload_that_lies_nowhere_is_a_reason_to_read_the_file(tmp_path: Path, offset: int) -> None:
+    tree = tmp_path / "tree"
+    files(tree, 5, 30 * KIB)
+    base = back_up(tree, average=AVERAGE)
+    data = bytearray(base.archive.content())
+    place = data.index(HEADER.pack(PAYLOAD_REF, 32)) + 16
+    data[place : place + 8] = offset.to_bytes(8, "little")
+    damaged = RecordedStream(base.chunks)
+    damaged.write(bytes(data))
+    made = with_reference(tree, Reference(damaged.finish(), base.payload), base)
+    if offset:
+        assert_restorable(made, tree)
+        assert (made.report.changed_files, made.report.reused_files) == (1, 4)
 
 
 @pytest.mark.parametrize("damage", range(12))
