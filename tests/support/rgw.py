@@ -27,6 +27,7 @@ from datastore.s3.endpoint import Endpoint
 from datastore.s3.signer import EMPTY_SHA256, Signer, format_date
 from tests.support.apt import AptRoot, codename
 from tests.support.cache import Unavailable, cached, once
+from tests.support.certificates import Certificate, make_certificate
 
 ACCESS_KEY: Final = "AKIAFLEECERGW"
 SECRET: Final = "fleece/gateway+SECRET"
@@ -75,7 +76,7 @@ osd_objectstore = memstore
 memstore_device_bytes = {memory}
 keyring = {folder}/keyring
 rgw_data = {folder}/rgw
-rgw_frontends = beast endpoint=127.0.0.1:{rgw_port}
+rgw_frontends = beast endpoint=127.0.0.1:{rgw_port} ssl_endpoint=127.0.0.1:{tls_port} ssl_certificate={folder}/tls.pem
 """
 
 
@@ -106,6 +107,8 @@ class RunningRgw:
     folder: Path
     root: Path  #: of the unpacked packages
     port: int
+    tls_port: int
+    certificate: Certificate
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     def endpoint(self, **changes: Any) -> Endpoint:
@@ -121,6 +124,11 @@ class RunningRgw:
             "allow_http": True,
         }
         return Endpoint(**{**values, **changes})
+
+    def encrypted_endpoint(self, **changes: Any) -> Endpoint:
+        """How Fleece reaches it over TLS."""
+        pinned = {"port": self.tls_port, "allow_http": False, "fingerprint": self.certificate.fingerprint}
+        return self.endpoint(**{**pinned, **changes})
 
     def make_bucket(self, name: str | None = None) -> str:
         """Make a bucket, with a new name unless one is given; returns the name."""
@@ -225,8 +233,8 @@ def running_rgw(*, memory: int = 4 << 30) -> Iterator[RunningRgw]:
     """
     root = ceph()
     folder = Path(tempfile.mkdtemp(prefix="fleece-rgw-", dir="/tmp"))
-    mon_port, rgw_port = _free_ports(2)
-    running = RunningRgw(folder, root, rgw_port)
+    mon_port, rgw_port, tls_port = _free_ports(3)
+    running = RunningRgw(folder, root, rgw_port, tls_port, make_certificate(folder / "tls.pem"))
     try:
         for name in ("mon", "osd", "rgw"):
             (folder / name).mkdir()
@@ -234,7 +242,13 @@ def running_rgw(*, memory: int = 4 << 30) -> Iterator[RunningRgw]:
         libraries = root / "usr/lib" / _triplet()
         (folder / "ceph.conf").write_text(
             _CONF.format(
-                fsid=fsid, folder=folder, libraries=libraries, mon_port=mon_port, rgw_port=rgw_port, memory=memory
+                fsid=fsid,
+                folder=folder,
+                libraries=libraries,
+                mon_port=mon_port,
+                rgw_port=rgw_port,
+                tls_port=tls_port,
+                memory=memory,
             )
         )
         monmap = str(folder / "monmap")
@@ -275,6 +289,7 @@ def main(arguments: Sequence[str]) -> None:
         for name in arguments:
             gateway.make_bucket(name)
         print(f"http://127.0.0.1:{gateway.port}", ACCESS_KEY, SECRET, flush=True)
+        print(f"https://127.0.0.1:{gateway.tls_port}", gateway.certificate.path, flush=True)
         try:
             sys.stdin.read()
         except KeyboardInterrupt:

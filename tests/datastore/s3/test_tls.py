@@ -1,68 +1,25 @@
 """Certificates: the system's authorities, or the pinned leaf (R4)."""
 
-import datetime
-import hashlib
-import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import IPv4Address
-from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from core import dial
 from core.errors import UsageError
-from datastore.s3 import wire
 from datastore.s3.client import S3Client
 from datastore.s3.errors import S3BackendError, S3CertificateError, S3UnavailableError
 from datastore.s3.link import RetryPolicy
 from tests.datastore.s3.conftest import IMPATIENT
+from tests.support.certificates import Certificate, make_certificate
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_service import BUCKET
 
 OTHER = ":".join(["00"] * 32)
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """One for 127.0.0.1, signed by itself."""
-
-    path: Path  #: PEM with certificate and key
-    fingerprint: str
-
-    def context(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.path)
-        return context
-
-
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "s3 emulator")])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(built.public_bytes(serialization.Encoding.PEM) + private)
-    digest = hashlib.sha256(built.public_bytes(serialization.Encoding.DER)).digest()
-    return Certificate(path, digest.hex(":"))
+    return make_certificate(tmp_path_factory.mktemp("tls") / "server.pem")
 
 
 @pytest.fixture
@@ -134,7 +91,7 @@ async def test_a_certificate_for_another_name_is_not_accepted(server: S3Emulator
 async def test_a_server_without_tls_is_waited_for_like_one_that_is_away(
     s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT_S", 0.2)
     policy = RetryPolicy(patience_s=0.2, base_s=0.01, cap_s=0.02)
     async with S3Client.open(s3_emulator.endpoint(allow_http=False), BUCKET, policy=policy) as client:
         with pytest.raises(S3UnavailableError, match="no connection within"):
