@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from agent.archive_listing import MAX_DEPTH, entry_at, entry_document, too_deep, walk_nodes
-from agent.listing_output import escaped, put, time_text
+from agent.listing_output import put, time_text
 from agent.snapshot_archives import ContentStream, OpenSnapshot, in_walk
 from core.errors import NotFoundError, UsageError
 from core.units import format_size
@@ -19,7 +19,7 @@ from datastore.index import ArchiveIndex
 from datastore.manifest import ManifestFile
 from datastore.names import strip_archive_type
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Hardlink, Node, Symlink
-from pxar.format import HEADER_SIZE
+from pxar.format import HEADER_SIZE, escaped
 from pxar.metadata import Stat
 from repository.restore import restore_blob
 

@@ -8,14 +8,14 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from agent.listing_output import escaped, put, time_text
+from agent.listing_output import put, time_text
 from agent.snapshot_archives import OpenSnapshot, in_walk
 from core.errors import NotFoundError
 from datastore.catalog import DIRECTORY, Catalog, CatalogEntry
 from datastore.names import Snapshot
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Hardlink, Node, Symlink
 from pxar.errors import ArchiveError
-from pxar.format import shown
+from pxar.format import escaped, shown
 from pxar.metadata import Acl, Metadata, Stat
 from pxar.patterns import MatchPattern
 

@@ -34,29 +34,6 @@ _IN_MEMORY: Final = 32 << 20
 _WAIT_MS: Final = 200
 
 
-def escaped(name: bytes) -> str:
-    """`name`, or a path, on one line: no two names look the same.
-
-    A backslash becomes `\\\\`, a control character `\\n` or `\\x1b`, another letter that is not printable `\\u202e`, a
-    byte that is not UTF-8 `\\xff`.
-    """
-    text = name.decode("utf-8", "surrogateescape")
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(map(_escaped_letter, text))
-
-
-def _escaped_letter(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    if letter.isprintable() and letter != "\\":
-        return letter
-    if letter.isascii():
-        return letter.encode("unicode_escape").decode()
-    # Two digits are for bytes that are no letters.
-    return f"\\u{ord(letter):04x}" if letter <= "\uffff" else f"\\U{ord(letter):08x}"
-
-
 def put(document: dict[str, Any], key: str, raw: bytes) -> None:
     """Add `raw` to `document` as text; if it is not UTF-8, also as `key` with `-base64`, which then is exact."""
     try:
@@ -155,7 +132,7 @@ def listing(invocation: "Invocation", line: Callable[[T], str], document: Callab
         line: a thing for people, without newlines.
         document: a thing as an element of the JSON array.
     """
-    from agent.invocation import Output
+    from agent.general_options import Output
 
     pretty = invocation.output is Output.JSON_PRETTY
     found = Listing(line, document, as_json=invocation.is_json, pretty=pretty)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, TypeAlias
 
+from pxar.format import escaped
+
 #: Warnings that are kept as texts; further ones are counted.
 MAX_WARNINGS: Final = 1000
 
@@ -89,5 +91,4 @@ Progress: TypeAlias = Callable[[CreateReport], None]
 
 def shown_path(path: bytes) -> str:
     """A path for people: whole, as somebody has to find it, with nothing in it that a terminal would act on."""
-    text = (path or b".").decode("utf-8", "backslashreplace")
-    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "'"
+    return f"'{escaped(path or b'.')}'"

@@ -220,6 +220,28 @@ def name_fault(name: Buffer) -> str | None:
 
 def shown(name: bytes) -> str:
     """A name or path for people: shortened, and nothing that a terminal would act on."""
-    text = name.decode("utf-8", "backslashreplace")
-    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    text = escaped(name)
     return f"'{text if len(text) <= 100 else text[:97] + '...'}'"
+
+
+def escaped(name: bytes) -> str:
+    """`name`, or a path, on one line: no two names look the same.
+
+    A backslash becomes `\\\\`, a control character `\\n` or `\\x1b`, another letter that is not printable `\\u202e`, a
+    byte that is not UTF-8 `\\xff`.
+    """
+    text = name.decode("utf-8", "surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(map(_escaped_letter, text))
+
+
+def _escaped_letter(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    if letter.isprintable() and letter != "\\":
+        return letter
+    if letter.isascii():
+        return letter.encode("unicode_escape").decode()
+    # Two digits are for bytes that are no letters.
+    return f"\\u{ord(letter):04x}" if letter <= "\uffff" else f"\\U{ord(letter):08x}"

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from agent import archive_diff
 from agent.archive_diff import Side, TreeComparison, image_changes, narrowed, same_chunks
 from agent.archive_listing import MAX_DEPTH, Dumped, Found, dump_line, walk_nodes
-from agent.listing_output import escaped, put, time_text
+from agent.listing_output import put, time_text
 from agent.snapshot_archives import ContentStream
 from datastore.names import Snapshot
 from pxar.accessor import ArchiveAccessor
 from pxar.encoder import ArchiveEncoder
 from pxar.errors import ArchiveError
+from pxar.format import escaped
 from pxar.metadata import Metadata, Stat, encode_metadata
 from tests.pxar.archives import Item, MemoryBytes, MemorySink, archived, item
 

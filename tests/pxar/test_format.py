@@ -1,5 +1,6 @@
 import pytest
 
+from pxar.create_report import shown_path
 from pxar.errors import ArchiveError
 from pxar.format import (
     FORMAT_VERSION,
@@ -43,6 +44,16 @@ def test_names_that_files_have(name: bytes) -> None:
 def test_names_are_shown_without_what_a_terminal_acts_on() -> None:
     assert shown(b"a\x1b[2J\xff\n") == "'a\\x1b[2J\\xff\\n'"
     assert len(shown(b"x" * 4000)) == 102
+
+
+def test_no_two_names_look_the_same() -> None:
+    names = [b"\x9b", "\x9b".encode(), b"\\x9b", b"\xad", "\xad".encode(), b"\\u009b", b"\n", b"\\n", "\u202e".encode()]
+    names += [b"\\\\n", "\U000e0001".encode(), b"\xed\xb2\x9b", b"\\"]
+    for show in (shown, shown_path):
+        texts = {show(name) for name in names}
+        assert len(texts) == len(names)
+        assert all(text.isprintable() for text in texts)
+    assert (shown(b"\x9b"), shown("\x9b".encode())) == ("'\\x9b'", "'\\u009b'")
 
 
 def version(number: int) -> bytes:
