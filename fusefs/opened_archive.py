@@ -15,8 +15,7 @@ from core.limits import in_cpu_thread
 from fusefs.archive_bytes import ChunkBytes, account, settle
 from fusefs.posix_acl import ACCESS, DEFAULT, access_acl, default_acl
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Special, Symlink
-from pxar.format import FILENAME, HARDLINK, HEADER, HEADER_SIZE, MAX_NAME, U64, bad, shown
-from pxar.goodbye import find, hash_name
+from pxar.format import FILENAME, HARDLINK, HEADER, HEADER_SIZE, MAX_NAME, U64
 from pxar.listing import Listing, Row, row_of
 from repository.archive import ArchiveReader
 
@@ -28,8 +27,6 @@ MAX_ARCHIVE: Final = 1 << 46
 KEPT_TABLES: Final = 8 << 20
 #: Archives that keep tables and chunks beside the cache: those used last.
 KEPT_ARCHIVES: Final = 4
-#: Entries of one folder whose names may have the same hash; in an honest archive it is one.
-MAX_EQUAL: Final = 64
 #: Files with several names that are counted; of more than these each archive shows the names seen so far.
 MAX_LINKED: Final = 200_000
 #: Bytes of a self-contained archive up to which it is searched for hard links.
@@ -136,13 +133,7 @@ class OpenArchive:
 
     def child(self, spot: Spot, name: bytes, links: Links) -> Row | None:
         """The entry called `name` in the directory at `spot`; None if there is none."""
-        directory = self.listing(spot).directory
-        slots = find(directory.table[1], hash_name(name))
-        if not slots:
-            return None
-        if len(slots) > MAX_EQUAL:
-            raise bad(directory.where, directory.end, f"{len(slots)} names have the hash of {shown(name)}")
-        node = directory.lookup(name)
+        node = self.listing(spot).directory.lookup(name)
         return None if node is None else row_of(node, links.note)
 
     def row(self, spot: Spot) -> Row:

@@ -27,7 +27,7 @@ from pxar.format import (
     read_beginning,
     shown,
 )
-from pxar.goodbye import ROW, ROW_SIZE, find, hash_name
+from pxar.goodbye import MAX_EQUAL, ROW, ROW_SIZE, find, hash_name
 from pxar.metadata import Metadata, Stat, parse_metadata, parse_stat
 from pxar.sinks import ReferenceBytes
 
@@ -230,10 +230,14 @@ class Directory(_Entry):
         """The child of this name; None if there is none.
 
         Raises:
-            ArchiveError: the table leads out of the directory, or to something that is no entry.
+            ArchiveError: the table leads out of the directory, or to something that is no entry; or more than
+                `MAX_EQUAL` names have the hash of this one.
         """
         end, rows = self.table
-        for slot in find(rows, hash_name(name)):
+        slots = find(rows, hash_name(name))
+        if len(slots) > MAX_EQUAL:
+            raise bad(self.where, end, f"more than {MAX_EQUAL} names have the hash of {shown(name)}")
+        for slot in slots:
             start, limit = self._place(end, *ROW.unpack_from(rows, slot * ROW_SIZE))
             node = self._accessor._node(start, limit, end + HEADER_SIZE, name)
             if node is not None:

@@ -18,6 +18,8 @@ KEYS: Final = (0x83AC3F1CFBB450DB, 0xAA4F1B6879369FBD)
 ROW: Final = Struct("<QQQ")  #: hash, distance back from the table's header, size
 ROW_SIZE: Final = ROW.size
 
+#: Names of one directory that may have one hash. With 64 bits even two are rare; a forged table may have millions.
+MAX_EQUAL: Final = 64
 #: Permutations up to this length are kept.
 _USUAL: Final = 256
 _U64: Final = Struct("<Q")
@@ -112,8 +114,8 @@ def _usual_permutation(count: int) -> tuple[int, ...]:
     return tuple(permutation(count))
 
 
-def find(table: Buffer, wanted: int) -> list[int]:
-    """Slots of all rows whose hash is `wanted`; `table` has the rows without the tail.
+def find(table: Buffer, wanted: int, limit: int = MAX_EQUAL) -> list[int]:
+    """Slots of the rows whose hash is `wanted`, `limit` + 1 at most; `table` has the rows without the tail.
 
     Rows with equal hashes may lie on both sides of each other, so all below a hit are looked at.
     """
@@ -121,13 +123,15 @@ def find(table: Buffer, wanted: int) -> list[int]:
     found: list[int] = []
     pending = [0]
     unpack = _U64.unpack_from
-    while pending:
+    while pending and len(found) <= limit:
         slot = pending.pop()
         offset = slot * ROW_SIZE
         while offset < end:
             (value,) = unpack(table, offset)
             if wanted == value:
                 found.append(slot)
+                if len(found) > limit:
+                    break
                 pending.append(2 * slot + 2)
                 slot = 2 * slot + 1
             else:

@@ -12,7 +12,7 @@ from core.errors import FormatError, UsageError
 from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink
 from pxar.decoder import ArchiveDecoder, Entry
 from pxar.errors import ArchiveError
-from pxar.goodbye import ROW, ROW_SIZE, hash_name, permutation
+from pxar.goodbye import MAX_EQUAL, ROW, ROW_SIZE, hash_name, permutation
 from pxar.metadata import Metadata, Stat, encode_metadata
 from tests.pxar.archives import (
     MemoryBytes,
@@ -257,6 +257,26 @@ def test_entries_that_no_writer_makes(read: Callable[[bytes, bytes], int], child
     body = FOLDER + child + bytes(5000)
     with pytest.raises(ArchiveError, match=rf"cannot read archive root\.pxar: at byte \d+: .*{message}"):
         read(closed(body, [(hash_name(b"a"), 56, len(body) - 56)]), b"")
+
+
+@pytest.mark.parametrize(("equal", "is_found"), [(MAX_EQUAL, True), (MAX_EQUAL + 1, False), (20_000, False)])
+def test_names_of_one_hash_cost_a_bounded_number_of_reads(equal: int, is_found: bool) -> None:
+    child = named(b"other") + FILE + wrapped(f.PAYLOAD)
+    body, rows = FOLDER, []
+    for _ in range(equal - 1):
+        rows.append((hash_name(b"a"), len(body), len(child)))
+        body += child
+    wanted = named(b"a") + FILE + wrapped(f.PAYLOAD)
+    rows.append((hash_name(b"a"), len(body), len(wanted)))
+    stored = MemoryBytes(closed(body + wanted, rows))
+    accessor = ArchiveAccessor(stored, where="root.pxar")
+    if is_found:
+        assert accessor.lookup(b"a") is not None
+    else:
+        before = stored.reads
+        with pytest.raises(ArchiveError, match=rf"more than {MAX_EQUAL} names have the hash of 'a'"):
+            accessor.lookup(b"a")
+        assert stored.reads - before <= 2  # the table
 
 
 def test_items_in_the_wrong_place_stop_the_decoder() -> None:
