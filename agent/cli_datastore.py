@@ -164,7 +164,7 @@ def status(
             return await look(repository)
 
     found = invocation.run(work, what="show the status", where=invocation.repository_spec())
-    invocation.emit(status_document(found), lambda: status_lines(found))
+    invocation.emit(status_document(found), lambda: status_lines(found), cost=False)
 
 
 def remove(

@@ -92,7 +92,7 @@ def show(invocation: Invocation, snapshot: SnapshotText) -> None:
             return await repository.snapshot(await find_snapshot(repository, snapshot, ns))
 
     info = invocation.run(work, what="show", where=snapshot)
-    invocation.emit(snapshot_document(info), lambda: show_lines(info))
+    invocation.emit(snapshot_document(info), lambda: show_lines(info), cost=False)
 
 
 def forget(

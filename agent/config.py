@@ -7,7 +7,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -21,8 +21,10 @@ from agent.config_types import (
     Section,
     Size,
     SyncLevel,
+    checked,
 )
-from agent.job_sections import JOB_MODELS, JobName, JobSection
+from agent.job_sections import JOB_MODELS, Duration, JobName, JobSection
+from agent.s3_budget import Budget
 from agent.toml_lines import find_line
 from core.errors import UsageError, os_reason
 
@@ -70,6 +72,23 @@ class VmSection(KeySettings):
     bwlimit: Size | None = None
 
 
+class PriceSection(Section):
+    """`[s3.prices.ENDPOINT]`: what requests and bytes cost there; the defaults are list prices of AWS."""
+
+    currency: str = "USD"
+    per_1000_writes: Annotated[float, Field(ge=0)] = 0.005  #: PUT, COPY, POST and LIST
+    per_1000_reads: Annotated[float, Field(ge=0)] = 0.0004  #: GET and HEAD
+    per_gib_out: Annotated[float, Field(ge=0)] = 0.09  #: bytes downloaded
+
+
+class S3Section(Section):
+    """`[s3]`: datastores in buckets."""
+
+    budget: Annotated[str, checked(Budget.parse)] | None = None  #: of each command and job; `--s3-budget` comes first
+    patience: Duration | None = None  #: how long requests are tried; None: 15 minutes
+    prices: dict[str, PriceSection] = Field(default_factory=dict)  #: by endpoint; `default`: of all others
+
+
 class Config(KeySettings):
     """The whole file."""
 
@@ -81,6 +100,7 @@ class Config(KeySettings):
     repository: dict[RepositoryName, RepositorySection] = Field(default_factory=dict)
     vm: dict[str, VmSection] = Field(default_factory=dict)
     job: dict[JobName, JobSection] = Field(default_factory=dict)
+    s3: S3Section | None = None
 
 
 def _location(error: Any) -> tuple[str | int, ...]:
@@ -96,10 +116,12 @@ def _location(error: Any) -> tuple[str | int, ...]:
 def _known_keys(error: Any) -> list[str]:
     """The keys that may stand beside the one at fault."""
     location = tuple(error["loc"])
-    sections: dict[str, type[BaseModel]] = {"repository": RepositorySection, "vm": VmSection}
+    sections: dict[str, type[BaseModel]] = {"repository": RepositorySection, "vm": VmSection, "s3": S3Section}
     model = Config if len(location) == 1 else sections.get(str(location[0]), Config)
     if location[:1] == ("job",) and len(location) > 2:
         model = JOB_MODELS.get(str(location[2]), Config)
+    if location[:2] == ("s3", "prices"):
+        model = PriceSection
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

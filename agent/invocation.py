@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import typer
 
+from agent.general_options import BACKUP_KEY, GENERAL, READING_KEY, REPOSITORY, parameters
+from agent.general_options import Output as Output
 from core.errors import ExitCode, FleeceError, TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
     from agent.config import Config, KeySettings
     from agent.keys import BackupKeys, KeyOptions, ReadingKey
     from agent.registry import Registry
+    from agent.s3_endpoints import EndpointRegistry
+    from agent.s3_use import S3Use
     from core.progress import Progress
     from datastore.codec import ChunkCodec
     from datastore.names import Namespace
@@ -34,14 +38,6 @@ T = TypeVar("T")
 
 #: Owner of new groups where nobody says otherwise.
 DEFAULT_OWNER: Final = "root@pam"
-
-
-class Output(Enum):
-    """What standard output is for."""
-
-    TEXT = "text"
-    JSON = "json"
-    JSON_PRETTY = "json-pretty"
 
 
 @dataclass
@@ -55,8 +51,10 @@ class Invocation:
     config_path: Path | None = None
     repo: str | None = None
     ns: str | None = None
+    s3_budget: str | None = None
     key_values: dict[str, Any] = field(default_factory=dict)  #: the options of keys, by name
     warnings: list[str] = field(default_factory=list)
+    _cost_told: bool = False
 
     @property
     def is_json(self) -> bool:
@@ -86,6 +84,27 @@ class Invocation:
         from agent.registry import Registry
 
         return Registry(datastores_file())
+
+    @cached_property
+    def endpoints(self) -> "EndpointRegistry":
+        """The S3 endpoints that commands made."""
+        from agent.places import s3_endpoints_file, secrets_dir
+        from agent.s3_endpoints import EndpointRegistry
+
+        return EndpointRegistry(s3_endpoints_file(), secrets_dir())
+
+    @cached_property
+    def s3(self) -> "S3Use":
+        """What datastores in buckets are used with, and what that cost so far.
+
+        Raises:
+            UsageError: `--s3-budget` has another form.
+        """
+        from agent.s3_budget import Budget
+        from agent.s3_use import S3Use
+
+        budget = None if self.s3_budget is None else Budget.parse(self.s3_budget)
+        return S3Use(self.endpoints, self.config.s3, budget=budget, warn=self.warnings.append)
 
     def repository_spec(self, configured: str | None = None) -> str:
         """The repository that is meant: `--repo`, else the environment, else `configured`, else the default.
@@ -135,7 +154,8 @@ class Invocation:
         """
         from agent.repositories import repository_at
 
-        async with repository_at(self.repository_spec(configured), self.config, self.registry) as repository:
+        spec = self.repository_spec(configured)
+        async with repository_at(spec, self.config, self.registry, lambda: self.s3) as repository:
             yield repository
 
     def owner(self, named: str | None, configured: str | None = None, *, repository: str | None = None) -> str:
@@ -231,12 +251,20 @@ class Invocation:
             finally:
                 self.warnings += [text for text in progress.warnings if text not in self.warnings]
 
-    def emit(self, document: Any, text: Callable[[], str | Iterable[str]]) -> None:
+    def emit(self, document: Any, text: Callable[[], str | Iterable[str]], *, cost: bool = True) -> None:
         """Write the result to standard output: `document` as JSON, or what `text` returns, for people.
+
+        Args:
+            document: the result.
+            text: gives it as lines.
+            cost: with what talking to a bucket cost: as the key `s3` of a document that is an object.
 
         Raises:
             TargetError, BrokenPipeError: it cannot be written. What the caller closed (`>&-`) takes everything.
         """
+        if cost and self.uses_bucket and isinstance(document, dict):
+            document = {**document, "s3": self.s3.to_json()}
+            self._cost_told = self.is_json
         if self.is_json:
             indent = 2 if self.output is Output.JSON_PRETTY else None
             lines: str | Iterable[str] = json.dumps(document, indent=indent, ensure_ascii=False, default=_plain)
@@ -246,6 +274,20 @@ class Invocation:
             with _stdout_errors():
                 print(line)
         flush_stdout()
+
+    @property
+    def uses_bucket(self) -> bool:
+        """True if a datastore in a bucket, or an endpoint, was used."""
+        return "s3" in self.__dict__ and self.s3.endpoint is not None
+
+    def tell_cost(self) -> None:
+        """Say what talking to a bucket cost, on standard error, if anything and if the document did not."""
+        if not self._cost_told and self.uses_bucket and self.s3.requests:
+            self._cost_told = True
+            if self.is_json:
+                to_stderr(json.dumps({"s3": self.s3.to_json()}, ensure_ascii=False))
+            else:
+                self.say(self.s3.line())
 
     def show_warnings(self) -> None:
         """List the warnings on standard error: as lines, or as one JSON document."""
@@ -313,80 +355,6 @@ def to_stderr(text: str) -> None:
         return
 
 
-# The general options. They may stand before the verb too; what stands behind it wins.
-
-_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
-    "output": (
-        Output | None,
-        typer.Option("--output", "--output-format", help="What goes to standard output.", show_default=False),
-    ),
-    "quiet": (bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")),
-    "verbose": (bool, typer.Option("--verbose", "-v", help="Also say what is done and why.")),
-    "debug": (bool, typer.Option("--debug", help="Show where in the program an error arose.", hidden=True)),
-    "config": (
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Configuration file (else FLEECE_CONFIG).", show_default=False),
-    ),
-}  # fmt: skip
-_REPOSITORY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
-    "repo": (
-        str | None,
-        typer.Option("--repo", "--repository", metavar="REPO", show_default=False,
-                     help="Folder with a / in it, or a configured name (else FLEECE_REPOSITORY, PBS_REPOSITORY)."),
-    ),
-    "ns": (
-        str | None,
-        typer.Option("--ns", metavar="NS", help="Namespace a/b/c (else PBS_NAMESPACE).", show_default=False),
-    ),
-}  # fmt: skip
-_READING_KEY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
-    "keyfile": (
-        Path | None,
-        typer.Option("--keyfile", metavar="FILE", show_default=False,
-                     help="Encryption key, made by 'fleece key create' (else the default one)."),
-    ),
-    "keyfd": (
-        int | None,
-        typer.Option("--keyfd", metavar="N", min=0, show_default=False,
-                     help="Read the encryption key from this file descriptor."),
-    ),
-    "crypt_mode": (
-        Literal["encrypt", "sign-only", "none"] | None,
-        typer.Option("--crypt-mode", show_default=False, help="none: use no key, not even a default one."),
-    ),
-}  # fmt: skip
-_BACKUP_KEY_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
-    **_READING_KEY_OPTIONS,
-    "crypt_mode": (
-        Literal["encrypt", "sign-only", "none"] | None,
-        typer.Option("--crypt-mode", show_default=False,
-                     help="With a key data is encrypted, unless this says otherwise."),
-    ),
-    "master_pubkey_file": (
-        Path | None,
-        typer.Option("--master-pubkey-file", metavar="FILE", show_default=False,
-                     help="Store the key, encrypted for this master key, in the snapshot (else the default one)."),
-    ),
-    "master_pubkey_fd": (
-        int | None,
-        typer.Option("--master-pubkey-fd", metavar="N", min=0, show_default=False,
-                     help="Read the public master key from this file descriptor."),
-    ),
-}  # fmt: skip
-
-
-def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False if kind is bool else None,
-            annotation=Annotated[kind, option],
-        )
-        for name, (kind, option) in options.items()
-    ]
-
-
 def _invocation(context: typer.Context, values: dict[str, Any], key_values: dict[str, Any]) -> Invocation:
     """Merge the options behind the verb with those before it."""
     before = context.obj if isinstance(context.obj, dict) else {}
@@ -401,6 +369,7 @@ def _invocation(context: typer.Context, values: dict[str, Any], key_values: dict
         config_path=merged["config"],
         repo=merged.get("repo"),
         ns=ns,
+        s3_budget=merged.get("s3_budget"),
         key_values=key_values,
     )
     level = logging.DEBUG if invocation.debug else logging.INFO if invocation.verbose else logging.WARNING
@@ -446,10 +415,10 @@ def command(
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        general = {**_REPOSITORY_OPTIONS, **_OPTIONS} if repository else dict(_OPTIONS)
+        general = {**REPOSITORY, **GENERAL} if repository else dict(GENERAL)
         if not output:
             del general["output"]
-        key_options = {"read": _READING_KEY_OPTIONS, "write": _BACKUP_KEY_OPTIONS, None: {}}[keys]
+        key_options = {"read": READING_KEY, "write": BACKUP_KEY, None: {}}[keys]
 
         def wrapper(*, context: typer.Context, **values: Any) -> None:
             key_values = {option: values.pop(option) for option in key_options}
@@ -461,10 +430,12 @@ def command(
                 if not invocation.is_json:
                     invocation.show_warnings()
                 raise
+            finally:
+                invocation.tell_cost()
             invocation.end()
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        _take_over(function, wrapper, own + _parameters({**key_options, **general}))
+        _take_over(function, wrapper, own + parameters({**key_options, **general}))
         epilog = (
             "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()) if examples else None
         )
@@ -480,6 +451,6 @@ def general_options(application: typer.Typer) -> None:
     def callback(*, context: typer.Context, **values: Any) -> None:
         context.obj = values
 
-    _take_over(callback, callback, _parameters({**_REPOSITORY_OPTIONS, **_OPTIONS}))
+    _take_over(callback, callback, parameters({**REPOSITORY, **GENERAL}))
     callback.__doc__ = None
     application.callback()(callback)

@@ -1,16 +1,19 @@
 """What `--repo` means: a folder, a configured name, a registered datastore, or a remote server."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agent.config import Config
-from agent.registry import Registry
+from agent.registry import Datastore, Registry
 from core.errors import NotFoundError, UsageError
 from repository.interface import Repository
+
+if TYPE_CHECKING:
+    from agent.s3_use import S3Use
 
 #: `[[user@realm[!token]@]host[:port]:]store` with something before the store.
 _REMOTE: Final = re.compile(r"(?:\S+@)?(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+)(?::[0-9]{1,5})?:[^\s:/]+")
@@ -23,29 +26,32 @@ def is_remote(spec: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """A datastore on this host, and how it is to be used."""
+    """A datastore of this host, and how it is to be used."""
 
-    path: Path
+    path: Path  #: of one in a bucket its cache
     sync_level: str | None = None
+    bucket: Datastore | None = None  #: the registered datastore, if it lies in a bucket
 
 
 def local_store(spec: str, config: Config, registry: Registry) -> LocalStore:
-    """The local datastore that `spec` means.
+    """The datastore of this host that `spec` means: by its name, or by its folder (of one in a bucket, the cache).
 
     Raises:
         NotFoundError: a name that nobody knows.
         UsageError: a datastore on a server.
     """
     registered = registry.datastores()
+    buckets = {datastore.path: datastore for datastore in registered.values() if datastore.s3 is not None}
     if "/" in spec:
         path = Path(spec).expanduser().absolute()
         known = [LocalStore(section.path, section.sync_level) for section in config.repository.values()]
         known += [LocalStore(datastore.path, datastore.sync_level) for datastore in registered.values()]
-        return next((store for store in known if store.path == path), LocalStore(path))
+        store = next((store for store in known if store.path == path), LocalStore(path))
+        return replace(store, bucket=buckets.get(path))
     if (section := config.repository.get(spec)) is not None:
-        return LocalStore(section.path, section.sync_level)
+        return LocalStore(section.path, section.sync_level, buckets.get(section.path))
     if (datastore := registered.get(spec)) is not None:
-        return LocalStore(datastore.path, datastore.sync_level)
+        return LocalStore(datastore.path, datastore.sync_level, buckets.get(datastore.path))
     if is_remote(spec):
         raise UsageError(
             "open the repository", spec, "it names a datastore on a server, and this version knows local ones only",
@@ -59,17 +65,30 @@ def local_store(spec: str, config: Config, registry: Registry) -> LocalStore:
 
 
 @asynccontextmanager
-async def repository_at(spec: str, config: Config, registry: Registry) -> AsyncIterator[Repository]:
+async def repository_at(
+    spec: str, config: Config, registry: Registry, s3: "Callable[[], S3Use] | None" = None
+) -> AsyncIterator[Repository]:
     """The repository `spec`, open while the block runs.
+
+    Args:
+        spec: as `--repo` takes it.
+        config: the configuration.
+        registry: the datastores that commands made.
+        s3: gives what datastores in buckets are used with; not called for others.
 
     Raises:
         NotFoundError, UsageError: as `local_store`.
         FleeceError: the folder is no datastore, or cannot be used.
     """
     from datastore.files import SyncLevel
-    from repository.local import open_local
+    from repository.local import LocalRepository, open_local
 
     store = local_store(spec, config, registry)
+    if store.bucket is not None and s3 is not None:
+        datastore = replace(store.bucket, sync_level=store.sync_level or store.bucket.sync_level)
+        async with s3().open(datastore) as opened:
+            yield LocalRepository(opened, name=spec)
+        return
     level = SyncLevel(store.sync_level) if store.sync_level is not None else SyncLevel.FILESYSTEM
     repository = await open_local(store.path, name=spec, sync_level=level)
     try:
