@@ -12,9 +12,10 @@ import httpcore
 import httpx
 import trio
 
+from core.dial import Dialer, TlsPin
 from datastore.s3.bodies import BodyMemory
 from datastore.s3.pacing import TokenBucket
-from datastore.s3.wire import HttpAnswer, HttpRequest, TlsPin, Wire, WireSettings
+from datastore.s3.wire import HttpAnswer, HttpRequest, Wire, WireSettings
 
 #: Seconds that an unused connection is kept. Some servers close after 60.
 _KEEPALIVE_S: Final = 30.0
@@ -34,8 +35,21 @@ class HttpPool:
         max_connections: int = 16,
         received: TokenBucket | None = None,
         sent: TokenBucket | None = None,
+        dialer: Dialer | None = None,
+        inactivity_s: float | None = None,
     ) -> None:
-        settings = WireSettings(pin or TlsPin(), BodyMemory(max_connections), received, sent)
+        """Make a pool without connections.
+
+        Args:
+            pin: which certificate is accepted, if no `dialer` is given.
+            max_connections: of each kind, kept and fresh ones.
+            received: limits the rate of what comes.
+            sent: limits the rate of what goes.
+            dialer: makes the connections.
+            inactivity_s: seconds without a byte that end a request.
+        """
+        memory = BodyMemory(max_connections)
+        settings = WireSettings(dialer or Dialer(pin), memory, received, sent, inactivity_s=inactivity_s)
         self._kept = _Transport(settings, max_connections, keep=True)
         self._fresh = _Transport(settings, max_connections, keep=False)
 

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import trio
 
+from core.dial import TlsPin
 from core.errors import FormatError
 from datastore.s3.calls import (
     CLOCK_TOLERANCE_S,
@@ -42,7 +43,7 @@ from datastore.s3.hashing import BodyHasher, content_md5
 from datastore.s3.http import HttpPool
 from datastore.s3.pacing import DEFAULT_PARALLEL, Gate, TokenBucket
 from datastore.s3.signer import Signer, encode_path, encode_query, format_date
-from datastore.s3.wire import Fault, HttpAnswer, HttpError, HttpRequest, TlsPin
+from datastore.s3.wire import Fault, HttpAnswer, HttpError, HttpRequest
 from datastore.s3.xml import parse_error
 
 _LOG = logging.getLogger(__name__)
@@ -223,7 +224,9 @@ class EndpointLink:
         body = call.body or ()
         size = sum(memoryview(part).nbytes for part in body)
         sha256 = await self._hasher.sha256(body)
-        md5 = await content_md5(body) if size and self._wants_md5(call) else ""
+        # Buckets with object lock want it with every PUT, markers without content too.
+        empty_wants = call.method is Method.PUT and call.bucket in self.md5_buckets
+        md5 = await content_md5(body) if (size or empty_wants) and self._wants_md5(call) else ""
         headers = [("host", self.endpoint.authority(call.bucket)), ("x-amz-content-sha256", sha256), *call.headers]
         if call.body is not None:
             headers.append(("content-length", str(size)))

@@ -4,14 +4,9 @@ h11 writes and reads heads, and bodies of unknown length. Bodies of known length
 the caller's buffers, what comes goes straight into the answer's buffer (`bodies.py`). Through h11 they are copied four
 times, which took half of the CPU time of a download.
 
-Certificates (R4): the handshake is made with the system's authorities first. If that fails and a fingerprint is
-configured, a second connection is made without verification, and its leaf certificate is compared before the first
-byte of a request is written.
+Connections are made, and certificates compared (R4), by `core.dial`.
 """
 
-import hashlib
-import socket
-import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +17,10 @@ import h11
 import trio
 
 from core.buffers import Buffer
+from core.dial import CertificateError, Dialer, DialError, Stream, innermost_reason
 from datastore.s3.bodies import BodyMemory
 from datastore.s3.pacing import TokenBucket
 
-#: Seconds to a finished handshake.
-CONNECT_TIMEOUT_S: Final = 10.0
 #: Seconds without a byte, sending or receiving.
 INACTIVITY_TIMEOUT_S: Final = 60.0
 #: Bytes for one send, each with an inactivity time-out of its own.
@@ -35,10 +29,6 @@ _SEND_PIECE: Final = 256 << 10
 _RECEIVE_PIECE: Final = 64 << 10
 #: Bytes that the head of an answer may have.
 _MAX_HEAD: Final = 64 << 10
-_SOCKET_OPTIONS: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120),
-)
 _WITHOUT_BODY: Final = frozenset({204, 304})
 
 
@@ -59,19 +49,6 @@ class HttpError(Exception):
         super().__init__(why)
         self.fault = fault
         self.why = why
-
-
-@dataclass(frozen=True, slots=True)
-class TlsPin:
-    """Which certificate is accepted beside those that the system's authorities vouch for."""
-
-    fingerprint: bytes | None = None  #: SHA-256 of the leaf certificate
-    only: bool = False  #: the fingerprint must match even when the chain is valid
-
-    @classmethod
-    def parse(cls, text: str | None, *, only: bool = False) -> "TlsPin":
-        """From `xx:xx:...`, or None."""
-        return cls(None if text is None else bytes.fromhex(text.replace(":", "")), only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,34 +77,30 @@ class WireSettings:
     """What all connections of one pool have in common."""
 
     def __init__(
-        self, pin: TlsPin, bodies: BodyMemory, received: TokenBucket | None = None, sent: TokenBucket | None = None
+        self,
+        dialer: Dialer,
+        bodies: BodyMemory,
+        received: TokenBucket | None = None,
+        sent: TokenBucket | None = None,
+        *,
+        inactivity_s: float | None = None,
     ) -> None:
-        self.pin = pin
+        self.dialer = dialer
         self.bodies = bodies
         self.received = received
         self.sent = sent
-        self._verified: ssl.SSLContext | None = None
+        self._inactivity_s = inactivity_s
 
-    def verified(self) -> ssl.SSLContext:
-        """The context with the system's authorities, which take 20 ms to load."""
-        if self._verified is None:
-            self._verified = ssl.create_default_context()
-            self._verified.set_alpn_protocols(["http/1.1"])
-        return self._verified
-
-    def unverified(self) -> ssl.SSLContext:
-        """A context that accepts any certificate; somebody must look at it afterwards."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.set_alpn_protocols(["http/1.1"])
-        return context
+    @property
+    def inactivity_s(self) -> float:
+        """Seconds without a byte that end a request."""
+        return INACTIVITY_TIMEOUT_S if self._inactivity_s is None else self._inactivity_s
 
 
 class Wire:
     """One connection. Use `Wire.connect`; one request at a time."""
 
-    def __init__(self, stream: "trio.SocketStream | trio.SSLStream[trio.SocketStream]", settings: WireSettings) -> None:
+    def __init__(self, stream: Stream, settings: WireSettings) -> None:
         self._stream = stream
         self._socket = (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
         self._settings = settings
@@ -140,13 +113,11 @@ class Wire:
             HttpError: CONNECT or CERTIFICATE.
         """
         try:
-            with trio.fail_after(CONNECT_TIMEOUT_S):
-                stream = await _open(host, port)
-                return cls(stream if scheme == "http" else await _encrypt(stream, host, port, settings), settings)
-        except trio.TooSlowError as error:
-            raise HttpError(Fault.CONNECT, f"no connection within {CONNECT_TIMEOUT_S:.0f} s") from error
-        except (OSError, trio.BrokenResourceError) as error:
-            raise HttpError(Fault.CONNECT, _cause(error)) from error
+            return cls(await settings.dialer.connect(scheme, host, port), settings)
+        except CertificateError as error:
+            raise HttpError(Fault.CERTIFICATE, error.why) from error
+        except DialError as error:
+            raise HttpError(Fault.CONNECT, error.why) from error
 
     async def aclose(self) -> None:
         """Close the socket; waits for nobody."""
@@ -176,14 +147,14 @@ class Wire:
                 raise
             broken = error
         try:
-            with _translated():
+            with _translated(self._settings.inactivity_s):
                 answer = await self._read_head(engine)
                 return await self._read_body(engine, request.method, answer, limit, broken is None)
         except HttpError as error:
             raise broken or error from error
 
     async def _send_request(self, head: bytes, body: Sequence[Buffer]) -> None:
-        with _translated():
+        with _translated(self._settings.inactivity_s):
             if sum(memoryview(part).nbytes for part in body) <= _SEND_PIECE:
                 await self._send(b"".join([head, *body]))
                 return
@@ -196,7 +167,7 @@ class Wire:
     async def _send(self, data: Buffer) -> None:
         if self._settings.sent is not None:
             await self._settings.sent.take(len(data))
-        with trio.fail_after(INACTIVITY_TIMEOUT_S):
+        with trio.fail_after(self._settings.inactivity_s):
             await self._stream.send_all(data)
 
     async def _read_head(self, engine: h11.Connection) -> h11.Response:
@@ -254,7 +225,7 @@ class Wire:
                 return body
 
     async def _receive(self) -> bytes:
-        with trio.fail_after(INACTIVITY_TIMEOUT_S):
+        with trio.fail_after(self._settings.inactivity_s):
             data = bytes(await self._stream.receive_some(_RECEIVE_PIECE))
         if self._settings.received is not None:
             await self._settings.received.take(len(data))
@@ -263,7 +234,7 @@ class Wire:
     async def _receive_into(self, view: memoryview) -> None:
         """Fill `view`."""
         while view:
-            with trio.fail_after(INACTIVITY_TIMEOUT_S):
+            with trio.fail_after(self._settings.inactivity_s):
                 if isinstance(self._stream, trio.SSLStream):
                     data = await self._stream.receive_some(len(view))
                     count = len(data)
@@ -277,71 +248,14 @@ class Wire:
             view = view[count:]
 
 
-async def _open(host: str, port: int) -> trio.SocketStream:
-    stream = await trio.open_tcp_stream(host, port)
-    for option in _SOCKET_OPTIONS:
-        stream.setsockopt(*option)
-    return stream
-
-
-async def _encrypt(
-    stream: trio.SocketStream, host: str, port: int, settings: WireSettings
-) -> "trio.SSLStream[trio.SocketStream]":
-    """The connection encrypted, or another one with the pinned certificate."""
-    pin = settings.pin
-    try:
-        encrypted = await _handshake(stream, settings.verified(), host)
-    except trio.BrokenResourceError as error:
-        if not isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            raise
-        if pin.fingerprint is None:
-            raise HttpError(Fault.CERTIFICATE, error.__cause__.verify_message) from error
-        encrypted = await _handshake(await _open(host, port), settings.unverified(), host)
-        await _compare(encrypted, pin.fingerprint)
-        return encrypted
-    if pin.only and pin.fingerprint is not None:
-        await _compare(encrypted, pin.fingerprint)
-    return encrypted
-
-
-async def _handshake(
-    stream: trio.SocketStream, context: ssl.SSLContext, host: str
-) -> "trio.SSLStream[trio.SocketStream]":
-    encrypted = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
-    try:
-        await encrypted.do_handshake()
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
-    return encrypted
-
-
-async def _compare(encrypted: "trio.SSLStream[trio.SocketStream]", fingerprint: bytes) -> None:
-    leaf = encrypted.getpeercert(True)
-    actual = hashlib.sha256(leaf or b"").digest()
-    if actual != fingerprint:
-        await trio.aclose_forcefully(encrypted)
-        raise HttpError(Fault.CERTIFICATE, f"its fingerprint is {actual.hex(':')}, not the configured one")
-
-
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(inactivity_s: float) -> Iterator[None]:
     """Errors of the layers below as `HttpError`."""
     try:
         yield
     except trio.TooSlowError as error:
-        raise HttpError(Fault.TIMEOUT, f"nothing moved for {INACTIVITY_TIMEOUT_S:.0f} s") from error
+        raise HttpError(Fault.TIMEOUT, f"nothing moved for {inactivity_s:.0f} s") from error
     except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        raise HttpError(Fault.LOST, _cause(error) or "the connection was lost") from error
+        raise HttpError(Fault.LOST, innermost_reason(error) or "the connection was lost") from error
     except h11.RemoteProtocolError as error:
         raise HttpError(Fault.MALFORMED, f"the answer is no HTTP: {error}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """The words of the innermost reason: trio wraps those of the system and of OpenSSL."""
-    while error.__cause__ is not None or isinstance(error, BaseExceptionGroup):
-        # Of several addresses that were tried, the first speaks for all.
-        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error
-    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.strerror:
-        return error.strerror
-    return str(error)
