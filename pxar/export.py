@@ -8,7 +8,7 @@ thread.
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from core.buffers import Buffer
 from core.errors import FormatError, NotFoundError, UsageError
@@ -55,6 +55,15 @@ class Output:
             self._write(gathered)
 
 
+class _Level(NamedTuple):
+    """A folder that is gone through."""
+
+    length: int  #: of its path
+    node: Directory | None  #: None once it has been given out
+    children: Iterator[Node]
+    taken: bool
+
+
 class Export:
     """What is exported, and what becomes of it."""
 
@@ -79,11 +88,12 @@ class Export:
         selection = self._selection
         before = b"/" + self._prefix if self._prefix else b""
         taken = selection.takes(before or b"/", True, selection.root) if selection else True
-        # Path, node (None once it has been given out), its children, whether it is taken.
-        levels: list[tuple[bytes, Directory | None, Iterator[Node], bool]] = [(b"", None, self._start.stream(), taken)]
+        path = b""  # of the last level
+        levels = [_Level(0, None, self._start.stream(), taken)]
         yield b"", self._start
         while levels:
-            path, _, children, taken = levels[-1]
+            length, _, children, taken = levels[-1]
+            path = path[:length]
             below = None
             try:
                 for node in children:
@@ -95,10 +105,10 @@ class Export:
                         chosen = selection.takes(before + b"/" + here, is_folder, taken)
                     if not isinstance(node, Directory):
                         if chosen:
-                            yield from self._given_out(levels)
+                            yield from self._given_out(levels, path)
                             yield here, node
                     elif chosen or selection.may_hold(before + b"/" + here):
-                        below = here, node, node.stream(), chosen
+                        below, path = _Level(len(here), node, node.stream(), chosen), here
                         break
             except UNREADABLE as error:
                 self.complain(path, "not all of the folder could be read", error)
@@ -107,22 +117,20 @@ class Export:
                 continue
             levels.append(below)
             if chosen:
-                yield from self._given_out(levels)
+                yield from self._given_out(levels, path)
             self.tick()
 
     @staticmethod
-    def _given_out(
-        levels: list[tuple[bytes, Directory | None, Iterator[Node], bool]],
-    ) -> Iterator[tuple[bytes, Directory]]:
-        """The folders on the way that were not given out."""
+    def _given_out(levels: list[_Level], path: bytes) -> Iterator[tuple[bytes, Directory]]:
+        """The folders on the way to `path` that were not given out."""
         first = len(levels)
         while first and levels[first - 1][1] is not None:
             first -= 1
         for index in range(first, len(levels)):
-            path, node, children, taken = levels[index]
-            levels[index] = path, None, children, taken
+            length, node, _, _ = levels[index]
+            levels[index] = levels[index]._replace(node=None)
             assert node is not None
-            yield path, node
+            yield path[:length], node
 
     def exported(self, node: FileNode, path: bytes, *, copy: bool) -> None:
         """`node` was written at `path`; `copy`: of a hard link."""

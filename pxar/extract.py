@@ -127,12 +127,11 @@ def pieces(accessor: ArchiveAccessor, node: FileNode) -> Iterator[Buffer]:
 class _Level:
     """A folder that is gone through."""
 
-    __slots__ = ("entered", "links", "metadata", "name", "path", "stream", "taken")
+    __slots__ = ("entered", "links", "metadata", "name", "stream", "taken")
 
-    def __init__(self, node: Directory, metadata: Metadata, path: bytes, taken: bool, entered: bool) -> None:
+    def __init__(self, node: Directory, metadata: Metadata, taken: bool, entered: bool) -> None:
         self.name, self.metadata = node.name, metadata
         self.stream = node.stream()
-        self.path = path  #: from the root, without a slash at the end; only if there are patterns
         self.taken = taken
         self.entered = entered  #: the target is told
         self.links = False  #: there were hard links in it
@@ -151,6 +150,7 @@ class _Run:
         self._accessor, self._options, self._report, self._progress = accessor, options, report, progress
         self._selection = Selection(options.patterns)
         self._levels: list[_Level] = []
+        self._path = b""  #: of the current folder from the root, without a slash at the end; only with patterns
         self._small: list[tuple[bytes, bytes, Buffer]] = []
         self._small_positions: list[int] = []
         self._small_size = 0
@@ -166,7 +166,8 @@ class _Run:
             shown = b"/" + prefix if prefix else b""
             taken = selection.takes(shown or b"/", True, selection.root) if selection else True
             metadata = start.metadata
-            self._levels.append(_Level(start, metadata, shown, taken, True))
+            self._path = shown
+            self._levels.append(_Level(start, metadata, taken, True))
             while self._levels:
                 self._go_on()
             behind.drain()
@@ -194,7 +195,7 @@ class _Run:
             for node in level.stream:
                 taken, path = level.taken, b""
                 if is_choosing:
-                    path = level.path + b"/" + node.name
+                    path = self._path + b"/" + node.name
                     kind = node.kind
                     taken = selection.takes(path, None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY, taken)
                 if isinstance(node, Directory):
@@ -217,7 +218,8 @@ class _Run:
         except _UNREADABLE as error:
             self._lose(node.name, "the folder, with all that is in it, is missing", error)
             return False
-        self._levels.append(_Level(node, metadata, path, taken, False))
+        self._path = path
+        self._levels.append(_Level(node, metadata, taken, False))
         if taken:
             self._enter()
         if self._progress is not None:
@@ -240,6 +242,7 @@ class _Run:
             if level.links:
                 self._copy_unlinked()
         self._levels.pop()
+        self._path = self._path[: -1 - len(level.name)]
         if level.entered and self._levels:
             self._behind.put(0, self._target.leave)
 

@@ -215,3 +215,16 @@ class Damaged(MemoryBytes):
         if offset < self.end and offset + length > self.start:
             raise self.error
         return super().read(offset, length)
+
+
+def chain(depth: int, name: bytes) -> ArchiveAccessor:
+    """`depth` folders, each in the one before, and a file at the bottom."""
+
+    def write(encoder: ArchiveEncoder) -> None:
+        for _ in range(depth):
+            encoder.directory(name, FOLDER)
+        add_file(encoder, b"bottom", b"end")
+        for _ in range(depth):
+            encoder.end_directory()
+
+    return forged(write)

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.pxar.restored import (
     FOLDER,
     Damaged,
     add_file,
+    chain,
     described,
     file,
     folder,
@@ -340,3 +342,23 @@ def test_one_file_is_written_as_it_is() -> None:
     assert node is not None
     with pytest.raises(UsageError, match="it is no file"):
         write_content(accessor, node, io.BytesIO().write)
+
+
+def test_paths_of_a_deep_tree_are_not_all_in_memory() -> None:
+    accessor = chain(500, b"n" * 250)
+    written = 0
+
+    def write(data: Buffer) -> None:
+        nonlocal written
+        written += len(data)
+
+    tracemalloc.start()
+    try:
+        report = write_tar(accessor, write)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (report.folders, report.files, report.warnings) == (500, 1, [])
+    # All paths together have 31 MB.
+    assert written > 31_000_000
+    assert peak < 12 << 20

@@ -3,6 +3,8 @@
 import os
 import stat
 import struct
+import subprocess
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.pxar.archives import Item, MemoryBytes, archived, item
 from tests.pxar.restored import (
     AS_ROOT,
     REPLACE,
+    chain,
     file,
     folder,
     hardlink,
@@ -159,3 +162,19 @@ def test_what_is_not_wanted_of_the_metadata_stays_away(tmpfs: Path) -> None:
             assert (report.left_out, names_below(target)) == (2, {"file", "plain", "socket"})
     finally:
         os.umask(old)
+
+
+def test_paths_of_a_deep_tree_are_not_all_in_memory(tmpfs: Path) -> None:
+    depth = 500
+    accessor = chain(depth, b"n" * 250)
+    target = tmpfs / "target"
+    tracemalloc.start()
+    try:
+        report = extract_folder(accessor, str(target), ExtractOptions(patterns(b"bottom")))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        subprocess.run(["rm", "-rf", target], check=True)
+    assert (report.folders, report.files, report.warnings) == (depth, 1, [])
+    # All paths together have 31 MB.
+    assert peak < 12 << 20
