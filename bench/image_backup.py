@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from core.disks import DiskSource
 from core.limits import cpu_count
@@ -398,9 +398,11 @@ def scratch_folder(image: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mounted(line: Sequence[str], point: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+def mounted(
+    line: Sequence[str], point: Path, stdin: IO[bytes] | None = None
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """The only file of a file system that a command serves while the block runs."""
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, cwd=ROOT)
+    process = subprocess.Popen(line, stdin=stdin, stdout=subprocess.DEVNULL, cwd=ROOT)
     try:
         deadline = time.monotonic() + 30
         while not os.path.ismount(point):
