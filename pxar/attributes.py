@@ -22,6 +22,10 @@ Complain = Callable[[str, str, bool], None]
 _NOT_THERE: Final = "the file system has no such thing"
 _ONLY_ROOT: Final = "only root can give files away"
 _FLAGS: Final = CHATTR_FLAGS | FAT_FLAGS
+_ACCESS_ACL: Final = "system.posix_acl_access"
+_DEFAULT_ACL: Final = "system.posix_acl_default"
+#: What the kernel says of an ACL that is not there, or that cannot be.
+_NO_ACL: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _NANOSECONDS: Final = 10**9
 
@@ -53,13 +57,16 @@ class Attributes:
         if flags & mask:
             self._attempt(complain, "flags", set_flags, fd, flags & mask, mask & flags)
 
-    def apply(self, where: int | str, metadata: Metadata, complain: Complain) -> None:
-        """Give everything but flags to `where`: an open file or folder, else a path in /proc/self/fd."""
+    def apply(self, where: int | str, metadata: Metadata, complain: Complain, *, inherited: bool) -> None:
+        """Give everything but flags to `where`: an open file or folder, else a path in /proc/self/fd.
+
+        `inherited`: it may have ACLs, its own or those that new entries get from their folder.
+        """
         features, found = self.features, metadata.stat
         kind = stat.S_IFMT(found.mode)
         owned = self._owner(where, found, complain)
         self._xattrs(where, kind, metadata, complain)
-        self._acl(where, kind, metadata, complain)
+        self._acl(where, kind, metadata, complain, inherited)
         if metadata.projid is not None and features & Features.QUOTA_PROJID and isinstance(where, int):
             try:
                 set_projid(where, metadata.projid)
@@ -117,15 +124,36 @@ class Attributes:
         if kind == stat.S_IFREG:
             self._attempt(complain, "file capabilities", os.setxattr, where, "security.capability", metadata.fcaps)
 
-    def _acl(self, where: int | str, kind: int, metadata: Metadata, complain: Complain) -> None:
-        if not metadata.acl or not self.features & Features.ACL or kind == stat.S_IFLNK:
+    def inherits(self, folder: int, *, made: bool) -> bool:
+        """Whether new entries of an open folder get ACLs from it; one that was `made` here loses its default ACL."""
+        if not self.features & Features.ACL:
+            return False
+        try:
+            if made:
+                os.removexattr(folder, _DEFAULT_ACL)
+            else:
+                os.getxattr(folder, _DEFAULT_ACL)
+        except OSError as error:
+            return error.errno not in _NO_ACL
+        return not made
+
+    def _acl(self, where: int | str, kind: int, metadata: Metadata, complain: Complain, inherited: bool) -> None:
+        if not self.features & Features.ACL or kind == stat.S_IFLNK:
             return
-        values = acl_values(metadata.stat.mode, metadata.acl)
-        if values.guessed:
-            complain("ACL", "it is not complete; what is missing was taken from the permissions", True)
-        self._attempt(complain, "ACL", os.setxattr, where, "system.posix_acl_access", values.access)
-        if values.default is not None and kind == stat.S_IFDIR:
-            self._attempt(complain, "ACL", os.setxattr, where, "system.posix_acl_default", values.default)
+        access = default = None
+        if metadata.acl:
+            values = acl_values(metadata.stat.mode, metadata.acl)
+            if values.guessed:
+                complain("ACL", "it is not complete; what is missing was taken from the permissions", True)
+            access, default = values.access, values.default
+        for name, value in ((_ACCESS_ACL, access), (_DEFAULT_ACL, default)):
+            if name == _DEFAULT_ACL and kind != stat.S_IFDIR:
+                continue
+            if value is not None:
+                self._attempt(complain, "ACL", os.setxattr, where, name, value)
+            elif inherited:
+                # Else it would give rights that nobody had.
+                self._attempt(complain, "ACL", _remove_acl, where, name)
 
     def _time(self, where: int | str, found: Stat, complain: Complain) -> None:
         try:
@@ -155,3 +183,11 @@ class Attributes:
 def _is_restored(name: bytes) -> bool:
     """Whether it is an extended attribute that archives hold: nothing that a kernel or a security module acts on."""
     return len(name) <= 255 and (name.startswith((b"user.", b"trusted.")) or name == b"security.NTACL")
+
+
+def _remove_acl(where: int | str, name: str) -> None:
+    try:
+        os.removexattr(where, name)
+    except OSError as error:
+        if error.errno not in _NO_ACL:
+            raise

@@ -23,6 +23,7 @@ from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.features import Features
 from pxar.filesystem import list_folder, set_flags
 from pxar.metadata import Metadata
+from pxar.target_open import OpenFile, OpenFolder
 from pxar.writing import SET_MODE, SET_OWNER, Written, write_files, write_sparse
 
 #: Folders on the way to the current one that stay open, besides the target itself.
@@ -39,29 +40,6 @@ _FATAL: Final = frozenset(
 )  # fmt: skip
 _UNLINKABLE: Final = Features.IMMUTABLE | Features.APPEND
 _LOST_AND_FOUND: Final = b"lost+found"
-
-
-class _Folder:
-    """A folder on the way to the current one."""
-
-    __slots__ = ("dev", "fd", "ino", "metadata", "name", "unlinked")
-
-    def __init__(self, name: bytes, fd: int, metadata: Metadata | None) -> None:
-        found = os.fstat(fd)
-        self.unlinked: list[tuple[bytes, FileNode]] = []  # hard links in it for which no file was found
-        self.name, self.fd, self.metadata = name, fd, metadata  # fd -1: closed for now; metadata None: left as they are
-        self.dev, self.ino = found.st_dev, found.st_ino
-
-
-class _File:
-    """The file that is being written."""
-
-    __slots__ = ("copy", "fd", "metadata", "name", "position", "temporary", "written")
-
-    def __init__(self, name: bytes, temporary: bytes, fd: int, metadata: Metadata, position: int, copy: bool) -> None:
-        self.name, self.temporary, self.fd, self.metadata = name, temporary, fd, metadata
-        self.position, self.copy = position, copy
-        self.written = 0
 
 
 class Target:
@@ -90,10 +68,11 @@ class Target:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise TargetError("restore to", path, os_reason(error)) from error
-        self._folders = [_Folder(b"", fd, None)]
+        inherits = self._attributes.inherits(fd, made=self.made)
+        self._folders = [OpenFolder(b"", fd, None, inherits=inherits, inherited=True)]
         self._first_open = 1  # folders before it are closed, except for the first
         self._lost = 0  # levels below the current folder, none of which is there
-        self._file: _File | None = None
+        self._file: OpenFile | None = None
         #: Of every file that was made, in order: where its FILENAME is in the archive, and its inode.
         self._positions, self._inos = array("Q"), array("Q")
         self._copies: dict[int, tuple[int, bytes]] = {}  # of hard links whose file is not there: inode, path
@@ -146,7 +125,11 @@ class Target:
             self._failed(name, error, "the folder, with all that is in it, is missing")
             self._lost = 1
             return
-        folder = _Folder(name, fd, metadata if made or taken else None)
+        above, attributes = self._folders[-1], self._attributes
+        folder = OpenFolder(
+            name, fd, metadata if made or taken else None, inherited=above.inherits or not made,
+            inherits=(above.inherits or not made) and attributes.inherits(fd, made=made),
+        )  # fmt: skip
         if made:
             self._attributes.start(fd, metadata.stat.flags, self._complain_of(name))
         self._folders.append(folder)
@@ -177,13 +160,13 @@ class Target:
         self._folders[0].metadata = metadata
         self._settle_folder(self._folders[0])
 
-    def _settle_folder(self, folder: _Folder) -> None:
+    def _settle_folder(self, folder: OpenFolder) -> None:
         if folder.metadata is not None:
             complain = self._complain_of(None)
-            self._attributes.apply(folder.fd, folder.metadata, complain)
+            self._attributes.apply(folder.fd, folder.metadata, complain, inherited=folder.inherited)
             self._attributes.finish(folder.fd, folder.metadata.stat.flags, complain)
 
-    def _reopened(self, below: int, parent: _Folder) -> int:
+    def _reopened(self, below: int, parent: OpenFolder) -> int:
         try:
             fd = os.open(b"..", _FOLDER, dir_fd=below)
         except OSError as error:
@@ -203,6 +186,10 @@ class Target:
             return
         attributes = self._attributes
         fd = self._folders[-1].fd
+        if self._folders[-1].inherits:
+            for (name, entry, content), position in zip(files, positions, strict=True):
+                self._written(name, entry, content, position)
+            return
         made = write_files(fd, files, self._how, attributes.mode_mask, attributes.plain_mode)
         for number, written in enumerate(made):
             if written.created:
@@ -231,7 +218,7 @@ class Target:
         except OSError as error:
             self._failed(name, error)
             return
-        self._file = _File(name, temporary, opened, metadata, position, copy)
+        self._file = OpenFile(name, temporary, opened, metadata, position, copy)
         self._attributes.start(opened, metadata.stat.flags, self._complain_of(name))
 
     def content(self, data: Buffer) -> None:
@@ -256,7 +243,7 @@ class Target:
         try:
             os.ftruncate(file.fd, file.written)
             ino = os.fstat(file.fd).st_ino
-            self._attributes.apply(file.fd, file.metadata, complain)
+            self._attributes.apply(file.fd, file.metadata, complain, inherited=self._folders[-1].inherits)
             self._settle(file.temporary, file.name)
         except OSError as error:
             self._failed(file.name, error)
@@ -356,7 +343,10 @@ class Target:
                     # Somebody may have put something else in its place, whose owner must not be changed.
                     if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode) or found.st_nlink != 1:
                         raise OSError(errno.EEXIST, "somebody changes the folder at the same time")
-                    self._attributes.apply(f"/proc/self/fd/{handle}", metadata, self._complain_of(name))
+                    self._attributes.apply(
+                        f"/proc/self/fd/{handle}", metadata, self._complain_of(name),
+                        inherited=self._folders[-1].inherits,
+                    )  # fmt: skip
                 finally:
                     os.close(handle)
                 self._settle(temporary, name)
@@ -479,11 +469,14 @@ class Target:
     def _not_written(self, file: tuple[bytes, bytes, Buffer], position: int, written: Written) -> None:
         name, entry, content = file
         if written.created == errno.EEXIST and self._options.overwrite_files:
-            self.begin_file(name, Metadata.parse(entry), position)
-            self.content(content)
-            self.end_file()
+            self._written(name, entry, content, position)
         else:
             self._failed(name, OSError(written.created, os.strerror(written.created)))
+
+    def _written(self, name: bytes, entry: bytes, content: Buffer, position: int) -> None:
+        self.begin_file(name, Metadata.parse(entry), position)
+        self.content(content)
+        self.end_file()
 
     def _not_settled(self, name: bytes, written: Written) -> None:
         complain = self._complain_of(name)
