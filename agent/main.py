@@ -24,6 +24,7 @@ from agent import (
     cli_notes,
     cli_prune,
     cli_restore,
+    cli_s3,
     cli_snapshots,
     cli_verify,
     cli_vm,
@@ -78,6 +79,7 @@ def build() -> typer.Typer:
     cli_look.add_to(application)
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
+    cli_s3.add_to(application)
     cli_key.add_to(application)
     cli_job.add_to(application)
     cli_host.add_to(application)

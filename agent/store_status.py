@@ -173,8 +173,8 @@ def status_document(status: StoreStatus) -> dict[str, Any]:
     }
 
 
-def status_lines(status: StoreStatus) -> Iterator[str]:
-    """The same for people."""
+def status_lines(status: StoreStatus, more: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
+    """The same for people, with `more` lines of name and text at the end; those without text are left out."""
     usage = status.usage
     percent = f" ({100 * usage.used // usage.total} %)" if usage.total else ""
     kinds = [
@@ -198,6 +198,7 @@ def status_lines(status: StoreStatus) -> Iterator[str]:
                              for days in _GROWTH_DAYS[1:] if status.growth[days])),
         ("net growth", _net_growth(status)),
         ("full", _full(status)),
+        *more,
     ]  # fmt: skip
     yield from list(table(("", ""), [row for row in rows if row[1]]))[1:]
 

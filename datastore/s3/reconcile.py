@@ -38,7 +38,7 @@ class ReconcileReport:
 
 
 async def reconcile(
-    store: S3Datastore, progress: Progress | None = None, *, wait_s: float = _WAIT_S
+    store: S3Datastore, progress: Progress | None = None, *, dry_run: bool = False, wait_s: float = _WAIT_S
 ) -> ReconcileReport:
     """Compare chunk files with the bucket's chunks and put the files right; one request for 1000 chunks.
 
@@ -47,6 +47,7 @@ async def reconcile(
     Args:
         store: which one.
         progress: told how far it is, and warned of what is lost.
+        dry_run: change nothing; the report says what would be done.
         wait_s: how long to wait for a garbage collection.
 
     Raises:
@@ -58,9 +59,10 @@ async def reconcile(
     with counted_as(Work.REFRESH):
         async with store.chunks.exclusive(wait_s=wait_s):
             with progress.task("compare chunks", None, "objects") as task:
-                report = await _Reconcile(store, task).run()
+                report = await _Reconcile(store, task, dry_run).run()
     if report.repaired:
-        progress.warn(f"{len(report.repaired)} chunks were gone from the bucket, and are stored again from the cache")
+        now = "can be stored again" if dry_run else "are stored again"
+        progress.warn(f"{len(report.repaired)} chunks were gone from the bucket, and {now} from the cache")
     if report.lost:
         named = ", ".join(digest.hex() for digest in report.lost[:3]) + (", ..." if len(report.lost) > 3 else "")
         hint = "the next backups store those again that are still in their source; 'fleece gc' names what is lost"
@@ -69,8 +71,8 @@ async def reconcile(
 
 
 class _Reconcile:
-    def __init__(self, store: S3Datastore, task: Task) -> None:
-        self._store, self._task = store, task
+    def __init__(self, store: S3Datastore, task: Task, dry_run: bool) -> None:
+        self._store, self._task, self._dry_run = store, task, dry_run
         self._chunks = store.s3.chunks
         self._report = ReconcileReport()
         self._begun = time.time()
@@ -118,7 +120,8 @@ class _Reconcile:
         changed = await self._chunks.times_set_aside() != self._set_aside
         if changed and await self._store.client.head(self._store.keys.chunk(digest)) is None:
             return
-        await in_io_thread(self._chunks.files.mark, digest)
+        if not self._dry_run:
+            await in_io_thread(self._chunks.files.mark, digest)
         self._report.marked += 1
 
     async def _look(self, digest: bytes) -> None:
@@ -129,10 +132,12 @@ class _Reconcile:
             return  # removed meanwhile
         local = await in_io_thread(self._chunks.read_cached, digest)
         if isinstance(local, Blob) and await in_cpu_thread(self._is_sound, digest, local):
-            await self._store.client.put(self._store.keys.chunk(digest), (local.header, local.payload))
+            if not self._dry_run:
+                await self._store.client.put(self._store.keys.chunk(digest), (local.header, local.payload))
             self._report.repaired.append(digest)
             return
-        await self._chunks.forget(digest)
+        if not self._dry_run:
+            await self._chunks.forget(digest)
         self._report.lost.append(digest)
 
     def _is_sound(self, digest: bytes, blob: Blob) -> bool:

@@ -263,6 +263,11 @@ async def test_objects_that_went_behind_our_back_are_found_out(store_folder: Pat
         for digest in (cached, dropped):
             s3_emulator.bucket.delete(store.keys.chunk(digest))
         Path(store.s3.chunks.path(unmarked)).unlink()
+        told = await reconcile(store, dry_run=True)
+        assert (told.objects, told.marked, told.repaired, told.lost) == (3, 1, [cached], [dropped])
+        assert store.keys.chunk(cached) not in s3_emulator.bucket.objects
+        assert Path(store.s3.chunks.path(dropped)).exists()
+        assert not Path(store.s3.chunks.path(unmarked)).exists()
         progress = Progress()
         report = await reconcile(store, progress)
         assert (report.objects, report.marked, report.repaired, report.lost) == (3, 1, [cached], [dropped])
