@@ -5,5 +5,6 @@
 - `core.progress`: progress as events; `core.render`: who shows them (bars at a terminal, lines elsewhere).
 - `core.limits`: how many threads do the heavy work.
 - `core.disks`: `DiskSource` and `DiskTarget`, what a disk is to the rooms that share disks.
+- `core.tls`: a TLS connection that reads into the caller's memory; `core.dial` makes connections.
 - `core.buffers`: names for bytes-like objects.
 """

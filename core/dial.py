@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import trio
 
 from core.errors import UsageError
+from core.tls import TlsStream
 
 #: Seconds to a finished handshake.
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -35,7 +36,7 @@ _SOCKET_OPTIONS: Final = (
 )
 _FINGERPRINT: Final = re.compile(r"(?:[0-9a-f]{2})(?::[0-9a-f]{2}){31}")
 
-Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+Stream = trio.SocketStream | TlsStream
 #: Asked whether to trust a server: its leaf's fingerprint, and why the system's authorities do not.
 Confirm = Callable[[bytes, str], Awaitable[bool]]
 
@@ -178,10 +179,10 @@ class Dialer:
             raise CertificateError(f"its fingerprint is {found.hex(':')}, not the configured one", found)
         return stream
 
-    async def _unverified_stream(self, host: str, port: int) -> tuple[Stream, bytes]:
+    async def _unverified_stream(self, host: str, port: int) -> tuple[TlsStream, bytes]:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await _handshake(await self._open(host, port), _accepting(), host)
-        return stream, hashlib.sha256(stream.getpeercert(True) or b"").digest()
+        return stream, hashlib.sha256(stream.certificate()).digest()
 
     async def _ask(self, host: str, port: int, why: str) -> None:
         """Ask about the certificate that the server has now, and pin it.
@@ -214,6 +215,7 @@ class Dialer:
         """The context with the system's authorities, which take 20 ms to load."""
         if self._verified is None:
             self._verified = ssl.create_default_context()
+            self._verified.options |= ssl.OP_NO_RENEGOTIATION
             self._verified.set_alpn_protocols(["http/1.1"])
         return self._verified
 
@@ -224,6 +226,7 @@ def _accepting() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     return context
 
@@ -235,10 +238,8 @@ async def _open_tcp(host: str, port: int) -> trio.SocketStream:
     return stream
 
 
-async def _handshake(
-    stream: trio.SocketStream, context: ssl.SSLContext, host: str
-) -> "trio.SSLStream[trio.SocketStream]":
-    encrypted = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
+async def _handshake(stream: trio.SocketStream, context: ssl.SSLContext, host: str) -> TlsStream:
+    encrypted = TlsStream(stream, context, host)
     try:
         await encrypted.do_handshake()
     except BaseException:

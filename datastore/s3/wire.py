@@ -18,6 +18,7 @@ import trio
 
 from core.buffers import Buffer
 from core.dial import CertificateError, Dialer, DialError, Stream, innermost_reason
+from core.tls import TlsStream
 from datastore.s3.bodies import BodyMemory
 from datastore.s3.pacing import TokenBucket
 
@@ -102,7 +103,7 @@ class Wire:
 
     def __init__(self, stream: Stream, settings: WireSettings) -> None:
         self._stream = stream
-        self._socket = (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
+        self._socket = stream.socket
         self._settings = settings
 
     @classmethod
@@ -235,10 +236,8 @@ class Wire:
         """Fill `view`."""
         while view:
             with trio.fail_after(self._settings.inactivity_s):
-                if isinstance(self._stream, trio.SSLStream):
-                    data = await self._stream.receive_some(len(view))
-                    count = len(data)
-                    view[:count] = data
+                if isinstance(self._stream, TlsStream):
+                    count = await self._stream.receive_into(view)
                 else:
                     count = await self._socket.recv_into(view)
             if not count:

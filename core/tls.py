@@ -1,0 +1,144 @@
+"""A TLS client connection over trio that reads straight into the caller's memory.
+
+trio's own hands over one record (16 KiB) for each pass through its scheduler, which takes longer than decrypting it.
+"""
+
+import ssl
+from typing import Final
+
+import trio
+
+from core.buffers import Buffer, WritableBuffer
+
+#: Bytes that are read from the socket, and encrypted, at once.
+_PIECE: Final = 256 << 10
+
+
+class TlsStream(trio.abc.Stream):
+    """A connection to a server. One task may send while another receives; `do_handshake` comes first.
+
+    It ends as HTTPS connections do: by closing the socket, without a last message, so whoever reads must know by other
+    means where the data end.
+
+    Args:
+        transport: connected; closed with this one.
+        context: for clients, without renegotiation.
+        server_hostname: that the certificate must be for, if the context verifies.
+    """
+
+    def __init__(self, transport: trio.SocketStream, context: ssl.SSLContext, server_hostname: str) -> None:
+        self._transport = transport
+        self._came = ssl.MemoryBIO()
+        self._goes = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._came, self._goes, server_hostname=server_hostname)
+        self._sending = trio.Lock()
+        self._receiving = trio.Lock()
+        self._piece = memoryview(bytearray(_PIECE))
+        self._broken: ssl.SSLError | None = None
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """What lies below."""
+        return self._transport.socket
+
+    def certificate(self) -> bytes:
+        """The server's own certificate, DER; empty if it has none."""
+        return self._tls.getpeercert(True) or b""
+
+    async def do_handshake(self) -> None:
+        """Shake hands.
+
+        Raises:
+            trio.BrokenResourceError: it failed; its cause is an `ssl.SSLError`, for example about the certificate.
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                await self._fill()
+            except ssl.SSLError as error:
+                await self._flush()  # the alert that tells the server why
+                raise trio.BrokenResourceError from error
+            else:
+                return await self._flush()
+
+    async def send_all(self, data: Buffer) -> None:
+        """See `trio.abc.SendStream.send_all`; cancelled, the connection is of no use any more."""
+        view = memoryview(data).cast("B")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while view:
+            piece, view = view[:_PIECE], view[_PIECE:]
+            try:
+                while piece:  # one record at a time
+                    piece = piece[self._tls.write(piece) :]
+            except ssl.SSLError as error:
+                raise trio.BrokenResourceError from error
+            await self._flush()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See `trio.abc.ReceiveStream.receive_some`."""
+        buffer = bytearray(min(max_bytes or _PIECE, _PIECE))
+        count = await self.receive_into(buffer)
+        return bytes(buffer[:count])
+
+    async def receive_into(self, buffer: WritableBuffer) -> int:
+        """Wait for data, and fill `buffer` as far as they go; returns how many bytes, 0 at the end.
+
+        Cancelled, nothing is lost.
+
+        Raises:
+            trio.BrokenResourceError: the connection broke, or what came is no TLS.
+        """
+        view = memoryview(buffer)
+        count = 0
+        async with self._receiving:
+            while count < len(view):
+                if self._broken is not None:  # OpenSSL would say that it has ended
+                    if count:
+                        break
+                    raise trio.BrokenResourceError from self._broken
+                try:
+                    # With a buffer it returns a number; typeshed knows only the other way.
+                    more = int(self._tls.read(len(view) - count, view[count:]))
+                except ssl.SSLWantReadError:
+                    if count:
+                        break
+                    if self._goes.pending:  # an answer to a message of the protocol itself
+                        await self._flush()
+                    await self._fill()
+                except ssl.SSLEOFError:
+                    break
+                except ssl.SSLError as error:
+                    self._broken = error
+                else:
+                    if not more:
+                        break
+                    count += more
+        return count
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
+        await self._transport.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """Close the socket."""
+        await self._transport.aclose()
+
+    async def _fill(self) -> None:
+        """Take what the socket has."""
+        try:
+            count = await self.socket.recv_into(self._piece)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        if count:
+            self._came.write(self._piece[:count])
+        else:
+            self._came.write_eof()
+
+    async def _flush(self) -> None:
+        """Send what was encrypted, in that order."""
+        async with self._sending:
+            data = self._goes.read()
+            if data:
+                await self._transport.send_all(data)
