@@ -16,6 +16,7 @@
     chunks.py, meta.py             `S3ChunkStore`, `S3MetaStore`: see `datastore.interface`
     cache.py, cache_files.py       which chunks are kept here; what their files say about objects
     sweep.py, sweep_cache.py       garbage collection: what is unused goes, from the bucket and from the cache
+    probe.py                       what an endpoint and a bucket can do
     refresh.py, reconcile.py       metadata fetched anew; what is here compared with what is in the bucket
     chunk_locks.py, state.py, in_use.py   who may do what: chunks, the folder, the whole store
     unknown.py, pending.py         deletes that may still happen, and those that must be done later

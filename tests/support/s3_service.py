@@ -85,6 +85,7 @@ class S3Service:
         self.access_key, self.secret, self.region = ACCESS_KEY, SECRET, REGION
         self.clock_offset_s = 0.0  #: how far its clock is ahead
         self.knows_if_none_match = True
+        self.respects_if_none_match = True  #: False: the header is passed over in silence
         self.knows_multi_delete = True
         self.not_found_without_code = False  #: 404 answers have no body
         self.lock = threading.RLock()
@@ -258,7 +259,7 @@ class S3Service:
                 )
             if condition != "*":
                 raise Refused(400, "InvalidArgument", f"if-none-match: {condition}")
-            if request.key in bucket.objects:
+            if request.key in bucket.objects and self.respects_if_none_match:
                 raise Refused(412, "PreconditionFailed")
         return self._stored(bucket.put(request.key, request.body, self.now()))
 

@@ -457,6 +457,14 @@ async def test_a_bucket_with_object_lock_gets_md5(s3_emulator: S3Emulator) -> No
         assert await client.object_lock() == "GOVERNANCE"
         assert link.md5_buckets == {BUCKET}
         assert (await client.put("st1/b", [b"x"])).outcome is Outcome.NEW
+        assert (await client.put("st1/.cnt/ns/a/.namespace", [], if_absent=True)).outcome is Outcome.NEW
+
+
+async def test_that_a_bucket_wants_md5_is_learned_with_the_first_marker(s3_emulator: S3Emulator) -> None:
+    """A marker has no content, and PBS sends no content-md5 with it."""
+    s3_emulator.bucket.object_lock = "GOVERNANCE"
+    async with EndpointLink.open(s3_emulator.endpoint(), policy=IMPATIENT) as link:
+        assert (await S3Client(link, BUCKET).put("st1/m", [], if_absent=True)).outcome is Outcome.NEW
 
 
 class EndpointSetting:
