@@ -1,10 +1,11 @@
 """The second half of garbage collection in a bucket: unused objects go, then unused files of the cache.
 
 The bucket is listed while indexes are still being read; nothing is looked at before that has ended. Each object's file
-in the cache tells its age. Objects go in batches of 1000 whose chunk locks are held until the answer is there. What
-phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
+in the cache tells its age. Objects go in batches of up to 1000 whose chunk locks are held until the answer is there.
+What phase 1 marked `.using`, and no object of the listing adopts, is lost (R41).
 """
 
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 import trio
+from trio.lowlevel import ParkingLot
 
 from core.errors import FleeceError, os_reason
 from core.limits import in_io_thread
@@ -45,6 +47,10 @@ _LOOKERS: Final = 2
 _DELETERS: Final = 4
 #: Seconds that the first key of a batch waits for company; who wants to store that chunk waits as long.
 _BATCH_AGE_S: Final = 30.0
+#: Seconds that a request should take: some providers delete one key after the other, 12 ms each. Smaller batches let
+#: all requests end at the same time then, and their locks are held for shorter.
+_BATCH_S: Final = 3.0
+_SMALLEST_BATCH: Final = 250
 _ARCHIVE_TIERS: Final = frozenset({"GLACIER", "DEEP_ARCHIVE", "ARCHIVE"})
 
 
@@ -104,6 +110,10 @@ class BucketSweep:
         self._youngest = 0.0  # LastModified from which on an object stays
         self._queue: list[_Object] = []  # doomed ones that wait for their batch
         self._queued_at = 0.0
+        self._all_looked_at = False
+        self._deleters = ParkingLot()  # wait for something to delete
+        self._lookers = ParkingLot()  # wait until something was deleted
+        self._batch_size = MAX_DELETE_KEYS
         self._busy: list[_Object] = []
         self._kept: set[bytes] = set()  # could not be deleted, or were busy: their files stay
         self._adopted: set[bytes] = set()  # in a dry run
@@ -132,19 +142,17 @@ class BucketSweep:
 
     async def _sweep_bucket(self, task: Task) -> None:
         pages, listed = trio.open_memory_channel[list[Listed]](_PAGES_AHEAD)
-        batches, waiting = trio.open_memory_channel[list[_Object]](0)
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._list, pages)
-                async with open_nursery() as deleters, batches:
-                    for _ in range(_DELETERS):
-                        deleters.start_soon(self._delete_batches, waiting.clone())
-                    async with open_nursery() as lookers:
-                        for _ in range(_LOOKERS):
-                            lookers.start_soon(self._look_at_pages, listed.clone(), batches, task)
-                        listed.close()
-                    waiting.close()
-                    await self._flush(batches)
+                for _ in range(_DELETERS):
+                    nursery.start_soon(self._delete_batches)
+                async with open_nursery() as lookers:
+                    for _ in range(_LOOKERS):
+                        lookers.start_soon(self._look_at_pages, listed.clone(), task)
+                    listed.close()
+                self._all_looked_at = True
+                self._deleters.unpark_all()
             if self._busy:
                 await self._look_again()
         finally:
@@ -176,12 +184,7 @@ class BucketSweep:
             return False
         return last is not None and last.disk_chunks + last.pending_chunks + last.removed_chunks > PARALLEL_FROM
 
-    async def _look_at_pages(
-        self,
-        pages: trio.MemoryReceiveChannel[list[Listed]],
-        batches: trio.MemorySendChannel[list[_Object]],
-        task: Task,
-    ) -> None:
+    async def _look_at_pages(self, pages: trio.MemoryReceiveChannel[list[Listed]], task: Task) -> None:
         async with pages:
             await self._guard.ready()
             self._check_clock()
@@ -194,23 +197,9 @@ class BucketSweep:
                     self._queued_at = trio.current_time()
                 self._queue += looked.doomed
                 task.advance(len(page))
+                self._deleters.unpark_all()
                 while len(self._queue) >= MAX_DELETE_KEYS:
-                    batch, self._queue = self._queue[:MAX_DELETE_KEYS], self._queue[MAX_DELETE_KEYS:]
-                    await self._send(batches, batch)
-                if self._queue and trio.current_time() > self._queued_at + _BATCH_AGE_S:
-                    await self._flush(batches)
-
-    async def _flush(self, batches: trio.MemorySendChannel[list[_Object]]) -> None:
-        if self._queue:
-            batch, self._queue = self._queue, []
-            await self._send(batches, batch)
-
-    async def _send(self, batches: trio.MemorySendChannel[list[_Object]], batch: list[_Object]) -> None:
-        try:
-            await batches.send(batch)
-        except BaseException:
-            self._release(batch)
-            raise
+                    await self._lookers.park()
 
     def _check_clock(self) -> None:
         offset = self._client.link.clock_offset_s or 0.0
@@ -337,10 +326,28 @@ class BucketSweep:
 
     # Deleting.
 
-    async def _delete_batches(self, batches: trio.MemoryReceiveChannel[list[_Object]]) -> None:
-        async with batches:
-            async for batch in batches:
-                await self._delete(batch)
+    async def _delete_batches(self) -> None:
+        while batch := await self._next_batch():
+            begun = trio.current_time()
+            await self._delete(batch)
+            if len(batch) >= _SMALLEST_BATCH:
+                per_key_s = (trio.current_time() - begun) / len(batch)
+                self._batch_size = int(max(_SMALLEST_BATCH, min(MAX_DELETE_KEYS, _BATCH_S / max(per_key_s, 1e-6))))
+
+    async def _next_batch(self) -> list[_Object]:
+        """What is to be deleted together next; nothing at the end."""
+        while True:
+            due = self._queued_at + _BATCH_AGE_S if self._queue else math.inf
+            size = self._batch_size
+            if len(self._queue) >= size or (self._queue and (self._all_looked_at or trio.current_time() >= due)):
+                batch, self._queue = self._queue[:size], self._queue[size:]
+                self._queued_at = trio.current_time()
+                self._lookers.unpark_all()
+                return batch
+            if self._all_looked_at:
+                return []
+            with trio.move_on_at(due):
+                await self._deleters.park()
 
     async def _delete(self, batch: list[_Object]) -> None:
         """Delete the objects; the locks are given back in any case.

@@ -85,6 +85,27 @@ async def test_the_number_of_requests_is_that_of_the_listing(store_folder: Path,
         assert [one.operation for one in s3_emulator.requests()[before:]].count("POST") == 3
 
 
+async def test_a_slow_provider_is_given_smaller_batches_to_delete(
+    store_folder: Path, s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.s3.sweep._DELETERS", 1)
+    monkeypatch.setattr("datastore.s3.sweep._BATCH_S", 0.01)
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": image(1)})
+        for number in range(1700):
+            digest = CODEC.digest(b"%d" % number)
+            s3_emulator.bucket.put(store.keys.chunk(digest), b"x")
+            store.s3.chunks.files.mark(digest)
+        let_days_pass(store, s3_emulator)
+        s3_emulator.latency_per_delete_s = 0.0001
+        assert (await collect(store)).status.removed_chunks == 1700
+        first, *others = s3_emulator.requests("POST")
+        assert first.size > 65536  # a thousand keys or so
+        assert sum(one.body.count(b"<Key>") for one in others) == 700
+        assert max(one.body.count(b"<Key>") for one in others) == 250
+
+
 async def test_a_chunk_that_only_the_bucket_knows_is_adopted_if_it_is_used(
     store_folder: Path, s3_emulator: S3Emulator
 ) -> None:
