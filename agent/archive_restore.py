@@ -27,6 +27,7 @@ from pxar.accessor import ArchiveAccessor, Directory, Node
 from pxar.export import write_content
 from pxar.extract import extract_entry, extract_folder
 from pxar.extract_report import ExtractReport
+from pxar.format import escaped
 from pxar.tar_stream import write_tar
 from pxar.zip_stream import write_zip
 from repository.interface import Reader
@@ -78,8 +79,8 @@ class FilesWanted:
 
     @property
     def shown(self) -> str:
-        """As the command line takes it."""
-        return f"{self.name}.pxar" + (f"/{os.fsdecode(self.path)}" if self.path else "")
+        """For people: as the command line takes it, but for what is not printable."""
+        return f"{self.name}.pxar" + (f"/{escaped(self.path)}" if self.path else "")
 
 
 def wanted_files(manifest: Manifest, archive: str) -> FilesWanted | None:

@@ -267,7 +267,7 @@ class Invocation:
             self._cost_told = self.is_json
         if self.is_json:
             indent = 2 if self.output is Output.JSON_PRETTY else None
-            lines: str | Iterable[str] = json.dumps(document, indent=indent, ensure_ascii=False, default=_plain)
+            lines: str | Iterable[str] = _as_json(document, indent)
         else:
             lines = text()
         for line in [lines] if isinstance(lines, str) else lines:
@@ -345,6 +345,16 @@ def silence_stdout() -> None:
     """Standard output cannot be written; nothing may complain about it once more when Python ends."""
     with suppress(OSError, AttributeError):  # None if the caller closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _as_json(document: Any, indent: int | None) -> str:
+    text = json.dumps(document, indent=indent, ensure_ascii=False, default=_plain)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A path that is no UTF-8: JSON must be, and can say `\\udcff`.
+        return json.dumps(document, indent=indent, default=_plain)
+    return text
 
 
 def to_stderr(text: str) -> None:

@@ -1,6 +1,7 @@
 """`fleece restore` of folders and files, as a person runs it."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -101,6 +102,22 @@ def test_patterns_and_paths_choose(stored: Fleece, tree: Path, tmp_path: Path) -
     assert (refused.code, refused.error["hint"]) == (1, "use another name, or --force")
     assert stored("restore", SNAPSHOT, "root.pxar/link", tmp_path / "into/hosts", "--force").code == 0
     assert (tmp_path / "into/hosts").readlink() == Path("etc/hosts")
+
+
+def test_paths_that_are_no_utf_8_stay_out_of_json_and_terminals(stored: Fleece, tmp_path: Path) -> None:
+    folder = tmp_path / "tree" / os.fsdecode(b"d\xff\x1b")
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(b"x")
+    back_up(stored, tmp_path / "tree")
+    code, out, _ = piped(
+        stored, "restore", SNAPSHOT, f"root.pxar/{folder.name}", tmp_path / os.fsdecode(b"t\xff"), "--output", "json"
+    )
+    (one,) = json.loads(out)["restored"]  # bytes, which must be UTF-8
+    assert (code, one["name"]) == (0, "root.pxar/d\\xff\\x1b")
+    assert os.fsencode(one["target"]) == os.fsencode(tmp_path) + b"/t\xff"
+    answer = stored("restore", SNAPSHOT, f"root.pxar/{folder.name}", tmp_path / "second")
+    assert answer.code == 0
+    assert f"root.pxar/d\\xff\\x1b -> {tmp_path}/second: 1 entries" in answer.out
 
 
 def test_one_file_goes_to_standard_output(stored: Fleece, tree: Path) -> None:

@@ -86,7 +86,7 @@ def test_gnu_tar_unpacks_what_was_backed_up(tmp_path: Path) -> None:
 
 
 def test_headers_hold_what_does_not_fit_into_old_fields() -> None:
-    metadata = Metadata(Stat(0o100640, 0, 3_000_000, 4_000_000_000, -2, 500_000_000), ((b"user.a=b%", b"\0\xff\n"),))
+    metadata = Metadata(Stat(0o100640, 0, 3_000_000, 4_000_000_000, -2, 500_000_000), ((b"user.a=b%\n", b"\0\xff\n"),))
     root = folder(
         {b"a" * 200 + b"\xff": Item(file().kind, metadata, b"x"), b"dev": item(0o020600, device=(4000, 1000000))}
     )
@@ -96,7 +96,7 @@ def test_headers_hold_what_does_not_fit_into_old_fields() -> None:
     found = members(data)
     one = found["a" * 200 + "\udcff"]
     assert (one.uid, one.gid, one.mtime, one.size, one.mode) == (3_000_000, 4_000_000_000, -1.5, 1, 0o640)
-    assert one.pax_headers["SCHILY.xattr.user.a%3Db%25"].encode("utf-8", "surrogateescape") == b"\0\xff\n"
+    assert one.pax_headers["SCHILY.xattr.user.a%3Db%25\n"].encode("utf-8", "surrogateescape") == b"\0\xff\n"
     assert (found["dev"].devmajor, found["dev"].devminor) == (4000, 1_000_000)
 
 
