@@ -1,0 +1,1 @@
+"""Repositories on a Proxmox Backup Server or a Fleece server."""
