@@ -14,6 +14,7 @@ import trio
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.image_backup import peak_rss_mib  # noqa: E402
 from core.nursery import open_nursery  # noqa: E402
 from datastore.codec import ChunkCodec  # noqa: E402
 from datastore.files import Owner  # noqa: E402
@@ -181,8 +182,9 @@ def main() -> None:
         "back-up": back_up,
     }
     found = trio.run(works[job["what"]], job)
+    # Not the peak of `used`, which counts the parent's memory before this program began.
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1000, **found}))
+    print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "mib": peak_rss_mib(os.getpid()), **found}))
     return None
 
 
