@@ -59,6 +59,8 @@
 #define SMALL 1024
 #define LARGE 65536
 #define NAME_LIMIT 255
+/* What readers take of one: name, NUL and value. */
+#define XATTR_LIMIT (255 + 65536)
 /* Extended attributes of one entry together; readers take 64 MiB of metadata. */
 #define XATTRS_LIMIT (60u << 20)
 /* How often an entry may change its type under us before it is left alone. */
@@ -252,7 +254,8 @@ read_xattrs(Reader *reader, int fd, const struct stat *st, Found *found)
             put_header(&reader->out, ITEM_XATTR, 0);
             append(&reader->out, name, name_length);
             size = get_value(reader, fd, name, &reader->out);
-            if (size >= 0 && reader->out.used - found->meta > XATTRS_LIMIT) size = -E2BIG;
+            if (size >= 0 && (name_length + (size_t)size > XATTR_LIMIT || reader->out.used - found->meta > XATTRS_LIMIT))
+                size = -E2BIG;
             if (size < 0) {
                 reader->out.used = before;
             } else if (!reader->out.failed) {
@@ -379,11 +382,11 @@ static const struct {
 static int
 read_flags(Reader *reader, int fd, uint64_t *flags)
 {
-    uint32_t chattr = 0, fat = 0;
+    uint32_t chattr[2] = {0}, fat = 0; /* by its number the ioctl gives a long, and some FUSE servers do */
 
-    if (ioctl(fd, GETFLAGS, &chattr) == 0) {
-        for (size_t i = 0; chattr && i < sizeof CHATTR / sizeof *CHATTR; i++)
-            if (chattr & CHATTR[i].bit) *flags |= CHATTR[i].flag;
+    if (ioctl(fd, GETFLAGS, chattr) == 0) {
+        for (size_t i = 0; chattr[0] && i < sizeof CHATTR / sizeof *CHATTR; i++)
+            if (chattr[0] & CHATTR[i].bit) *flags |= CHATTR[i].flag;
     } else if (!is_unsupported(errno)) {
         return errno;
     }
@@ -822,7 +825,11 @@ read_names(int fd, Bytes *arena, Sorted **sorted)
         (*sorted)[i] = (Sorted){arena->data + item->offset, item->length, item->type};
     }
     qsort(*sorted, count, sizeof **sorted, by_name);
-    result = (ssize_t)count;
+    /* A name that is removed and made again while the folder is read may be listed twice. */
+    size_t kept = 0;
+    for (size_t i = 0; i < count; i++)
+        if (!kept || by_name(&(*sorted)[kept - 1], &(*sorted)[i])) (*sorted)[kept++] = (*sorted)[i];
+    result = (ssize_t)kept;
 done:
     free(block);
     free(listed.data);

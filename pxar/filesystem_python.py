@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pxar.features import FAT_FLAGS, Features, stored_flags
+from pxar.format import MAX_XATTR
 from pxar.metadata import NO_PERMISSIONS, Acl, DefaultAcl, Metadata, Stat, encode_metadata
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ def list_folder(fd: int) -> tuple[list[bytes], bytes]:
             # scandir knows the d_type but says only this much of it; a name that has gone is neither.
             kind = _DIRECTORY if entry.is_dir(follow_symlinks=False) else _UNKNOWN
             found.append((os.fsencode(entry.name), _REGULAR if entry.is_file(follow_symlinks=False) else kind))
-    found.sort()
-    return [name for name, _ in found], bytes(kind for _, kind in found)
+    # A name that is removed and made again while the folder is read may be listed twice.
+    kinds = dict(found)
+    names = sorted(kinds)
+    return names, bytes(map(kinds.__getitem__, names))
 
 
 def filesystem_type(fd: int) -> int:
@@ -221,7 +224,7 @@ def _read_xattrs(fd: int, status: os.stat_result, features: int, skip_e2big: boo
         try:
             value = os.getxattr(fd, name)
             total += 16 + len(name) + 1 + len(value)
-            if total > _XATTRS_LIMIT:
+            if total > _XATTRS_LIMIT or len(name) + 1 + len(value) > MAX_XATTR:
                 raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         except OSError as error:
             if error.errno in _XATTR_SKIPPED:

@@ -513,12 +513,21 @@ def test_errors_of_a_file_system_are_told_apart(tmp_path: Path, form: str) -> No
         assert xattrs(b"gone") == xattrs(b"ignored") == ({b"user.kept": b"kept"}, 0)
         assert xattrs(b"too-big") == -errno.E2BIG
         assert xattrs(b"too-big", skip_e2big=True) == ({b"user.first": b"1"}, errno.E2BIG)
+        assert xattrs(b"too-long") == -errno.E2BIG
+        assert xattrs(b"too-long", skip_e2big=True) == ({b"user.first": b"1"}, errno.E2BIG)
         assert xattrs(b"broken") == xattrs(b"broken-list") == -errno.EIO
         assert xattrs(b"broken", skip_e2big=True) == -errno.EIO
         assert xattrs(b"no-list") == xattrs(b"plain") == ({}, 0)
         assert xattrs(b"big-list") == -errno.E2BIG
         assert xattrs(b"big-list", skip_e2big=True) == ({}, errno.E2BIG)
         assert len(xattrs(b"many")[0]) == 200  # type: ignore[index]
+
+
+def test_a_name_that_is_listed_twice_is_one(tmp_path: Path, form: str) -> None:
+    with faulty_files(tmp_path / "point") as point, Folder(point) as folder:
+        names, kinds = list_folder(folder.fd)
+        assert names == sorted(set(os.listdir(os.fsencode(point))))  # noqa: PTH208 - names are bytes
+        assert len(os.listdir(point)) == len(names) + 1 == len(kinds) + 1  # noqa: PTH208
 
 
 # --- file systems ---

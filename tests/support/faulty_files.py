@@ -27,11 +27,15 @@ XATTRS: Final[dict[bytes, dict[bytes, bytes | int] | int]] = {
     b"broken-list": errno.EIO,
     b"no-list": errno.EOPNOTSUPP,
     b"big-list": errno.E2BIG,
+    # Longer than archives hold.
+    b"too-long": {b"user.first": b"1", b"user." + b"n" * 250: b"x" * 65536},
     b"many": {b"user." + b"%03d" % number * 80: b"v" for number in range(200)},
 }
 #: Names that are listed and cannot be found, with the errno.
 LOST: Final = {b"stale": errno.ESTALE, b"lost": errno.ENOENT, b"hidden": errno.EACCES, b"damaged": errno.EIO}
 _NAMES: Final = [*XATTRS, *LOST]
+#: The first name once more, as if it had been removed and made again meanwhile.
+_LISTED: Final = [*enumerate(_NAMES), (0, _NAMES[0])]
 
 
 class _Operations(pyfuse3.Operations):
@@ -58,8 +62,8 @@ class _Operations(pyfuse3.Operations):
         return inode
 
     async def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
-        for number, name in list(enumerate(_NAMES))[start:]:
-            if not pyfuse3.readdir_reply(token, name, self._attributes(number + 2), number + 1):
+        for place, (number, name) in list(enumerate(_LISTED))[start:]:
+            if not pyfuse3.readdir_reply(token, name, self._attributes(number + 2), place + 1):
                 return
 
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
