@@ -1,7 +1,7 @@
 """A real S3 gateway: Ceph's monitor, one OSD in memory and RADOS gateway on loopback, from Debian's packages.
 
 Nothing is installed: the packages are unpacked in `.cache/ceph` (260 MB). It is ready in 7 s, and all of it ends with
-the block, at the latest after its lifetime.
+the block, with the process that runs it however that ends, and at the latest after its lifetime.
 
 `python -m tests.support.rgw` runs one until it is interrupted, and prints how to reach it.
 """
@@ -35,6 +35,16 @@ REGION: Final = "default"
 _PACKAGES: Final = ("ceph-mon", "ceph-osd", "radosgw")
 #: Seconds after which each process is ended whatever it is doing.
 LIFETIME_S: Final = 3600
+#: Runs a program until it ends, its lifetime is over, or standard input does: that is a pipe which this process holds.
+_LEASH: Final = """
+exec 3<&0
+timeout --foreground -k 5 "$0" "$@" </dev/null 3<&- & program=$!
+{ read -r _ <&3; kill -TERM $program; } & watcher=$!
+exec 3<&-
+wait $program; code=$?
+kill $watcher 2>/dev/null
+exit $code
+"""
 #: Seconds for the start on a busy machine.
 _PATIENCE_S: Final = 120
 _CONF: Final = """[global]
@@ -110,6 +120,7 @@ class RunningRgw:
     tls_port: int
     certificate: Certificate
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    leash: tuple[int, int] = field(default_factory=os.pipe)  #: nothing is written; its end is what counts
 
     def endpoint(self, **changes: Any) -> Endpoint:
         """How Fleece reaches it."""
@@ -177,10 +188,15 @@ class RunningRgw:
         return done.stdout
 
     def _start(self, name: str, program: str, *arguments: str) -> None:
-        bounded = ["timeout", "-k", "5", str(LIFETIME_S), str(self.root / "usr/bin" / program), *arguments]
+        bounded = ["sh", "-c", _LEASH, str(LIFETIME_S), str(self.root / "usr/bin" / program), *arguments]
         with (self.folder / f"{name}.out").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                bounded, env=self._environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                bounded,
+                env=self._environment(),
+                stdin=self.leash[0],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def _wait(self, port: int, name: str) -> None:
@@ -209,18 +225,14 @@ class RunningRgw:
         # Nothing of it is needed any more, and an orderly end takes 5 s.
         for process in reversed(self.processes.values()):
             _kill(process)
+        for end in self.leash:
+            os.close(end)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End the child of `timeout`, by its id; `timeout` itself, killed, could not pass the signal on."""
-    if process.poll() is not None:
-        return
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    """Kill a program and what holds its leash: they are a session of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(20)
 
 
