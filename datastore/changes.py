@@ -9,12 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
+from datastore.blob import MAX_ENCODED_CHUNK, Blob
 from datastore.errors import SnapshotNotFoundError
 from datastore.interface import RenamingMetaStore
 from datastore.manifest import Manifest
 from datastore.names import (
+    CLIENT_LOG_NAME,
     MANIFEST_NAME,
     PROTECTED_NAME,
     Group,
@@ -77,6 +80,29 @@ async def set_group_notes(store: Datastore, group: Group, text: str) -> None:
             await store.meta.put(path, [text.encode()], replace=True, sync=True)
         else:
             await store.meta.delete(path)
+
+
+async def store_client_log(store: Datastore, snapshot: Snapshot, blob: Blob | Buffer) -> None:
+    """Store the log of the client that made a snapshot, an encoded blob; the snapshot may be unfinished.
+
+    Raises:
+        SnapshotNotFoundError: there is no such snapshot.
+        UsageError: there is a log already, or it is larger than a blob may be.
+        FormatError: no blob, or its CRC is wrong.
+        StoreError: it cannot be written.
+    """
+    where = f"{snapshot}/{CLIENT_LOG_NAME}"
+    parsed = blob if isinstance(blob, Blob) else Blob.parse(blob, where=where)
+    if len(parsed) > MAX_ENCODED_CHUNK:
+        raise UsageError("store the log", where, f"{len(parsed)} bytes; at most {MAX_ENCODED_CHUNK} are possible")
+    parsed.check(where=where)
+    store.check_writable()
+    path = f"{snapshot.path}/{CLIENT_LOG_NAME}"
+    if not await in_io_thread(store.exists, snapshot):
+        raise SnapshotNotFoundError("store the log", where, "there is no such snapshot")
+    if await in_io_thread((store.base / path).exists):
+        raise UsageError("store the log", where, "there is one already")
+    await store.meta.put(path, [parsed.header, parsed.payload], replace=False, sync=True)
 
 
 async def set_protected(store: Datastore, snapshot: Snapshot, *, protected: bool) -> bool:

@@ -7,19 +7,23 @@ suite (`tests/repository/test_interface.py`) runs over every implementation.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from core.buffers import Buffer
 from core.progress import Progress
 from datastore.blob import Blob
 from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.crypt_mode import CryptMode
+from datastore.filters import GroupFilter
 from datastore.gc import DEFAULT_CUTOFF_S, LOCK_WAIT_S, GcReport
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult
 from datastore.usage_history import UsageSample
+
+if TYPE_CHECKING:
+    from repository.verify import VerifyOptions, VerifyResult
 
 #: Bytes of every chunk of a fixed index but the last: what PBS always uses.
 FIXED_CHUNK_SIZE: Final = 4 << 20
@@ -304,6 +308,35 @@ class BlockingReads(Protocol):
         ...
 
 
+@runtime_checkable
+class ServerVerify(Protocol):
+    """What a `Repository` on a server offers besides: it verifies where the data lie."""
+
+    async def verify_there(
+        self,
+        selection: Namespace | Group | Snapshot,
+        options: "VerifyOptions",
+        progress: Progress,
+        *,
+        depth: int | None = None,
+        filters: tuple[GroupFilter, ...] = (),
+    ) -> "list[VerifyResult]":
+        """Have the server verify, and follow it to the end; cancelled, it is asked to stop.
+
+        Args:
+            selection: a namespace means those below it too.
+            options: `ignore_verified` and `outdated_after` count, the rest is the server's affair.
+            progress: gets the lines of the server's log.
+            depth: levels below a namespace; None: all.
+            filters: only groups that these mean.
+
+        Raises:
+            SnapshotNotFoundError: not there.
+            FleeceError: the server says no, is away, or failed for another reason than damaged snapshots.
+        """
+        ...
+
+
 class Repository(Protocol):
     """A datastore, local or remote."""
 
@@ -369,6 +402,16 @@ class Repository(Protocol):
         Raises:
             SnapshotNotFoundError, LockedError.
             UsageError: longer than 64 KiB.
+        """
+        ...
+
+    async def upload_log(self, snapshot: Snapshot, blob: Blob | Buffer) -> None:
+        """Store the log of the client that made a snapshot as `client.log.blob`, an encoded blob.
+
+        Raises:
+            SnapshotNotFoundError: not there.
+            FormatError: no blob, or its CRC is wrong.
+            FleeceError: there is a log already, or it cannot be written.
         """
         ...
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from core.buffers import Buffer
 from core.limits import in_io_thread
 from core.progress import Progress
 from datastore import changes
@@ -104,6 +105,10 @@ class LocalRepository:
             await changes.set_group_notes(self.store, target, text)
         else:
             await changes.set_notes(self.store, target, text)
+
+    async def upload_log(self, snapshot: Snapshot, blob: Blob | Buffer) -> None:
+        """See `Repository.upload_log`."""
+        await changes.store_client_log(self.store, snapshot, blob)
 
     async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
         """See `Repository.set_protected`."""

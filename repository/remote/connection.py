@@ -3,17 +3,17 @@
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import h11
 import trio
 
 from core.buffers import Buffer
-from core.dial import CertificateError, Dialer, DialError, innermost_reason
+from core.dial import CertificateError, DialError, innermost_reason
 from datastore.s3.pacing import TokenBucket
 from repository.remote.address import RemoteAddress
 from repository.remote.errors import RemoteAnswerError, RemoteUnavailableError, clean_text, is_login_failure, refusal
-from repository.remote.http2 import Http2Client
+from repository.remote.http2 import Http2Client, close_now
 from repository.remote.rest import (
     MAX_ERROR,
     USER_AGENT,
@@ -33,13 +33,21 @@ _MAX_HEAD: Final = 64 << 10
 _FORM: Final = "application/x-www-form-urlencoded"
 
 
+class Connector(Protocol):
+    """Makes connections."""
+
+    async def connect(self, scheme: str, host: str, port: int) -> trio.abc.Stream:
+        """See `core.dial.Dialer.connect`."""
+        ...
+
+
 class RemoteServer:
     """One datastore of one server, and who asks for it."""
 
     def __init__(
         self,
         address: RemoteAddress,
-        dialer: Dialer,
+        dialer: Connector,
         rest: RestClient,
         credentials: Credentials,
         *,
@@ -85,7 +93,7 @@ class RemoteServer:
             async with Http2Client.open(stream, first, where=where, received=self._received, sent=self._sent) as client:
                 yield client
         finally:
-            await trio.aclose_forcefully(stream)
+            await close_now(stream)
 
     async def _upgrade(
         self, protocol: str, parameters: Parameters, what: str, where: str
@@ -111,7 +119,7 @@ class RemoteServer:
                     ]
                     status, rest = await _ask_upgrade(stream, target, headers)
             except BaseException as error:
-                await trio.aclose_forcefully(stream)
+                await close_now(stream)
                 if isinstance(error, trio.TooSlowError):
                     why = f"no answer within {UPGRADE_TIMEOUT_S:.0f} s"
                     raise RemoteUnavailableError(what, where, why) from error
@@ -124,7 +132,7 @@ class RemoteServer:
                 raise
             if status == 101:
                 return stream, rest
-            await trio.aclose_forcefully(stream)
+            await close_now(stream)
             expired = is_login_failure(status, clean_text(rest))
             if expired and not renewed and await self.credentials.refused():
                 renewed = True

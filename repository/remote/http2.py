@@ -75,6 +75,12 @@ class _Exchange:
     ended: bool = False  #: the request is sent whole
 
 
+async def close_now(stream: trio.abc.AsyncResource) -> None:
+    """Close the socket without waiting for anybody; no checkpoint, which might replace an error by a cancellation."""
+    with trio.CancelScope(shield=True):
+        await trio.aclose_forcefully(stream)
+
+
 class Http2Client:
     """One connection. Use `Http2Client.open`; any number of tasks."""
 
@@ -127,21 +133,23 @@ class Http2Client:
         client._h2.initiate_connection()
         client._h2.increment_flow_control_window(WINDOW - 65535)
         client._heard = trio.current_time()
-        async with open_nursery() as nursery:
-            nursery.start_soon(client._receive, bytes(first))
-            nursery.start_soon(client._send)
-            nursery.start_soon(client._watch)
-            try:
-                yield client
-            finally:
-                client._fail(RemoteUnavailableError("use", where, "the connection was closed"))
-                nursery.cancel_scope.cancel()
-                await trio.aclose_forcefully(stream)
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(client._receive, bytes(first))
+                nursery.start_soon(client._send)
+                nursery.start_soon(client._watch)
+                try:
+                    yield client
+                finally:
+                    client._fail(RemoteUnavailableError("use", where, "the connection was closed"))
+                    nursery.cancel_scope.cancel()
+        finally:
+            await close_now(stream)
 
     async def aclose(self) -> None:
         """Close the connection at once; requests that are waiting fail."""
         self._fail(RemoteUnavailableError("use", self._where, "the connection was closed"))
-        await trio.aclose_forcefully(self._stream)
+        await close_now(self._stream)
 
     @property
     def broken(self) -> RemoteError | None:

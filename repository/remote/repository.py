@@ -1,7 +1,8 @@
 """A datastore on a server as a repository."""
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from repository.verify import VerifyOptions, VerifyResult
 
 #: First version that tells what it removed, and that can leave protected snapshots out without an error.
 _DELETE_STATISTICS: Final = (3, 2, 11)
+_VERSION_PART: Final = re.compile(r"[0-9]{1,5}")
 
 
 class RemoteRepository:
@@ -150,10 +152,8 @@ class RemoteRepository:
             parameters = {**parameters, "error-on-protected": False}
             await self._call("DELETE", "/groups", parameters, "remove the group", str(group))
         else:
-            try:
+            with suppress(ProtectedError):  # those are what is returned
                 await self._call("DELETE", "/groups", parameters, "remove the group", str(group))
-            except ProtectedError:
-                pass  # those are what is returned
         return [info.snapshot for info in await self.snapshots(group.ns, group, unfinished=True)]
 
     async def prune(

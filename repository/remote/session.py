@@ -51,6 +51,7 @@ FINISH_TIMEOUT_S: Final = 3600.0
 LOOK_UP_S: Final = 300.0
 #: Seconds to wait for a server to remove what was given up.
 _GONE_S: Final = 10.0
+_LOST_HINT: Final = "the server throws the snapshot away; back it up again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ class RemoteBackupSession:
                 where=f"{self.base}/{name}",
                 limit=limit,
             )
+        except RemoteUnavailableError as error:
+            raise RemoteUnavailableError(error.what, error.where, error.why, _LOST_HINT) from error
         except (RemoteRefusedError, RemoteAnswerError):
             if self._client.broken is not None:
                 raise
@@ -343,8 +346,7 @@ class RemoteBackupSession:
                 self._client, method, endpoint, parameters, what=what, where=where, body=body, document=document
             )
         except RemoteUnavailableError as error:
-            hint = "the server throws the snapshot away; back it up again"
-            raise RemoteUnavailableError(what, where, error.why, hint) from error
+            raise RemoteUnavailableError(what, where, error.why, _LOST_HINT) from error
 
     def _writer(self, number: int) -> IndexWriter:
         if self.finished or self._aborted:

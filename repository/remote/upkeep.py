@@ -221,7 +221,7 @@ def _errors(lines: Sequence[str]) -> dict[str, list[str]]:
         match = _SNAPSHOT_LINE.search(line)
         if match is not None:
             current = found.setdefault(match[1], [])
-        if (match is None or _ERROR_LINE.search(line[match.end() :])) and _ERROR_LINE.search(line):
-            if len(current) < _MAX_LINES:
-                current.append(line.strip())
+        begins = match.end() if match is not None else 0
+        if _ERROR_LINE.search(line[begins:]) and len(current) < _MAX_LINES:
+            current.append(line.strip())
     return found

@@ -343,6 +343,9 @@ class NoUpkeep:
     async def set_notes(self, target: Snapshot | Group, text: str) -> None:
         raise _not_here()
 
+    async def upload_log(self, snapshot: Snapshot, blob: Blob | Buffer) -> None:
+        raise _not_here()
+
     async def set_protected(self, snapshot: Snapshot, *, protected: bool) -> bool:
         raise _not_here()
 

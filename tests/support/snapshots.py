@@ -35,20 +35,25 @@ async def put_file(session: BackupSession, name: str, data: bytes) -> ManifestFi
     return ManifestFile(name, CryptMode.NONE, len(blob), hashlib.sha256(bytes(blob)).digest())
 
 
-async def put_all(session: BackupSession, files: Mapping[str, bytes]) -> None:
+async def put_all(session: BackupSession, files: Mapping[str, bytes], *, chunk_size: int = CHUNK) -> None:
     """Store `files` (full file names) and the manifest; `finish` is the caller's."""
     manifest = Manifest.new(session.snapshot)
     for name, data in files.items():
-        manifest.add(await (put_image if name.endswith(".fidx") else put_file)(session, name, data))
+        if name.endswith(".fidx"):
+            manifest.add(await put_image(session, name, data, chunk_size=chunk_size))
+        else:
+            manifest.add(await put_file(session, name, data))
     await session.put_blob("index.json.blob", manifest.encode(CODEC))
 
 
-async def write_snapshot(repo: Repository, group: str | Group, ctime: int, files: Mapping[str, bytes]) -> Snapshot:
+async def write_snapshot(
+    repo: Repository, group: str | Group, ctime: int, files: Mapping[str, bytes], *, chunk_size: int = CHUNK
+) -> Snapshot:
     """One finished snapshot with `files`."""
     group = Group.parse(group) if isinstance(group, str) else group
     snapshot = group.at(ctime)
     async with repo.backup(snapshot) as session:
-        await put_all(session, files)
+        await put_all(session, files, chunk_size=chunk_size)
         await session.finish()
     return snapshot
 
