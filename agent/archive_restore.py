@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 import trio
 
+from agent.beside import lend_threads
 from agent.restore_options import RestoreOptions
 from core.buffers import Buffer
 from core.errors import FleeceError, NotFoundError, TargetError, UsageError
@@ -265,7 +266,8 @@ class _Notes:
     """What a restore needs of the event loop; called in its thread. Ends it if it is cancelled."""
 
     def __init__(self, task: Task, nursery: trio.Nursery) -> None:
-        self._task, self._nursery = task, nursery
+        self._task = task
+        self.beside = lend_threads(nursery)
         self._token = trio.lowlevel.current_trio_token()
         self._next = 0.0
 
@@ -280,17 +282,7 @@ class _Notes:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._show, report.size, report.entries)
 
-    def beside(self, work: Callable[[], None]) -> None:
-        """See `pxar.behind.Beside`."""
-        trio.from_thread.run_sync(self._nursery.start_soon, _in_thread, work)
-
     def _show(self, size: int, entries: int) -> None:
         if size > self._task.done:
             self._task.update(note=f"{entries} entries")
             self._task.advance(size - self._task.done)
-
-
-async def _in_thread(work: Callable[[], None]) -> None:
-    # Who gave the work waits for its end, also if all of it is cancelled.
-    with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(work)

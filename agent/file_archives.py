@@ -12,8 +12,10 @@ from typing import Any, Final, Literal
 
 import trio
 
+from agent.beside import lend_threads
 from agent.specifications import Specification
 from core.errors import FleeceError
+from core.nursery import open_nursery
 from core.progress import Progress
 from core.units import format_size
 from datastore.catalog import CatalogWriter
@@ -21,6 +23,7 @@ from datastore.chunker import ARCHIVE_AVERAGE, CATALOG_AVERAGE
 from datastore.codec import ChunkCodec
 from datastore.index import ArchiveIndex
 from datastore.names import Group, Snapshot
+from pxar.behind import Beside
 from pxar.create import CreateOptions, create_archive, measure_archive
 from pxar.create_report import CreateReport
 from pxar.reference import Reference
@@ -138,8 +141,11 @@ async def add_file_archives(
         specs = _streams(specifications, reports, options)
         progress = _Notes(writer.progress)
 
+        nursery = await stack.enter_async_context(open_nursery())
+        beside = lend_threads(nursery)
+
         def write(streams: Sequence[StreamBackup]) -> None:
-            _write(specifications, reports, options, references, streams, progress)
+            _write(specifications, reports, options, references, streams, progress, beside)
 
         name = ", ".join(one.name for one in specifications)
         await writer.add_streams(name, specs, write, bwlimit=bwlimit)
@@ -177,6 +183,7 @@ def _write(
     references: dict[str, StreamReference | str],
     streams: Sequence[StreamBackup],
     notes: "_Notes",
+    beside: Beside,
 ) -> None:
     """In a worker thread: one archive after the other."""
     by_name = {stream.filename: stream for stream in streams}
@@ -195,7 +202,14 @@ def _write(
         archive, payload = by_name[f"{stem}.mpxar.didx"], by_name[f"{stem}.ppxar.didx"]
         reference = _opened(references[one.name], report)
         create_archive(
-            one.source, archive, payload, options.create, reference=reference, report=report.figures, progress=notes
+            one.source,
+            archive,
+            payload,
+            options.create,
+            reference=reference,
+            report=report.figures,
+            progress=notes,
+            beside=beside,
         )
         payload.finish()
         archive.finish()

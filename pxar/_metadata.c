@@ -778,7 +778,7 @@ by_name(const void *left, const void *right)
     return order ? order : (int)a->length - (int)b->length;
 }
 
-/* Collects the names behind `fd` sorted in `*sorted` (to be freed); their number, or minus an errno. */
+/* Collects the names behind `fd`, each with a NUL, sorted in `*sorted` (to be freed); their number, or minus an errno. */
 static ssize_t
 read_names(int fd, Bytes *arena, Sorted **sorted)
 {
@@ -813,6 +813,7 @@ read_names(int fd, Bytes *arena, Sorted **sorted)
             if ((size == 1 && name[0] == '.') || (size == 2 && name[0] == '.' && name[1] == '.')) continue;
             Listed item = {arena->used, (uint16_t)size, head.type};
             append(arena, name, size);
+            append(arena, "", 1);
             append(&listed, &item, sizeof item);
         }
     }
@@ -872,6 +873,229 @@ done:
     return pair;
 }
 
+/* ---- whole trees ---- */
+
+/* Folders open at the same time; deeper ones are not entered. */
+#define DEPTH 32
+
+typedef struct {
+    ssize_t parent; /* the folder it lies in, -1 for the start */
+    const char *name;
+    Found found;
+    Bytes arena;
+    Sorted *sorted;
+    ssize_t count;
+    Found *entries;
+    int entered; /* the folders in it follow */
+} Seen;
+
+typedef struct {
+    int fd;
+    ssize_t seen, next; /* number of the folder, -1 for the start; the next entry to look at */
+} Open;
+
+typedef struct {
+    Reader *reader;
+    dev_t device;
+    ssize_t limit, used; /* entries */
+    const char *last;    /* a folder with an entry of this name is not entered */
+    const char **names;  /* folders in the start */
+    ssize_t name_count;
+    Seen *seen;
+    ssize_t count, room;
+    Open open[DEPTH];
+    int depth;
+    int failed;
+} Tree;
+
+static void
+tree_free(Tree *tree)
+{
+    for (ssize_t i = 0; i < tree->count; i++) {
+        free(tree->seen[i].arena.data);
+        free(tree->seen[i].sorted);
+        free(tree->seen[i].entries);
+    }
+    free(tree->seen);
+    while (tree->depth > 1) close(tree->open[--tree->depth].fd);
+}
+
+/* The next folder in `open`, or NULL. */
+static const char *
+next_folder(const Tree *tree, Open *open)
+{
+    if (open->seen < 0) return open->next < tree->name_count ? tree->names[open->next++] : NULL;
+    const Seen *seen = &tree->seen[open->seen];
+    while (open->next < seen->count) {
+        const Sorted *entry = &seen->sorted[open->next++];
+        if (entry->type == DT_DIR) return entry->name;
+    }
+    return NULL;
+}
+
+/* Lists an open folder and looks at what is no folder in it; EAGAIN in `found` if it is not to be read like this. */
+static void
+read_folder(Tree *tree, Seen *seen, int fd)
+{
+    Reader *reader = tree->reader;
+    int is_last = 0;
+
+    seen->count = read_names(fd, &seen->arena, &seen->sorted);
+    if (seen->count < 0 || seen->count > tree->limit) {
+        seen->found.code = EAGAIN;
+        seen->count = 0;
+        return;
+    }
+    tree->used += seen->count;
+    seen->entries = calloc((size_t)seen->count + 1, sizeof *seen->entries);
+    if (!seen->entries) {
+        tree->failed = 1;
+        return;
+    }
+    for (ssize_t i = 0; i < seen->count && !reader_failed(reader); i++) {
+        const Sorted *entry = &seen->sorted[i];
+        if (entry->type != DT_DIR) look_at(reader, fd, entry->name, entry->type, &seen->entries[i]);
+        if (!strcmp(entry->name, tree->last)) is_last = 1;
+    }
+    seen->entered = !is_last && tree->depth < DEPTH;
+}
+
+/* Depth first, each folder before those in it, until all is done or enough. */
+static void
+read_tree(Tree *tree)
+{
+    Reader *reader = tree->reader;
+
+    while (tree->depth && tree->used < tree->limit && !tree->failed && !reader_failed(reader)) {
+        Open *open = &tree->open[tree->depth - 1];
+        const char *name = next_folder(tree, open);
+        if (!name) {
+            if (--tree->depth) close(open->fd);
+            continue;
+        }
+        if (tree->count == tree->room) {
+            ssize_t room = tree->room * 2 + 64;
+            Seen *more = realloc(tree->seen, (size_t)room * sizeof *more);
+            if (!more) {
+                tree->failed = 1;
+                return;
+            }
+            tree->seen = more;
+            tree->room = room;
+        }
+        Seen *seen = &tree->seen[tree->count++];
+        memset(seen, 0, sizeof *seen);
+        seen->parent = open->seen;
+        seen->name = name;
+        tree->used++;
+        reader->keep_open = 1;
+        look_at(reader, open->fd, name, DT_DIR, &seen->found);
+        reader->keep_open = 0;
+        int fd = seen->found.fd;
+        if (seen->found.code) continue;
+        if (!S_ISDIR(seen->found.mode) || seen->found.dev != tree->device)
+            seen->found.code = EAGAIN;
+        else
+            read_folder(tree, seen, fd);
+        if (seen->entered && !seen->found.code && !tree->failed)
+            tree->open[tree->depth++] = (Open){fd, tree->count - 1, 0};
+        else
+            close(fd);
+    }
+}
+
+static PyObject *
+seen_as_tuple(const Tree *tree, const Seen *seen)
+{
+    PyObject *names = PyList_New(seen->count), *entries = PyList_New(seen->count), *tuple = NULL, *found = NULL;
+    PyObject *types = PyBytes_FromStringAndSize(NULL, seen->count);
+
+    if (!names || !entries || !types || !(found = result_of(tree->reader, &seen->found))) goto done;
+    char *type = PyBytes_AsString(types);
+    for (ssize_t i = 0; i < seen->count; i++) {
+        const Sorted *entry = &seen->sorted[i];
+        PyObject *name = PyBytes_FromStringAndSize(entry->name, entry->length), *result;
+        if (!name || PyList_SetItem(names, i, name) < 0) goto done;
+        if (entry->type == DT_DIR) {
+            result = Py_None;
+            Py_INCREF(result);
+        } else {
+            result = result_of(tree->reader, &seen->entries[i]);
+        }
+        if (!result || PyList_SetItem(entries, i, result) < 0) goto done;
+        type[i] = (char)entry->type;
+    }
+    tuple = Py_BuildValue("nyOOOOO", (Py_ssize_t)seen->parent, seen->name, found, names, types, entries,
+                          seen->entered ? Py_True : Py_False);
+done:
+    Py_XDECREF(names);
+    Py_XDECREF(entries);
+    Py_XDECREF(types);
+    Py_XDECREF(found);
+    return tuple;
+}
+
+static PyObject *
+scan_tree(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *sequence, *items = NULL, *folders = NULL, *rest = NULL, *answer = NULL;
+    unsigned long long features, device;
+    Py_ssize_t limit;
+    const char *last;
+    int dir_fd, skip;
+
+    if (!PyArg_ParseTuple(args, "iOKpKny", &dir_fd, &sequence, &features, &skip, &device, &limit, &last)) return NULL;
+    if (!(items = PySequence_Tuple(sequence))) return NULL;
+    Tree *tree = calloc(1, sizeof *tree);
+    Reader *reader = calloc(1, sizeof *reader);
+    Py_ssize_t count = PyTuple_Size(items);
+    const char **names = calloc((size_t)count + 1, sizeof *names);
+    if (!tree || !reader || !names) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!(names[i] = checked_name(PyTuple_GetItem(items, i)))) goto done;
+    reader->features = features;
+    reader->skip_e2big = skip;
+    tree->reader = reader;
+    tree->device = (dev_t)device;
+    tree->limit = limit;
+    tree->last = last;
+    tree->names = names;
+    tree->name_count = count;
+    tree->open[0] = (Open){dir_fd, -1, 0};
+    tree->depth = 1;
+    Py_BEGIN_ALLOW_THREADS
+    read_tree(tree);
+    Py_END_ALLOW_THREADS
+    if (tree->failed || reader_failed(reader)) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    folders = PyList_New(tree->count);
+    rest = PyList_New(tree->depth);
+    for (ssize_t i = 0; folders && i < tree->count; i++) {
+        PyObject *folder = seen_as_tuple(tree, &tree->seen[i]);
+        if (!folder || PyList_SetItem(folders, i, folder) < 0) Py_CLEAR(folders);
+    }
+    for (int i = 0; rest && i < tree->depth; i++) {
+        PyObject *place = Py_BuildValue("nn", (Py_ssize_t)tree->open[i].seen, (Py_ssize_t)tree->open[i].next);
+        if (!place || PyList_SetItem(rest, i, place) < 0) Py_CLEAR(rest);
+    }
+    if (folders && rest) answer = PyTuple_Pack(2, folders, rest);
+done:
+    Py_XDECREF(folders);
+    Py_XDECREF(rest);
+    if (tree) tree_free(tree);
+    free(tree);
+    if (reader) reader_free(reader);
+    free(reader);
+    free(names);
+    Py_DECREF(items);
+    return answer;
+}
+
 static PyObject *
 filesystem_type(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -894,6 +1118,8 @@ static PyMethodDef methods[] = {
     {"open_entry", open_entry, METH_VARARGS, "open_entry(dir_fd, name, features, type, skip_e2big) -> result with fd"},
     {"describe", describe, METH_VARARGS, "describe(fd, features, skip_e2big) -> result"},
     {"list_folder", list_folder, METH_VARARGS, "list_folder(fd) -> (sorted names, their d_types)"},
+    {"scan_tree", scan_tree, METH_VARARGS,
+     "scan_tree(dir_fd, names, features, skip_e2big, dev, limit, last) -> (folders, what is left)"},
     {"filesystem_type", filesystem_type, METH_VARARGS, "filesystem_type(fd) -> number of the file system's type"},
     {NULL, NULL, 0, NULL},
 };

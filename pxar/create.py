@@ -2,9 +2,9 @@
 
     `Source` opens  ->  the walk orders  ->  [`Lookahead` reuses]  ->  `EntryWriter`  ->  encoder  ->  sinks
 
-Synchronous, for one worker thread. Folders are gone through depth first, names sorted by their bytes. Memory is
-bounded by the entries of the folders that are open at the same time (`CreateOptions.entries_max`) and by files with
-several names.
+Synchronous, for one worker thread; where files are compared, another one may read ahead of it (`Ahead`). Folders are
+gone through depth first, names sorted by their bytes. Memory is bounded by the entries of the folders that are open at
+the same time (`CreateOptions.entries_max`) and by files with several names.
 
 Docs: docs/formats.md, "File archives".
 """
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from core.errors import SourceError, os_reason
+from pxar.ahead import Ahead, SeenFolder
+from pxar.behind import Beside
 from pxar.create_report import MAX_WARNINGS, CreateReport, Progress, Trouble, shown_path
 from pxar.detection import Lookahead
 from pxar.encoder import ArchiveEncoder
@@ -64,13 +66,15 @@ def create_archive(
     catalog: CatalogSink | None = None,
     report: CreateReport | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
 ) -> CreateReport:
     """Write the folder `root` to `archive`: self-contained, or split if there is a `payload` stream.
 
     `reference`, for split archives only: the previous backup, whose payload is reused for unchanged files. `report` is
     kept up to date while it runs (a new one otherwise); `progress` is called with it at least once per folder and every
-    4 MiB of a file, and may raise to stop. Entries that vanish, cannot be read or change are warnings in the report;
-    nothing of that makes an archive that cannot be read. The sinks are not closed.
+    4 MiB of a file, and may raise to stop. `beside` lends a second thread, of use with a reference. Entries that
+    vanish, cannot be read or change are warnings in the report; nothing of that makes an archive that cannot be read.
+    The sinks are not closed.
 
     Raises:
         SourceError: `root` cannot be read; more entries than `entries_max`; no memory or descriptors; and in a
@@ -83,7 +87,7 @@ def create_archive(
     if report is None:
         report = CreateReport()
     with Source(root, options.features, report, skip_e2big=options.skip_e2big_xattr) as source:
-        _Walk(source, options, archive, payload, reference, catalog, progress, None).run()
+        _Walk(source, options, archive, payload, reference, catalog, progress, None).run(beside)
     return report
 
 
@@ -125,7 +129,7 @@ def _given_patterns(options: CreateOptions) -> list[MatchPattern]:
 class _Level:
     """A folder that is gone through."""
 
-    __slots__ = ("folder", "index", "kinds", "names", "old", "patterns", "scanned", "scanned_at")
+    __slots__ = ("ahead", "entered", "folder", "index", "kinds", "names", "old", "patterns", "scanned", "scanned_at")
 
     def __init__(self, folder: Folder, names: list[bytes], kinds: bytes, patterns: bool, old: OldFolder | None) -> None:
         self.folder = folder
@@ -136,6 +140,9 @@ class _Level:
         #: Metadata that were read ahead, of the names from `scanned_at` on.
         self.scanned: list[Scanned | int] = []
         self.scanned_at = 0
+        #: What another thread read of all names, and whether it reads the folders in it too.
+        self.ahead: list[Scanned | int | None] | None = None
+        self.entered = False
 
 
 class _Walk:
@@ -166,12 +173,14 @@ class _Walk:
         self._lookahead: Lookahead | None = None
         if payload is not None and reference is not None:
             self._lookahead = Lookahead(self._writer, source, payload, reference, loose=options.loose)
+        self._ahead: Ahead | None = None
         self._open_entries = 0
         self._devices: frozenset[int] | None = None
         if not options.all_file_systems:
             self._devices = frozenset(devices_of(options.include_devices) | {source.root.dev})
 
-    def run(self) -> None:
+    def run(self, beside: Beside | None = None) -> None:
+        """All of it; `beside` lends a thread."""
         source, lookahead = self._source, self._lookahead
         try:
             names, kinds = list_folder(source.folders.fd(source.root))
@@ -179,7 +188,25 @@ class _Walk:
             raise SourceError("back up", source.path, os_reason(error)) from error
         self._writer.encoder.begin(source.root_meta)
         self._report.folders += 1
-        levels = [self._level(source.root, names, kinds, lookahead.root() if lookahead is not None else None)]
+        root = self._level(source.root, names, kinds, lookahead.root() if lookahead is not None else None)
+        # What patterns leave out is not looked at, not even ahead.
+        if beside is None or lookahead is None or self._matches or self._options.exclude_caches or CLI_FILE in names:
+            self._go_through(root)
+        else:
+            fd, skip = source.folders.fd(source.root), self._options.skip_e2big_xattr
+            with Ahead(beside, source.root, fd, names, kinds, last=EXCLUDE_FILE, skip_e2big=skip) as self._ahead:
+                root.entered = True
+                self._go_through(root)
+        if lookahead is not None:
+            lookahead.finish()
+        if self._stored:
+            meta = encode_metadata(Metadata(Stat(_CLI_MODE, 0, os.getuid(), os.getgid())))
+            self._writer.made(CLI_FILE, meta, self._stored)
+        self._writer.encoder.finish()
+
+    def _go_through(self, root: _Level) -> None:
+        source, lookahead = self._source, self._lookahead
+        levels = [root]
         while levels:
             below = self._go_on(levels[-1])
             if below is not None:
@@ -198,12 +225,6 @@ class _Walk:
                     self._writer.end_folder()
             if self._progress is not None:
                 self._progress(self._report)
-        if lookahead is not None:
-            lookahead.finish()
-        if self._stored:
-            meta = encode_metadata(Metadata(Stat(_CLI_MODE, 0, os.getuid(), os.getgid())))
-            self._writer.made(CLI_FILE, meta, self._stored)
-        self._writer.encoder.finish()
 
     # --- one folder --------------------------------------------------------------------------------------------------
 
@@ -283,7 +304,8 @@ class _Walk:
             index = level.index
             if kinds[index] == _DT_DIR:
                 level.index += 1
-                below = self._open(level, index)
+                seen = self._ahead.take(names[index]) if level.entered and self._ahead is not None else None
+                below = self._open(level, index) if seen is None else self._enter_seen(level, names[index], seen)
             else:
                 end = kinds.find(_DT_DIR, index, index + BATCH)
                 if end < 0:
@@ -312,8 +334,11 @@ class _Walk:
         folder = level.folder
         if level.index >= level.scanned_at + len(level.scanned):
             level.scanned_at = level.index
-            names = level.names[level.index : end]
-            level.scanned = self._source.scan(folder, names, level.kinds[level.index : end])
+            if level.ahead is not None:
+                level.scanned = level.ahead[level.index : end]  # type: ignore[assignment]  # no folders among them
+            else:
+                names = level.names[level.index : end]
+                level.scanned = self._source.scan(folder, names, level.kinds[level.index : end])
         first, scanned = level.scanned_at, level.scanned
         names = level.names[first : first + len(scanned)]
         index = level.index - first
@@ -367,6 +392,22 @@ class _Walk:
         else:
             self._writer.other(folder, name, found)
         return None
+
+    def _enter_seen(self, level: _Level, name: bytes, seen: SeenFolder) -> _Level:
+        """Enter a folder that was read ahead."""
+        lookahead, found = self._lookahead, seen.found
+        assert lookahead is not None
+        parent = level.folder
+        folder = Folder(parent, name, found[3], found[4], parent.features)
+        if found[8]:
+            self._report.warn(Trouble.ATTRIBUTES, folder.path)
+        lookahead.start_folder(folder, found[1])
+        old = lookahead.folder(level.old, name) if level.old is not None else None
+        below = self._level(folder, seen.names, seen.kinds, old)
+        # Patterns found in it leave out names, and the thread has not gone on below.
+        if not below.patterns:
+            below.ahead, below.entered = seen.scanned, seen.entered
+        return below
 
     def _enter(self, level: _Level, name: bytes, found: Opened) -> _Level | None:
         parent, fd, meta, lookahead = level.folder, found[9], found[1], self._lookahead

@@ -44,6 +44,7 @@ __all__ = [
     "Features",
     "Opened",
     "Scanned",
+    "Seen",
     "acl_values",
     "describe",
     "filesystem_type",
@@ -51,6 +52,7 @@ __all__ = [
     "list_folder",
     "open_entry",
     "scan",
+    "scan_tree",
     "set_flags",
     "set_projid",
     "supported_features",
@@ -62,6 +64,9 @@ __all__ = [
 Scanned: TypeAlias = tuple[int, bytes, int, int, int, int, int, bytes | None, int]
 #: The same, and an open file descriptor.
 Opened: TypeAlias = tuple[int, bytes, int, int, int, int, int, bytes | None, int, int]
+#: A folder that `scan_tree` read: the number of the one it lies in (-1: the start), its name, what it is or why it was
+#: not read (errno), its names and their `d_type`s, what they are (None for folders), whether the folders in it follow.
+Seen: TypeAlias = tuple[int, bytes, Scanned | int, list[bytes], bytes, list[Scanned | int | None], bool]
 
 #: `DT_UNKNOWN`: the listing does not say what an entry is.
 UNKNOWN_TYPE: Final = 0
@@ -112,6 +117,26 @@ def scan(
         ValueError: a name is empty or has a slash or a NUL; `types` has another length.
     """
     return _reader.scan(dir_fd, names, features, types, skip_e2big)
+
+
+def scan_tree(
+    dir_fd: int, names: Sequence[bytes], features: int, *, dev: int, limit: int, last: bytes, skip_e2big: bool = False
+) -> tuple[list[Seen], list[tuple[int, int]]]:
+    """Folders `names` of the folder `dir_fd` and all below: what is in them, and what `scan` says of all but folders.
+
+    Depth first, each folder before those in it; one `Seen` for each. Those that cannot be read, lie on another device
+    than `dev` or have more than `limit` entries say EAGAIN or another errno, and are not entered. Neither are folders
+    with an entry called `last`, nor those that lie too deep (32). It ends in front of the first folder after `limit`
+    entries or more; so memory is bounded by twice `limit`. One call runs without the GIL.
+
+    Returns:
+        The folders, and what is left: numbers of folders (-1: the start), from the outermost to the innermost, and the
+        place in each's names from which on folders have not been read.
+
+    Raises:
+        ValueError: as `scan`.
+    """
+    return _reader.scan_tree(dir_fd, names, features, skip_e2big, dev, limit, last)
 
 
 def open_entry(

@@ -18,11 +18,13 @@ from pxar.format import MAX_XATTR
 from pxar.metadata import NO_PERMISSIONS, Acl, DefaultAcl, Metadata, Stat, encode_metadata
 
 if TYPE_CHECKING:
-    from pxar.filesystem import Opened, Scanned
+    from pxar.filesystem import Opened, Scanned, Seen
 
 _UNKNOWN, _DIRECTORY, _REGULAR = 0, 4, 8  # d_type
 #: How often an entry may change its type under us before it is left alone.
 _ATTEMPTS: Final = 4
+#: Folders that `scan_tree` has open at the same time.
+_DEPTH: Final = 32
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -86,6 +88,69 @@ def scan(
         else:
             results.append(opened)
     return results
+
+
+def scan_tree(
+    dir_fd: int,
+    names: Sequence[bytes],
+    features: int,
+    skip_e2big: bool,
+    dev: int,
+    limit: int,
+    last: bytes,
+    /,
+) -> "tuple[list[Seen], list[tuple[int, int]]]":
+    """See `filesystem.scan_tree`."""
+    names = tuple(names)
+    for name in names:
+        _check(name)
+    seen: list[Seen] = []
+    # Descriptor, number of the folder, and what of its folders is left, as places among its entries.
+    open_folders = [(dir_fd, -1, list(range(len(names))))]
+    used = 0
+    try:
+        while open_folders and used < limit:
+            fd, parent, left = open_folders[-1]
+            if not left:
+                open_folders.pop()
+                if open_folders:
+                    os.close(fd)
+                continue
+            place = left.pop(0)
+            name = names[place] if parent < 0 else seen[parent][3][place]
+            used += 1
+            opened = open_entry(fd, name, features, _DIRECTORY, skip_e2big)
+            if isinstance(opened, int):
+                seen.append((parent, name, opened, [], b"", [], False))
+                continue
+            folder = opened[9]
+            entered = False
+            try:
+                inside, kinds = list_folder(folder)
+                if not stat.S_ISDIR(opened[0]) or opened[3] != dev or len(inside) > limit:
+                    raise OSError
+            except OSError:
+                seen.append((parent, name, errno.EAGAIN, [], b"", [], False))
+            else:
+                used += len(inside)
+                found = [
+                    None if kind == _DIRECTORY else scan(folder, [entry], features, bytes([kind]), skip_e2big)[0]
+                    for entry, kind in zip(inside, kinds, strict=True)
+                ]
+                entered = last not in inside and len(open_folders) < _DEPTH
+                seen.append((parent, name, opened[:9], inside, kinds, found, entered))
+            if entered:
+                folders = [number for number, kind in enumerate(kinds) if kind == _DIRECTORY]
+                open_folders.append((folder, len(seen) - 1, folders))
+            else:
+                os.close(folder)
+        return seen, [
+            (number, left[0] if left else len(names if number < 0 else seen[number][3]))
+            for _, number, left in open_folders
+        ]
+    finally:
+        for fd, _, _ in open_folders[1:]:
+            os.close(fd)
 
 
 def open_entry(dir_fd: int, name: bytes, features: int, type: int, skip_e2big: bool, /) -> "Opened | int":

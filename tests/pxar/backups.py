@@ -4,7 +4,8 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Container, Iterator
+import threading
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Backup:
         return Reference(self.archive, self.payload)
 
 
+def beside(work: Callable[[], None]) -> None:
+    """A second thread, as `pxar.behind.Beside`."""
+    threading.Thread(target=work, daemon=True).start()
+
+
 def back_up(
     root: Path,
     previous: Backup | None = None,
@@ -48,14 +54,16 @@ def back_up(
     average: int = ARCHIVE_AVERAGE,
     chunks: dict[bytes, bytes] | None = None,
     progress: Progress | None = None,
+    alone: bool = False,
 ) -> Backup:
-    """Back `root` up, with change detection if there is a `previous` backup."""
+    """Back `root` up, with change detection if there is a `previous` backup; `alone`: in one thread."""
     if chunks is None:
         chunks = previous.chunks if previous is not None else {}
     known = previous.payload if previous is not None else None
     archive, payload = RecordedStream(chunks, average), RecordedStream(chunks, average, known)
     reference = previous.reference() if previous is not None else None
-    report = create_archive(str(root), archive, payload, options, reference=reference, progress=progress)
+    lent = None if alone else beside
+    report = create_archive(str(root), archive, payload, options, reference=reference, progress=progress, beside=lent)
     stored = payload.finish()
     base = {digest for digest, _ in known.entries} if known is not None else set()
     old_chunks = sum(digest in base for digest, _ in stored.entries)
