@@ -36,10 +36,13 @@ async def create(
 ) -> None:
     """Set the datastore up, in its bucket and its cache folder; the caller registers it.
 
+    One that is taken over knows the bucket's snapshots and chunks then.
+
     Raises:
         FleeceError: as `datastore.s3.lifecycle.create_store`.
     """
     from datastore.s3.lifecycle import create_store
+    from datastore.s3.reconcile import reconcile
 
     use = invocation.s3
     await create_store(
@@ -50,6 +53,10 @@ async def create(
         counters=use.counters,
         policy=use.policy(attended=True),
     )
+    if reuse:
+        # Else the next backup would send every chunk again, only to hear that it is there (R24).
+        async with use.open(datastore) as store:
+            await reconcile(store, progress)
 
 
 async def give_up(
@@ -84,13 +91,15 @@ async def give_up(
 
 
 def maintenance(path: Path) -> str | None:
-    """Why a datastore in a bucket cannot be written to now: `s3-refresh`, `incomplete` (needs one), or None.
+    """Why a datastore in a bucket cannot be written to now: `s3-refresh`, `incomplete` (needs one), `missing`, or None.
 
     Raises:
         FleeceError: its folder cannot be looked at.
     """
     from datastore.s3.state import CacheState, is_refreshing
 
+    if not path.is_dir():
+        return "missing"
     if is_refreshing(path):
         return "s3-refresh"
     state = CacheState.read(path)
@@ -103,6 +112,7 @@ def maintenance_words(mode: str | None) -> str:
         None: "",
         "s3-refresh": "is being refreshed from the bucket",
         "incomplete": "incomplete: 'fleece datastore refresh' is needed",
+        "missing": "its cache is gone: 'fleece datastore create NAME --s3 ... --reuse --overwrite-in-use'",
         "unusable": "cannot be looked at",
     }.get(mode, str(mode))
 

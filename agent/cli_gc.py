@@ -14,6 +14,7 @@ _EXAMPLES = """
 fleece gc
 fleece gc --dry-run                       what would go now
 fleece gc --lock-wait 10m                 give up if PBS holds the store for longer
+fleece gc --repo cloud --allow-empty      of a bucket: the last snapshot was removed on purpose
 fleece gc --output json | jq '."removed-bytes"'
 """
 
@@ -43,6 +44,10 @@ def collect_garbage(
             help="Wait so long for another garbage collection or for backups of PBS (default 1h).",
         ),
     ] = None,
+    allow_empty: Annotated[
+        bool,
+        typer.Option("--allow-empty", help="Of a bucket: remove its chunks although there is not a single snapshot."),
+    ] = False,
 ) -> None:  # fmt: skip
     """Remove the chunks that no snapshot uses any more.
 
@@ -59,7 +64,11 @@ def collect_garbage(
     async def work(progress: "Progress") -> "GcReport":
         async with invocation.repository() as repository:
             return await repository.collect_garbage(
-                cutoff_s=cutoff_s, lock_wait_s=lock_wait_s, dry_run=dry_run, progress=progress
+                cutoff_s=cutoff_s,
+                lock_wait_s=lock_wait_s,
+                dry_run=dry_run,
+                allow_empty=allow_empty,
+                progress=progress,
             )
 
     report = invocation.run(work, what="collect garbage", where=invocation.repository_spec())

@@ -129,13 +129,26 @@ def run(invocation: Invocation, name: JobName) -> None:
     section = runnable(name, _section(invocation, name))
 
     async def work(progress: "Progress") -> "Run":
-        return await run_job(name, section, invocation.config, invocation.registry, _store(name), progress)
+        return await run_job(
+            name,
+            section,
+            invocation.config,
+            invocation.registry,
+            _store(name),
+            progress,
+            endpoints=invocation.endpoints,
+        )
 
     done = invocation.run(work, what="run the job", where=name)
     invocation.emit(
         done.to_json(),
-        lambda: [f"{done.id}: {done.state}", *(f"  {key}: {value}" for key, value in (done.result or {}).items())],
+        lambda: [f"{done.id}: {done.state}", *_result_lines(done.result or {})],
     )
+
+
+def _result_lines(result: dict[str, Any]) -> list[str]:
+    """The figures of a run for people; what a bucket cost is in its log."""
+    return [f"  {key}: {value}" for key, value in result.items() if key != "s3"]
 
 
 def history(

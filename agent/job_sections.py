@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from agent.cli_verify import parse_duration
 from agent.config_types import AbsolutePath, NamespaceText, Section, Size, checked
+from agent.s3_budget import Budget
 from agent.schedules import check_schedule
 from core.errors import UsageError
 from datastore.filters import GroupFilter
@@ -50,6 +51,7 @@ class _Job(Section):
     schedule: Schedule | None = None  #: None: only by 'fleece job run'
     repository: str | None = None  #: None: the configuration's default
     comment: str | None = None
+    s3_budget: Annotated[str, checked(Budget.parse)] | None = None  #: None: that of `[s3]`
 
 
 class PruneJob(_Job):
@@ -94,6 +96,7 @@ class GcJob(_Job):
     type: Literal["gc"]
     cutoff: Annotated[str, checked(check_cutoff)] | None = None
     lock_wait: Duration | None = None
+    allow_empty: bool = False  #: of a bucket: also without a single snapshot
 
 
 class LaterJob(BaseModel):

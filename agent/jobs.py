@@ -18,9 +18,12 @@ from datastore.names import Namespace
 from repository.interface import Repository
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
 
     from agent.config import Config
+    from agent.s3_endpoints import EndpointRegistry
+    from agent.s3_use import S3Use
 
 
 class Both(Progress):
@@ -87,11 +90,27 @@ def job_repository(name: str, section: RunnableJob | LaterJob, config: "Config")
 
 
 async def run_job(
-    name: str, section: RunnableJob, config: "Config", registry: Registry, store: JobStore, progress: Progress
+    name: str,
+    section: RunnableJob,
+    config: "Config",
+    registry: Registry,
+    store: JobStore,
+    progress: Progress,
+    *,
+    endpoints: "EndpointRegistry | None" = None,
 ) -> Run:
     """Run a job once and record it; the run tells how it ended, a failure is raised after it was recorded.
 
     Cancelled, the work cleans up and the run counts as interrupted.
+
+    Args:
+        name: of the job.
+        section: what it says.
+        config: the rest of the configuration.
+        registry: the datastores that commands made.
+        store: where runs are recorded.
+        progress: told how far it is.
+        endpoints: for datastores in buckets; what they cost is in the log and the result.
 
     Raises:
         BusyError: it is running already.
@@ -105,8 +124,14 @@ async def run_job(
         log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
         try:
             spec = job_repository(name, section, config)
-            async with repository_at(spec, config, registry) as repository:
-                result = await _execute(section, spec, config, repository, both)
+            use = _s3_use(endpoints, config, section, both)
+            try:
+                async with repository_at(spec, config, registry, use) as repository:
+                    result = await _execute(section, spec, config, repository, both)
+            except FailedJobError as error:
+                error.result |= _cost(use, log)
+                raise
+            result |= _cost(use, log)
         except BaseException as error:
             _record_failure(recording, log, error, both.warnings)
             raise
@@ -116,6 +141,29 @@ async def run_job(
         except FleeceError as error:
             progress.warn(str(error))
         return recording.run
+
+
+def _s3_use(
+    endpoints: "EndpointRegistry | None", config: "Config", section: RunnableJob, progress: Progress
+) -> "Callable[[], S3Use] | None":
+    """What gives the one use of buckets of this run, made when it is asked for."""
+    if endpoints is None:
+        return None
+    from functools import cache
+
+    from agent.s3_budget import Budget
+    from agent.s3_use import S3Use
+
+    budget = None if section.s3_budget is None else Budget.parse(section.s3_budget)
+    return cache(lambda: S3Use(endpoints, config.s3, budget=budget, warn=progress.warn))
+
+
+def _cost(use: "Callable[[], S3Use] | None", log: Progress) -> dict[str, Any]:
+    """What the run's result says of buckets: nothing if none was used."""
+    if use is None or use().endpoint is None:
+        return {}
+    log.log(use().line())
+    return {"s3": use().to_json()}
 
 
 def _record_failure(recording: Recording, log: Progress, error: BaseException, warnings: Sequence[str]) -> None:
@@ -235,6 +283,7 @@ async def _collect(section: GcJob, repository: Repository, progress: Progress) -
     report = await repository.collect_garbage(
         cutoff_s=DEFAULT_CUTOFF_S if section.cutoff is None else int(parse_duration(section.cutoff)),
         lock_wait_s=LOCK_WAIT_S if section.lock_wait is None else parse_duration(section.lock_wait),
+        allow_empty=section.allow_empty,
         progress=progress,
     )
     for line in summary(report):

@@ -15,6 +15,7 @@ from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.units import format_size
+from datastore.errors import StoreError
 from datastore.files import SyncLevel
 from datastore.s3.counters import Counters, Method, Prices, Totals, Work
 from datastore.s3.endpoint import Endpoint
@@ -123,6 +124,10 @@ class S3Use:
         place = datastore.s3
         stamp = None if place is None else self.endpoints.stamp(place.endpoint)
         settings = self.settings(datastore)
+        if place is not None and not await in_io_thread(datastore.path.is_dir):
+            command = f"fleece datastore create {datastore.name} --s3 {place.endpoint} --bucket {place.bucket}"
+            hint = f"'{command} --cache {datastore.path} --reuse --overwrite-in-use' makes it anew from the bucket"
+            raise StoreError("open datastore", datastore.name, f"its cache {datastore.path} is not there", hint)
         policy = self.policy(attended=attended)
         async with open_store(settings, counters=self.counters, policy=policy) as store, open_nursery() as nursery:
             nursery.start_soon(_watch_keys, self.endpoints, store.client.link, stamp)

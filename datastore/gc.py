@@ -122,7 +122,7 @@ async def collect_garbage(
     progress = Progress() if progress is None else progress
     store.check_writable()
     if upid is None:
-        upid = Upid.new("garbage_collection", store.base.name if store.pbs is None else store.pbs.name)
+        upid = Upid.new("garbage_collection", store.name)
     report = GcReport(GcStatus(str(upid)), dry_run)
     begun = time.monotonic()
     async with _exclusive(store, lock_wait_s, progress) as oldest_writer:

@@ -41,6 +41,11 @@ class Datastore(StoreTree):
             roots.append(LockRoot(LOCKS, pbs.name, self.owner))
         self.locks: Final = StoreLocks(roots)
 
+    @property
+    def name(self) -> str:
+        """Its name in task ids: PBS's for it, else the folder's."""
+        return self.base.name if self.pbs is None else self.pbs.name
+
     @classmethod
     async def create(cls, path: Path, *, sync_level: SyncLevel = SyncLevel.FILESYSTEM) -> Self:
         """Make a new, empty datastore in the folder `path` and open it; takes some seconds.

@@ -95,6 +95,15 @@ def is_throttle(reply: Reply) -> bool:
     return reply.status in _THROTTLE_STATUS or reply.code in _THROTTLE_CODES
 
 
+#: What a person can do, by code; `{id}` is the endpoint's.
+_HINTS: Final[Mapping[str, str]] = {
+    "SignatureDoesNotMatch": "'fleece s3 endpoint update {id} --secret' stores another secret key",
+    "InvalidAccessKeyId": "'fleece s3 endpoint update {id} --access-key KEY --secret' stores other keys",
+    "AccessDenied": "'fleece s3 endpoint check {id} --bucket BUCKET' tells what the access key may do",
+    "NoSuchBucket": "buckets are never made: it was removed, or another one is meant",
+}
+
+
 def refusal(call: Call, reply: Reply, where: str, ahead_s: float) -> S3Error:
     """The error for an answer that more attempts will not change.
 
@@ -123,7 +132,7 @@ def refusal(call: Call, reply: Reply, where: str, ahead_s: float) -> S3Error:
         )
     if code in _FATAL or status in (401, 403):
         why = f"{_FATAL[code]} ({describe(reply)})" if code in _FATAL else describe(reply)
-        hint = ""
+        hint = _HINTS.get(code, "").format(id=where.partition(":")[0])
         if abs(ahead_s) > CLOCK_TOLERANCE_S:
             hint = f"the endpoint's clock differs by {ahead_s:.0f} s"
         return S3BackendError(call.what, where, why, hint, status=status, code=code)

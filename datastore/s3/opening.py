@@ -128,6 +128,11 @@ class S3Datastore(Datastore):
         super().__init__(base, settings.sync_level, find_store(base), self.s3)
 
     @property
+    def name(self) -> str:
+        """See `Datastore.name`: that with which all keys begin."""
+        return self.settings.name
+
+    @property
     def keys(self) -> StoreKeys:
         """The keys of its objects."""
         return self.s3.keys
