@@ -43,6 +43,7 @@ def _settings(job: Job) -> S3Settings:
         job["bucket"],
         Path(job["cache"]),
         min_free=0,
+        parallel=job.get("parallel", 8),
         delete_guard_s=job.get("guard-s", 300.0),
     )
 

@@ -22,7 +22,7 @@ from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest
 from repository.buffers import batch_size
 from repository.fetch import read_batch
-from repository.interface import FIXED_CHUNK_SIZE, Reader
+from repository.interface import FIXED_CHUNK_SIZE, BlockingReads, Reader
 from repository.locate import Archive, open_archive
 
 #: Bytes of decoded chunks kept by default: 32 chunks of a disk image.
@@ -128,8 +128,14 @@ class ChunkCache:
             seen.add(digest)
             self._ahead += length
             wanted.append(number)
-        if wanted:
+        if not wanted:
+            return
+        if isinstance(reader.reader, BlockingReads) and reader.reader.reads_block_briefly:
             self._nursery.start_soon(self._read_ahead, reader, wanted)
+            return
+        # From afar: what came is not to wait for what is still on its way, and its place in the cache goes to the next.
+        for number in wanted:
+            self._nursery.start_soon(self._read_ahead, reader, [number])
 
     async def _read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
         try:
