@@ -13,7 +13,7 @@ help:
 	@echo 'make test-long   everything, on every QEMU'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
-	@echo 'make bench       all benchmarks, with restic and borg beside those of backups'
+	@echo 'make bench       all benchmarks, beside restic, borg, boto3 and rclone'
 	@echo 'make clean       remove .venv, built parts and the cache of downloads'
 
 setup:
@@ -57,6 +57,7 @@ bench: setup-bench
 	$(PYTHON) bench/detection_modes.py
 	$(PYTHON) bench/gc.py
 	$(PYTHON) bench/verify.py
+	$(PYTHON) bench/s3.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
