@@ -42,6 +42,9 @@ from pxar.format import (
 #: A default ACL that lacks one of its four basic entries has this in its place.
 NO_PERMISSIONS: Final = (1 << 64) - 1
 
+#: Attributes of one entry. Linux has names of 64 KiB, and two ACLs of as much: half of this.
+MAX_ATTRIBUTES: Final = 1 << 16
+
 _DEFAULT_ACL: Final = struct.Struct("<QQQQ")
 _SINGLE_SIZE: Final = HEADER_SIZE + U64.size
 _NANOSECONDS: Final = 10**9
@@ -270,6 +273,7 @@ def _attributes(data: Buffer, offset: int, where: str, base: int, first: int) ->
     """(type, begin, end of the content) of each attribute from index `offset` on."""
     seen: set[int] = set()
     available = len(data)
+    count = 0
     while offset < available:
         if available < offset + HEADER_SIZE:
             raise Short(offset + HEADER_SIZE)
@@ -277,6 +281,9 @@ def _attributes(data: Buffer, offset: int, where: str, base: int, first: int) ->
         if kind not in _ATTRIBUTES:
             return
         position = base + offset
+        count += 1
+        if count > MAX_ATTRIBUTES:
+            raise bad(where, position, f"more than {MAX_ATTRIBUTES} attributes of one entry")
         fixed = _FIXED_SIZES.get(kind)
         if fixed is not None and size != fixed:
             raise bad(where, position, f"{item_name(kind)} of {size} bytes, it has {fixed}")

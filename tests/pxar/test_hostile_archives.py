@@ -13,7 +13,7 @@ from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink
 from pxar.decoder import ArchiveDecoder, Entry
 from pxar.errors import ArchiveError
 from pxar.goodbye import MAX_EQUAL, ROW, ROW_SIZE, hash_name, permutation
-from pxar.metadata import Metadata, Stat, encode_metadata
+from pxar.metadata import MAX_ATTRIBUTES, Metadata, Stat, encode_metadata
 from tests.pxar.archives import (
     MemoryBytes,
     MemoryReader,
@@ -259,13 +259,24 @@ def test_entries_that_no_writer_makes(read: Callable[[bytes, bytes], int], child
         read(closed(body, [(hash_name(b"a"), 56, len(body) - 56)]), b"")
 
 
+@BOTH
+def test_attributes_of_one_entry_are_bounded(read: Callable[[bytes, bytes], int]) -> None:
+    """Each takes ten times its size in memory."""
+    for count, is_read in ((1000, True), (MAX_ATTRIBUTES + 1, False)):
+        body = FOLDER + named(b"a") + FILE + wrapped(f.XATTR, b"a\0") * count + wrapped(f.PAYLOAD)
+        archive = closed(body, [(hash_name(b"a"), 56, len(body) - 56)])
+        if is_read:
+            assert read(archive, b"") == 2
+        else:
+            with pytest.raises(ArchiveError, match="more than 65536 attributes of one entry"):
+                read(archive, b"")
+
+
 @pytest.mark.parametrize(("equal", "is_found"), [(MAX_EQUAL, True), (MAX_EQUAL + 1, False), (20_000, False)])
 def test_names_of_one_hash_cost_a_bounded_number_of_reads(equal: int, is_found: bool) -> None:
     child = named(b"other") + FILE + wrapped(f.PAYLOAD)
-    body, rows = FOLDER, []
-    for _ in range(equal - 1):
-        rows.append((hash_name(b"a"), len(body), len(child)))
-        body += child
+    body = FOLDER + child * (equal - 1)
+    rows = [(hash_name(b"a"), 56 + number * len(child), len(child)) for number in range(equal - 1)]
     wanted = named(b"a") + FILE + wrapped(f.PAYLOAD)
     rows.append((hash_name(b"a"), len(body), len(wanted)))
     stored = MemoryBytes(closed(body + wanted, rows))
