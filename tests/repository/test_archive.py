@@ -1,7 +1,7 @@
 """Random access to an archive through the chunk cache."""
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,6 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from core.errors import FormatError
+from datastore.blob import Blob
 from datastore.codec import ChunkCodec
 from datastore.errors import ChunkNotFoundError, CorruptChunkError
 from datastore.names import BackupType, Group
@@ -107,6 +108,30 @@ async def test_sequential_reader_finds_most_chunks_read_ahead() -> None:
             await trio.sleep(0.002)
         assert len(repository.chunk_reads) == 36
         assert archive.cache.misses <= 4
+
+
+async def test_a_chunk_that_is_long_on_its_way_does_not_hold_up_those_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = chunks_of("abcdefgh")
+    async with opened(data, capacity=16 * CHUNK) as (archive, _):
+        slow, arrives = archive.archive.index.digest(5), trio.Event()
+        read_chunks = archive.reader.read_chunks
+
+        async def read(digests: Sequence[bytes]) -> Sequence[Blob]:
+            if slow in digests:
+                await arrives.wait()
+            return await read_chunks(digests)
+
+        monkeypatch.setattr(archive.reader, "read_chunks", read)
+        for number in range(4):
+            await archive.read(number * CHUNK, 100)
+        await wait_all_tasks_blocked(0.05)
+        assert archive.read_cached(5 * CHUNK, 100) is None
+        assert archive.read_cached(4 * CHUNK, 100) == data[4 * CHUNK : 4 * CHUNK + 100]
+        assert archive.read_cached(6 * CHUNK, 100) == data[6 * CHUNK : 6 * CHUNK + 100]
+        arrives.set()
+        assert await archive.read(5 * CHUNK, 100) == data[5 * CHUNK : 5 * CHUNK + 100]
 
 
 async def test_random_reader_reads_nothing_ahead() -> None:
