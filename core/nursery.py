@@ -23,6 +23,29 @@ async def open_nursery() -> AsyncIterator[trio.Nursery]:
             yield nursery
 
 
+@asynccontextmanager
+async def grace(seconds: float) -> AsyncIterator[None]:
+    """Let the block end in peace when the caller is cancelled, but for `seconds` from then on at most.
+
+    A block that ends in that time counts: nothing is raised behind it. One that does not is cancelled.
+    """
+    async with open_nursery() as nursery:
+        scope = trio.CancelScope(shield=True)
+
+        async def watch() -> None:
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled:  # not passed on: this task ends, and the block decides
+                scope.deadline = trio.current_time() + seconds
+
+        nursery.start_soon(watch)
+        with scope:
+            yield
+        if scope.cancelled_caught:
+            await trio.lowlevel.checkpoint()  # raises, for the caller is cancelled
+        nursery.cancel_scope.cancel()
+
+
 @contextmanager
 def one_error() -> Iterator[None]:
     """Replace an exception group that leaves the block by the error in it that matters most."""

@@ -17,6 +17,7 @@ import trio
 from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
+from core.nursery import grace
 from datastore.blob import MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob
 from datastore.changes import update_manifest
 from datastore.digests import DigestSet
@@ -37,6 +38,8 @@ from datastore.upid import Upid
 DEFAULT_OWNER: Final = "root@pam"
 #: Seconds that throwing away a failed snapshot may take.
 _ABORT_TIMEOUT_S: Final = 60.0
+#: Seconds that the end of a session may go on for when it is cancelled there.
+_FINISH_GRACE_S: Final = 30.0
 _ABORT_HINT: Final = "the next backup of the group removes it"
 
 
@@ -239,8 +242,9 @@ class LocalBackupSession:
         folders = [self.snapshot.path]
         while "/" in folders[-1]:
             folders.append(folders[-1].rpartition("/")[0])
-        with trio.CancelScope(shield=True):
-            # From here on the outcome is decided by the disk, not by an impatient caller.
+        async with grace(_FINISH_GRACE_S):
+            # From here on the outcome is decided by the disk, not by an impatient caller. A bucket out of reach would
+            # let them wait for a quarter of an hour.
             await self.store.meta.sync([*folders, ""])
             if missing := await self._set_aside_meanwhile():
                 why = f"verify set {missing} of its chunks aside meanwhile, since they are corrupt"

@@ -2,9 +2,10 @@
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from core.errors import FleeceError, SourceError
-from core.nursery import one_error, open_nursery
+from core.nursery import grace, one_error, open_nursery
 
 
 async def fail(error: BaseException) -> None:
@@ -79,3 +80,34 @@ async def test_error_during_cancellation_is_not_lost() -> None:
 def test_what_is_no_group_passes_as_it_is() -> None:
     with pytest.raises(ValueError, match="alone"), one_error():
         raise ValueError("alone")
+
+
+async def test_a_block_with_grace_ends_in_peace_and_counts(autojump_clock: MockClock) -> None:
+    done = []
+    with trio.CancelScope(deadline=trio.current_time() + 5) as scope:
+        async with grace(10.0):
+            await trio.sleep(12)
+            done.append("block")
+        done.append("behind")
+    assert (done, scope.cancelled_caught) == (["block", "behind"], False)
+    assert trio.current_time() == pytest.approx(12, abs=0.1)
+
+
+async def test_grace_ends_after_its_time_whenever_the_cancellation_came(autojump_clock: MockClock) -> None:
+    done = []
+    with trio.CancelScope(deadline=trio.current_time() + 5) as scope:
+        async with grace(10.0):
+            await trio.sleep(100)
+            done.append("block")
+        done.append("behind")
+    assert (done, scope.cancelled_caught) == ([], True)
+    assert trio.current_time() == pytest.approx(15, abs=0.1)
+
+
+async def test_without_a_cancellation_grace_has_no_limit(autojump_clock: MockClock) -> None:
+    async with grace(1.0):
+        await trio.sleep(50)
+    assert trio.current_time() == pytest.approx(50, abs=0.1)
+    with pytest.raises(ValueError, match="plain"):
+        async with grace(1.0):
+            raise ValueError("plain")
