@@ -15,6 +15,7 @@
     lifecycle.py                   `create_store`, `destroy_store`
     chunks.py, meta.py             `S3ChunkStore`, `S3MetaStore`: see `datastore.interface`
     cache.py, cache_files.py       which chunks are kept here; what their files say about objects
+    cache_growth.py                what other processes have put into the cache
     sweep.py, sweep_cache.py       garbage collection: what is unused goes, from the bucket and from the cache
     probe.py                       what an endpoint and a bucket can do
     refresh.py, reconcile.py       metadata fetched anew; what is here compared with what is in the bucket

@@ -1,7 +1,8 @@
 """The local cache in front of a bucket: which chunks are kept, and how many bytes of them (R18, R19).
 
 The files are `cache_files`'s. In memory there is, per process, the order in which chunks were used last. At the first
-change the folder is looked through, so that what earlier processes cached counts too.
+change the folder is looked through, so that what earlier processes cached counts too; and again when other processes of
+this host have cached much meanwhile (`cache_growth`). So several of them together keep one limit, but for that much.
 """
 
 import errno
@@ -18,8 +19,10 @@ from core.buffers import Buffer
 from core.errors import os_reason
 from core.limits import in_io_thread
 from datastore.errors import StoreError
-from datastore.files import store_errors
+from datastore.files import Owner, store_errors
+from datastore.locks import ChunkLocks
 from datastore.s3.cache_files import CachedFile, CacheFiles
+from datastore.s3.cache_growth import CacheGrowth
 
 _LOG = logging.getLogger(__name__)
 #: Bytes that stay free on the file system of the cache.
@@ -35,6 +38,9 @@ _EVICT_AT_ONCE: Final = 256
 _LOOK_EVERY: Final = 256 << 20
 #: Bytes that are given back when the file system turns out to be full.
 _MAKE_ROOM: Final = 64 << 20
+#: Bytes that others may cache before the folder is looked through again, and the share of the limit, if that is more.
+_FOREIGN: Final = 64 << 20
+_FOREIGN_SHARE: Final = 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -43,6 +49,7 @@ class ChunkCache:
 
     Args:
         files: the folder.
+        locks: of its chunks.
         limit: bytes; None takes four fifths of the free space.
         min_free: bytes that stay free on the file system.
         keep: says of a digest that it must not be dropped now.
@@ -51,28 +58,35 @@ class ChunkCache:
     def __init__(
         self,
         files: CacheFiles,
+        locks: ChunkLocks,
         *,
         limit: int | None = None,
         min_free: int = MIN_FREE,
         keep: Callable[[bytes], bool] = lambda _: False,
     ) -> None:
         self.files: Final = files
+        self._locks = locks
+        self._growth = CacheGrowth(files.base, Owner.of(files.base))
         self._limit = limit
         self._min_free = min_free
         self._keep = keep
         self._used: OrderedDict[bytes, int] = OrderedDict()  # digest -> bytes, the longest unused first
+        self._recent: set[bytes] | None = None  # used while the folder is being looked through
         self._pins: Counter[bytes] = Counter()
         self._since_look = _LOOK_EVERY  # bytes written since the last look at the free space
         self._warned = False
         self._changed = trio.Event()
+        self._foreign = trio.Event()  # others have cached so much that we must look again
         self._counted = trio.Event()
         self.total = 0  #: bytes of chunks that are known to be cached
         self.evicted = 0  #: chunks dropped by this process
 
     async def run(self) -> None:
-        """Count what is there once something changes; for a background task, ends when that is done."""
+        """Look through the folder at the first change, and whenever others have cached much; for a background task."""
         await self._changed.wait()
-        await self.count()
+        while True:
+            await self.count()
+            await self._foreign.wait()
 
     async def count(self) -> None:
         """Look through the folder, take over the order in which chunks were used, and drop what is too much.
@@ -80,14 +94,20 @@ class ChunkCache:
         Raises:
             StoreError: a folder cannot be read.
         """
+        self._foreign = trio.Event()
+        self._growth.forget()
+        recent = self._recent = set()
         found: list[CachedFile] = []
         for start in range(0, _FOLDERS, _FOLDERS_AT_ONCE):
             cached = await in_io_thread(self._scan, start)
             found += cached
         found.sort(key=lambda file: file.atime)
-        known = self._used
+        there = {file.digest for file in found}
+        # Ours, but for those that another process has dropped; what we cached during the look stays in any case.
+        known = {digest: size for digest, size in self._used.items() if digest in there or digest in recent}
         self._used = OrderedDict((file.digest, file.size) for file in found if file.digest not in known)
         self._used.update(known)
+        self._recent = None
         self.total = sum(self._used.values())
         if self._limit is None:
             self._limit = int(_SHARE * (await in_io_thread(self._free) + self.total))
@@ -102,6 +122,8 @@ class ChunkCache:
         self.total += size - self._used.get(digest, 0)
         self._used[digest] = size
         self._used.move_to_end(digest)
+        if self._recent is not None:
+            self._recent.add(digest)
 
     def forget(self, digest: bytes) -> None:
         """The chunk is not cached any more."""
@@ -131,22 +153,28 @@ class ChunkCache:
         size = sum(len(part) for part in parts)
         with self.pinned(digest):
             try:
-                await in_io_thread(self.files.write, digest, parts)
+                await in_io_thread(self._write, digest, parts, size)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise StoreError("cache the chunk", digest.hex(), os_reason(error)) from error
                 return await self._put_marker(digest, error)
             self.used(digest, size)
         self._since_look += size
+        if self._growth.foreign > max(_FOREIGN, (self._limit or 0) // _FOREIGN_SHARE):
+            self._foreign.set()
         await self.make_room()
         return True
+
+    def _write(self, digest: bytes, parts: Sequence[Buffer], size: int) -> None:
+        self.files.write(digest, parts)
+        self._growth.add(size)
 
     async def _put_marker(self, digest: bytes, full: OSError) -> bool:
         if not self._warned:
             self._warned = True
             _LOG.warning("the cache in %s is full (%s); going on without caching", self.files.base, os_reason(full))
         self.forget(digest)
-        await self._evict(_MAKE_ROOM)
+        await self._evict(_MAKE_ROOM, set())
         await in_io_thread(self.files.mark, digest)
         return False
 
@@ -157,35 +185,69 @@ class ChunkCache:
 
     async def make_room(self) -> None:
         """Drop the longest unused chunks until the limits hold."""
-        over = 0 if self._limit is None else self.total - self._limit
+        wanted = 0  # bytes that the file system lacks
         if self._since_look >= _LOOK_EVERY:
             self._since_look = 0
             free = await in_io_thread(self._free)
-            over = max(over, self._min_free - free)
+            wanted = self._min_free - free
             if self._limit is None:
                 # Until the folder has been looked through, a limit that is too low rather than too high.
-                over = max(over, self.total - int(_SHARE * (free + self.total)))
-        if over > 0:
-            await self._evict(over)
+                wanted = max(wanted, self.total - int(_SHARE * (free + self.total)))
+        held: set[bytes] = set()  # by somebody; not tried twice
+        while (over := max(wanted, 0 if self._limit is None else self.total - self._limit)) > 0:
+            freed = await self._evict(over, held)
+            if freed is None:
+                return
+            wanted -= freed
 
-    async def _evict(self, size: int) -> None:
-        """Drop chunks of `size` bytes in all, or those that there are."""
-        dropped: list[bytes] = []
-        for digest, cached in list(self._used.items()):
+    async def _evict(self, size: int, held: set[bytes]) -> int | None:
+        """Drop chunks that have `size` bytes in all, or those that there are.
+
+        Returns:
+            bytes that were freed, less if others had dropped some of them; None if there is nothing to drop.
+        """
+        dropped: dict[bytes, int] = {}
+        for digest, cached in self._used.items():
             if size <= 0:
                 break
-            if digest not in self._pins and not self._keep(digest):
-                dropped.append(digest)
+            if digest not in self._pins and digest not in held and not self._keep(digest):
+                dropped[digest] = cached
                 size -= cached
+        if not dropped:
+            return None
         for digest in dropped:
             self.forget(digest)
+        freed = 0
+        names = list(dropped)
+        for start in range(0, len(names), _EVICT_AT_ONCE):
+            busy, emptied = await in_io_thread(self._empty, names[start : start + _EVICT_AT_ONCE])
+            freed += emptied
+            held.update(busy)
+            for digest in busy:
+                if digest not in self._used:
+                    self.used(digest, dropped[digest])
         self.evicted += len(dropped)
-        for start in range(0, len(dropped), _EVICT_AT_ONCE):
-            await in_io_thread(self._empty, dropped[start : start + _EVICT_AT_ONCE])
+        return freed
 
-    def _empty(self, digests: Sequence[bytes]) -> None:
+    def _empty(self, digests: Sequence[bytes]) -> tuple[list[bytes], int]:
+        """In a worker thread: make markers of chunks; returns those that somebody holds, and the bytes freed.
+
+        Under the chunk's lock: one that is being stored once more, since an old delete may hit it, must stay (R31).
+        """
+        busy, freed = [], 0
         for digest in digests:
-            self.files.empty(digest)
+            with store_errors("drop the cached chunk", self.files.path(digest)):
+                if not self._locks.try_acquire(digest):
+                    busy.append(digest)
+                    continue
+            try:
+                if digest in self._pins or self._keep(digest):
+                    busy.append(digest)
+                else:
+                    freed += self.files.empty(digest)
+            finally:
+                self._locks.release(digest)
+        return busy, freed
 
     def _free(self) -> int:
         with store_errors("ask for the space of", self.files.base):

@@ -138,10 +138,13 @@ class CacheFiles:
             make_empty(self.using(digest), self._owner)
         return False
 
-    def empty(self, digest: bytes) -> None:
+    def empty(self, digest: bytes) -> int:
         """Make a marker of a cached chunk: in place, which takes no space and leaves the access time as it is.
 
         Somebody who reads the file meanwhile finds it shorter than it began, and asks the bucket.
+
+        Returns:
+            bytes that it had.
 
         Raises:
             StoreError: no rights.
@@ -150,9 +153,11 @@ class CacheFiles:
             try:
                 fd = os.open(self.path(digest), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError:
-                return
+                return 0
             try:
+                size = os.fstat(fd).st_size
                 os.ftruncate(fd, 0)
+                return size
             finally:
                 os.close(fd)
 

@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from core.buffers import Buffer
-from core.errors import FormatError
+from core.errors import FleeceError, FormatError
 from core.limits import in_cpu_thread, in_io_thread
 from core.nursery import open_nursery
 from core.progress import Progress
@@ -32,7 +32,8 @@ from datastore.s3.cache import MIN_FREE, ChunkCache
 from datastore.s3.cache_files import CacheFiles
 from datastore.s3.chunk_locks import hold
 from datastore.s3.client import CHUNK_LIMIT, S3Client
-from datastore.s3.counters import Method, Work, counted_as
+from datastore.s3.counters import Method, Work, counted_as, counted_unless_named
+from datastore.s3.errors import S3BudgetError
 from datastore.s3.in_use import InUse
 from datastore.s3.keys import ChunkKey, StoreKeys
 from datastore.s3.link import UnknownOutcome
@@ -53,6 +54,7 @@ class _Flight:
 
     done: trio.Event = field(default_factory=trio.Event)
     blob: Blob | None = None
+    error: FleeceError | None = None  #: it ended with this; neither: the reader gave up
 
 
 class S3ChunkStore:
@@ -93,7 +95,9 @@ class S3ChunkStore:
         self.files: Final = CacheFiles(base, owner)
         self.locks: Final = ChunkLocks(base, owner)
         self.unknown: Final = UnknownDeletes(base, owner)
-        self.cache: Final = ChunkCache(self.files, limit=cache_limit, min_free=min_free, keep=self.unknown.must_stay)
+        self.cache: Final = ChunkCache(
+            self.files, self.locks, limit=cache_limit, min_free=min_free, keep=self.unknown.must_stay
+        )
         self.parallel: Final = parallel
         self.delete_guard_s = delete_guard_s
         self.before_sweep: Callable[[], object] | None = None  #: an async function, called before a sweep
@@ -143,11 +147,19 @@ class S3ChunkStore:
             await flight.done.wait()
             if flight.blob is not None:
                 return flight.blob
+            if flight.error is not None:
+                raise flight.error
         flight = self._flights[digest] = _Flight()
         try:
-            with counted_as(Work.RESTORE), self.cache.pinned(digest):
+            with counted_unless_named(Work.RESTORE), self.cache.pinned(digest):
                 flight.blob = await self._read(digest)
             return flight.blob
+        except S3BudgetError:
+            raise  # of this reader's work; others may go on
+        except FleeceError as error:
+            # Who has waited need not try for as long again, one after the other.
+            flight.error = error
+            raise
         finally:
             del self._flights[digest]
             flight.done.set()
@@ -183,6 +195,7 @@ class S3ChunkStore:
             async with hold(self.locks, digest):
                 local = await in_io_thread(self.read_cached, digest)
                 if isinstance(local, Blob):
+                    self.cache.used(digest, len(local))
                     return local
                 blob = await self._fetch_sound(digest)
                 if not await in_io_thread(self.unknown.may_be_deleted, digest):

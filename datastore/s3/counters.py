@@ -5,7 +5,7 @@ says so once, and all tasks below inherit it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -54,6 +54,13 @@ def counted_as(work: Work) -> Iterator[None]:
         yield
     finally:
         _work.reset(token)
+
+
+@contextmanager
+def counted_unless_named(work: Work) -> Iterator[None]:
+    """As `counted_as`, unless somebody further out has said what it is for."""
+    with counted_as(work) if _work.get() is Work.OTHER else nullcontext():
+        yield
 
 
 @dataclass(frozen=True, slots=True)
