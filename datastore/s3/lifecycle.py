@@ -22,6 +22,7 @@ from datastore.s3.in_use import InUse
 from datastore.s3.keys import StoreKeys
 from datastore.s3.link import EndpointLink, RetryPolicy
 from datastore.s3.opening import S3Datastore, S3Settings, open_store, opened
+from datastore.s3.reconcile import reconcile
 from datastore.s3.refresh import refresh
 from datastore.s3.state import CacheState
 from datastore.s3.xml import DeleteFailure, Listed
@@ -46,8 +47,8 @@ async def create_store(
 
     Args:
         settings: the datastore.
-        reuse: take over what the bucket holds of this store, which is fetched. A cache of a bucket that lies in the
-            folder is made anew.
+        reuse: take over what the bucket holds of this store: metadata is fetched, of chunks only the names. A cache of
+            a bucket that lies in the folder is made anew.
         overwrite_in_use: even if another installation has marked the store as its own; that must not use it any more.
         progress: told how far it is.
         counters: count the requests.
@@ -85,6 +86,8 @@ async def create_store(
                 await store.chunks.check_access_times(digest, zero)
                 if reuse:
                     await refresh(store, progress)
+                    # Put-if-absent sends a whole chunk before it is told that there is one (R24).
+                    await reconcile(store, progress)
             except BaseException:
                 if marker is None:
                     with trio.move_on_after(10, shield=True), suppress(FleeceError):
