@@ -89,7 +89,7 @@ class Export:
         before = b"/" + self._prefix if self._prefix else b""
         taken = selection.takes(before or b"/", True, selection.root) if selection else True
         path = b""  # of the last level
-        levels = [_Level(0, None, self._start.stream(), taken)]
+        levels = [_Level(0, None, _distinct(self._start), taken)]
         yield b"", self._start
         while levels:
             length, _, children, taken = levels[-1]
@@ -108,7 +108,7 @@ class Export:
                             yield from self._given_out(levels, path)
                             yield here, node
                     elif chosen or selection.may_hold(before + b"/" + here):
-                        below, path = _Level(len(here), node, node.stream(), chosen), here
+                        below, path = _Level(len(here), node, _distinct(node), chosen), here
                         break
             except UNREADABLE as error:
                 self.complain(path, "not all of the folder could be read", error)
@@ -171,6 +171,23 @@ class Export:
         """Tell the progress."""
         if self._progress is not None:
             self._progress(self.report)
+
+
+def _distinct(directory: Directory) -> Iterator[Node]:
+    """The children of `directory` in archive order, up to a name that was there before.
+
+    Whoever unpacks a symlink and then a folder of the same name may write where the symlink leads.
+
+    Raises:
+        ArchiveError: as `Directory.stream`, and at the second entry of a name.
+    """
+    last, is_checked = b"", False
+    for node in directory.stream():
+        if node.name <= last and not is_checked:
+            directory.children()
+            is_checked = True
+        last = max(last, node.name)
+        yield node
 
 
 def write_content(

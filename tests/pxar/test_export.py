@@ -31,6 +31,7 @@ from tests.pxar.backups import back_up, ext4
 from tests.pxar.restored import (
     AS_ROOT,
     FOLDER,
+    LINK,
     Damaged,
     add_file,
     chain,
@@ -362,3 +363,29 @@ def test_paths_of_a_deep_tree_are_not_all_in_memory() -> None:
     # All paths together have 31 MB.
     assert written > 31_000_000
     assert peak < 12 << 20
+
+
+@BOTH
+def test_a_second_entry_of_a_name_is_left_out(write: Exporter) -> None:
+    """Unpacked, it would be written through the first one."""
+
+    def forge(encoder: ArchiveEncoder) -> None:
+        encoder.symlink(b"a", LINK, b"/etc")
+        encoder.directory(b"a", FOLDER)
+        add_file(encoder, b"evil", b"evil")
+        encoder.end_directory()
+
+    data, report = exported(write, forged(forge))
+    assert b"evil" not in data
+    assert report.failed == 1
+    assert "a second entry named 'a'" in report.warnings[0]
+
+
+@BOTH
+def test_names_in_another_order_are_exported(write: Exporter) -> None:
+    def reverse(encoder: ArchiveEncoder) -> None:
+        for name in (b"c", b"b", b"a"):
+            add_file(encoder, name, b"content of " + name)
+
+    _, report = exported(write, forged(reverse))
+    assert (report.files, report.failed) == (3, 0)
