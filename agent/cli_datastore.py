@@ -220,6 +220,8 @@ def _place(invocation: Invocation, place: str, name: str | None) -> tuple[Path, 
         raise UsageError(
             "create the datastore", repr(place), "its name is in the configuration already", "leave out --name"
         )
+    if section.path is None:
+        raise UsageError("create the datastore", repr(place), "the configuration says that it is on a server")
     return section.path, None
 
 
@@ -239,7 +241,8 @@ def list_datastores(invocation: Invocation) -> None:
 
     registered = invocation.registry.datastores()
     buckets = {datastore.path: datastore for datastore in registered.values() if datastore.s3 is not None}
-    places = [(name, section.path, "configuration") for name, section in sorted(invocation.config.repository.items())]
+    configured = sorted(invocation.config.repository.items())
+    places = [(name, section.path, "configuration") for name, section in configured if section.path is not None]
     names = {name for name, _, _ in places}
     places += [(one.name, one.path, "created") for one in registered.values() if one.name not in names]
     found: list[dict[str, Any]] = []

@@ -52,7 +52,7 @@ def mount(
     snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM ends
     the mount. Encrypted archives are shown if their key is given.
     """
-    from agent.repositories import local_store
+    from agent.repositories import local_store, remote_spec
     from fusefs.mount import mount as mount_on
     from fusefs.options import MountOptions
 
@@ -63,7 +63,9 @@ def mount(
         raise UsageError("mount", "''", "the mountpoint is empty")
     mountpoint = Path(arguments[-1])
     ns = invocation.namespace()
-    store = local_store(invocation.repository_spec(), invocation.config, invocation.registry)
+    named = (invocation.repository_spec(), invocation.config, invocation.registry)
+    # A local datastore must not be mounted over.
+    store = None if remote_spec(*named) is not None else local_store(*named).path
 
     def on_ready() -> None:
         invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}")
@@ -75,7 +77,7 @@ def mount(
         ns=ns,
         archive=_one_archive(arguments[:-1], invocation),
         options=MountOptions.parse(*(options or [])),
-        store=store.path,
+        store=store,
         foreground=foreground,
         on_ready=on_ready,
     )

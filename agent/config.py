@@ -7,18 +7,20 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from agent.config_types import (
     AbsolutePath,
     BackupId,
     BitmapPolicy,
+    Fingerprint,
     NamespaceText,
     Owner,
     RepositoryName,
     Section,
+    ServerText,
     Size,
     SyncLevel,
     checked,
@@ -32,6 +34,11 @@ from core.errors import UsageError, os_reason
 MAX_CONFIG_SIZE: Final = 1 << 20
 
 
+_SERVER_OPTIONS: Final = frozenset(
+    ("fingerprint", "fingerprint_only", "password_file", "rate_in", "burst_in", "rate_out", "burst_out")
+)
+
+
 class KeySettings(Section):
     """What a section may say about keys; the command line comes first."""
 
@@ -41,12 +48,34 @@ class KeySettings(Section):
 
 
 class RepositorySection(KeySettings):
-    """`[repository.NAME]`: a datastore with a name of its own."""
+    """`[repository.NAME]`: a datastore with a name of its own, in a folder or on a server."""
 
-    path: AbsolutePath  #: the datastore's folder
+    path: AbsolutePath | None = None  #: the datastore's folder
+    server: ServerText | None = None  #: `[[user@realm[!token]@]host[:port]:]store`
+    fingerprint: Fingerprint | None = None  #: of the server's certificate
+    fingerprint_only: bool = False  #: it must match even if the certificate is valid
+    password_file: AbsolutePath | None = None  #: the user's password or the token's secret, its first line
+    rate_in: Size | None = None  #: bytes a second from the server
+    burst_in: Size | None = None
+    rate_out: Size | None = None  #: bytes a second to the server
+    burst_out: Size | None = None
     ns: NamespaceText = ""  #: namespace that is used when the command names none
     owner: Owner | None = None  #: of groups that this host creates there
     sync_level: SyncLevel | None = None  #: how chunks reach the disk; None leaves it to the datastore
+
+    @model_validator(mode="after")
+    def _folder_or_server(self) -> Self:
+        if (self.path is None) == (self.server is None):
+            raise ValueError("path is missing (or server, for a datastore on one)" if self.path is None else
+                             "it has both path and server")  # fmt: skip
+        others = {"sync_level"} if self.path is None else _SERVER_OPTIONS
+        given = sorted(name.replace("_", "-") for name in others & self.model_fields_set)
+        if given:
+            where = "a server" if self.path is None else "this host"
+            raise ValueError(f"{given[0]} means nothing for a datastore on {where}")
+        if self.fingerprint_only and self.fingerprint is None:
+            raise ValueError("fingerprint-only needs a fingerprint")
+        return self
 
 
 class VmSection(KeySettings):

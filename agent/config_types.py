@@ -43,11 +43,25 @@ def _absolute(path: Path) -> Path:
     return path
 
 
+def _check_fingerprint(text: str) -> None:
+    from core.dial import parse_fingerprint
+
+    parse_fingerprint(text)
+
+
+def _check_server(text: str) -> None:
+    from repository.remote.address import RemoteAddress
+
+    RemoteAddress.parse(text)
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Owner = Annotated[str, checked(check_owner)]
 Size = Annotated[str, checked(parse_size)]
 NamespaceText = Annotated[str, checked(Namespace.parse)]
 BackupId = Annotated[str, checked(lambda text: Group.parse(f"{BackupType.VM.value}/{text}"))]
+Fingerprint = Annotated[str, checked(_check_fingerprint)]
+ServerText = Annotated[str, checked(_check_server)]
 RepositoryName = Annotated[str, checked(check_store_name)]
 SyncLevel = Literal["filesystem", "file", "none"]
 BitmapPolicy = Literal["persistent", "transient", "none"]

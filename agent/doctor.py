@@ -300,7 +300,7 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
                 f"vm {name}", State.WARNING, f"no QMP socket {vm.qmp}: the VM does not run, and no [vm.{name}.disks]",
                 f"start QEMU with -qmp unix:{vm.qmp},server=on,wait=off",
             )  # fmt: skip
-    places = {name: section.path for name, section in config.repository.items()}
+    places = {name: section.path for name, section in config.repository.items() if section.path is not None}
     places |= {name: datastore.path for name, datastore in registered.items() if name not in places}
     if not places:
         yield Check("datastores", State.INFO, "none known", "fleece datastore create /backup/main")

@@ -19,6 +19,7 @@ from agent import (
     cli_host,
     cli_job,
     cli_key,
+    cli_login,
     cli_look,
     cli_mount,
     cli_notes,
@@ -81,6 +82,7 @@ def build() -> typer.Typer:
     cli_datastore.add_to(application)
     cli_s3.add_to(application)
     cli_key.add_to(application)
+    cli_login.add_to(application)
     cli_job.add_to(application)
     cli_host.add_to(application)
     return application

@@ -78,6 +78,11 @@ def secrets_dir() -> Path:
     return state_dir() / "secrets"
 
 
+def fingerprints_file() -> Path:
+    """The certificates of servers that this user has confirmed."""
+    return _xdg("XDG_CONFIG_HOME", ".config") / "fleece/fingerprints"
+
+
 def scratch_dir() -> Path:
     """The folder of fleecing images when the configuration names none."""
     return state_dir() / "tmp"

@@ -25,7 +25,7 @@ _CALLS_AT_ONCE = 4
 class RemoteOptions:
     """How a server is reached, and who asks."""
 
-    pin: TlsPin = TlsPin()
+    pin: TlsPin = field(default_factory=TlsPin)
     proxy: Proxy | None = None
     confirm: Confirm | None = None  #: asked about an unknown certificate
     secrets: Secrets = field(default_factory=NoSecrets)

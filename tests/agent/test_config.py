@@ -81,7 +81,7 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
         ('[vm.web]\nbitmap = "always"\n', 2, "vm.web.bitmap must be 'persistent', 'transient' or 'none'"),
         ('[vm.web]\nqmp = "run/x"\n', 2, "vm.web.qmp: a path in the configuration begins with a /"),
         ('[vm.web]\nbwlimit = "fast"\n', 2, "vm.web.bwlimit: it is not a number with a unit"),
-        ("[repository.main]\n", 1, "repository.main.path is missing"),
+        ("[repository.main]\n", 1, "repository.main: path is missing"),
         ('[repository.ab]\npath = "/x"\n', 1, "3 to 32 letters"),
         ('[repository.main]\npath = "/x"\nns = "a//b"\n', 3, "'' is no valid component"),
         ('owner = "root"\n', 1, "not of the form user@realm"),
