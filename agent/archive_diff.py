@@ -357,6 +357,7 @@ def _named(wanted: str, names: Sequence[str], after: OpenSnapshot) -> str:
 
 async def restored(opened: OpenSnapshot, entry: ManifestFile) -> bytes:
     """The content of a small file."""
+    opened.needs_key(entry)
     return await restore_blob(opened.reader, opened.codec, opened.manifest, entry.filename)
 
 

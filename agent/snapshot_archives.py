@@ -11,15 +11,17 @@ from agent.documents import find_snapshot, parse_selection
 from core.errors import FormatError, NotFoundError
 from core.progress import Progress
 from datastore.catalog import Catalog, CatalogEntry
-from datastore.codec import ChunkCodec
+from datastore.codec import ChunkCodec, CryptKey
+from datastore.crypt_mode import CryptMode
 from datastore.errors import SnapshotNotFoundError
 from datastore.index import ArchiveIndex
+from datastore.keyfile import need_key
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CATALOG_NAME, MASTER_KEY_NAME, Namespace, Snapshot, strip_archive_type
 from pxar.accessor import ArchiveAccessor
 from repository.archive import ChunkCache, open_archive_reader
 from repository.interface import Reader, Repository
-from repository.locate import check_index, load_readable
+from repository.locate import check_index, load_readable, signature_doubt
 from repository.stored_bytes import StoredBytes, archive_stream_names
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ class OpenSnapshot:
     manifest: Manifest
     cache: ChunkCache
     progress: Progress
+    given_key: CryptKey | None = None  #: may be another one than the snapshot's, which `codec` is without then
     _catalog: list[Catalog | None] = field(default_factory=list)
 
     @property
@@ -148,12 +151,23 @@ class OpenSnapshot:
             return None
         return None if directory is None or directory.kind != b"d" else (catalog, directory)
 
+    def needs_key(self, entry: ManifestFile) -> None:
+        """Make sure that the key is there with which a file of the snapshot is encrypted.
+
+        Raises:
+            KeyNeededError: it is not; says which one is, and which one was given.
+        """
+        if entry.crypt_mode is CryptMode.ENCRYPT and self.codec.key is None:
+            where = f"{self.snapshot}/{entry.filename}"
+            raise need_key("read", where, self.manifest.fingerprint, self.given_key)
+
     async def stream(self, filename: str) -> ContentStream:
         """The archive `filename`, which has an index, as one stream.
 
         Raises:
             FormatError, KeyNeededError, NotFoundError: it cannot be read.
         """
+        self.needs_key(self.manifest.file(filename))
         reader = await open_archive_reader(self.reader, self.codec, self.manifest, filename, self.cache)
         return ContentStream(StoredBytes(reader), reader.archive.index)
 
@@ -168,10 +182,17 @@ async def open_snapshot(
         SnapshotNotFoundError, LockedError, FormatError: it cannot be read.
     """
     async with repository.reader(snapshot) as reader:
+        given = codec.key
         manifest, codec = await load_readable(reader, codec)
-        if codec.key is not None and manifest.lost_signature:
-            progress.warn(f"{snapshot} has no signature, although it was made with a key: it may be altered")
-        yield OpenSnapshot(snapshot, reader, codec, manifest, cache, progress)
+        doubt = signature_doubt(manifest, codec, given)
+        # What is encrypted with another key is an error of its own, or left out.
+        if doubt is not None and (manifest.lost_signature or not _is_encrypted(manifest)):
+            progress.warn(doubt)
+        yield OpenSnapshot(snapshot, reader, codec, manifest, cache, progress, given)
+
+
+def _is_encrypted(manifest: Manifest) -> bool:
+    return any(file.crypt_mode is CryptMode.ENCRYPT for file in manifest.files)
 
 
 async def select_snapshots(

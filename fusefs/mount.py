@@ -147,8 +147,9 @@ async def serve(
 
     options = options or MountOptions()
     async with open_cache(options.cache_size) as cache, open_nursery() as nursery:
+        unchecked: set[str] = set()
         pool: SnapshotPool[OpenSnapshot] = SnapshotPool(
-            lambda snapshot: open_snapshot(repo, key, snapshot, cache), repo.snapshot, nursery, idle_s=idle_s
+            lambda snapshot: open_snapshot(repo, key, snapshot, cache, unchecked), repo.snapshot, nursery, idle_s=idle_s
         )
         shared = Shared(repo, key, pool, time.time_ns())
         operations = Operations(

@@ -1,5 +1,6 @@
 """One snapshot open for reading, and the contents of its files."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
@@ -9,13 +10,14 @@ import trio
 
 from core.buffers import Buffer
 from core.limits import in_cpu_thread
-from datastore.codec import ChunkCodec, CryptKey
+from datastore.codec import ChunkCodec, CryptKey, format_fingerprint
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest
-from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
+from datastore.names import CLIENT_LOG_NAME, ArchiveKind, Snapshot, archive_kind
 from fusefs.opened_archive import OpenArchive, open_archive
 from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
 from repository.interface import Reader, Repository
+from repository.locate import load_readable, signature_doubt
 from repository.restore import restore_blob
 
 #: Bytes up to which a decoded small file, or an image's index (1 MiB for 128 GiB), is kept while its snapshot is open;
@@ -23,6 +25,7 @@ from repository.restore import restore_blob
 KEPT: Final = 1 << 20
 #: Bytes in one block of `st_blocks`.
 BLOCK: Final = 512
+_LOG = logging.getLogger(__name__)
 
 
 class Content(Protocol):
@@ -185,22 +188,23 @@ def data_blocks(index: ArchiveIndex, zero: bytes | None) -> int:
 
 @asynccontextmanager
 async def open_snapshot(
-    repo: Repository, key: CryptKey | None, snapshot: Snapshot, cache: ChunkCache
+    repo: Repository, key: CryptKey | None, snapshot: Snapshot, cache: ChunkCache, unchecked: set[str] | None = None
 ) -> AsyncIterator[OpenSnapshot]:
     """Open `snapshot`, holding its shared lock while the block runs.
 
     With the `key` that the snapshot was made with, the manifest's signature is checked. A snapshot of another key is
-    read as far as that goes without.
+    read as far as that goes without; a log line says so, unless `unchecked` has the fingerprint of that key already.
 
     Raises:
         SnapshotNotFoundError, LockedError: as `Repository.reader`.
-        FormatError: the manifest is broken or its signature wrong.
+        FormatError: the manifest is broken, or its signature wrong or removed.
     """
     async with repo.reader(snapshot) as reader:
-        where = f"{snapshot}/{MANIFEST_NAME}"
-        raw = await reader.manifest()
-        manifest = Manifest.parse(raw, where=where)
-        usable = key if key is not None and manifest.fingerprint in (None, key.fingerprint) else None
-        if usable is not None:
-            manifest = Manifest.parse(raw, where=where, key=usable)
-        yield OpenSnapshot(reader, manifest, manifest.codec(usable), cache)
+        manifest, codec = await load_readable(reader, ChunkCodec(key))
+        doubt = signature_doubt(manifest, codec, key)
+        other = format_fingerprint(manifest.fingerprint) if manifest.fingerprint is not None else ""
+        if doubt is not None and (unchecked is None or other not in unchecked):
+            if unchecked is not None:
+                unchecked.add(other)
+            _LOG.warning("%s", doubt)
+        yield OpenSnapshot(reader, manifest, codec, cache)

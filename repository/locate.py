@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from core.errors import FormatError
 from core.limits import in_cpu_thread
-from datastore.codec import ChunkCodec
+from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import KeyNeededError
 from datastore.index import ArchiveIndex
-from datastore.keyfile import need_key
+from datastore.keyfile import need_key, short_fingerprint
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import MANIFEST_NAME
 from repository.interface import Reader
@@ -42,21 +42,23 @@ async def load_manifest(reader: Reader, codec: ChunkCodec) -> Manifest:
     return Manifest.parse(await reader.manifest(), where=where, key=codec.key)
 
 
-async def load_readable(reader: Reader, codec: ChunkCodec) -> tuple[Manifest, ChunkCodec]:
+async def load_readable(
+    reader: Reader, codec: ChunkCodec, *, must_be_signed: bool = False
+) -> tuple[Manifest, ChunkCodec]:
     """The manifest of the snapshot that `reader` reads, and a codec that fits: without the key if that is another's.
 
     Unlike `load_manifest` it serves those who look at snapshots of many keys: the signature is checked if the key is
-    the snapshot's.
+    the snapshot's; `signature_doubt` tells of what was not.
 
     Raises:
-        FormatError: as `Manifest.parse`; or it names the key, but its signature was removed.
+        FormatError: as `Manifest.parse`; or it `must_be_signed`, as it names the key, but its signature was removed.
     """
     where = f"{reader.snapshot}/{MANIFEST_NAME}"
     raw = await reader.manifest()
     manifest = Manifest.parse(raw, where=where)
     if codec.key is None or manifest.fingerprint not in (None, codec.key.fingerprint):
         return manifest, manifest.codec(None)
-    if manifest.lost_signature and manifest.fingerprint is not None:
+    if must_be_signed and manifest.lost_signature and manifest.fingerprint is not None:
         raise FormatError("check the signature of", where, "there is none, although it was made with this key")
     try:
         manifest = Manifest.parse(raw, where=where, key=codec.key)
@@ -64,6 +66,24 @@ async def load_readable(reader: Reader, codec: ChunkCodec) -> tuple[Manifest, Ch
         # It names no key, as those of the first clients: another one's, as far as anybody can say.
         return manifest, manifest.codec(None)
     return manifest, manifest.codec(codec.key)
+
+
+def signature_doubt(manifest: Manifest, codec: ChunkCodec, given: CryptKey | None) -> str | None:
+    """Why the `manifest` may be altered although the key `given` was at hand; `codec` as `load_readable` chose it.
+
+    None if its signature was checked, if there never was one, and without a key.
+    """
+    if given is None:
+        return None
+    if manifest.lost_signature:
+        return f"{manifest.snapshot} has no signature, although it was made with a key: it may be altered"
+    if codec.key is not None or manifest.signature is None:
+        return None
+    made_with = short_fingerprint(manifest.fingerprint) if manifest.fingerprint is not None else "unknown"
+    return (
+        f"the signature of {manifest.snapshot} was not checked: it was made with the key {made_with}, "
+        f"given is {short_fingerprint(given.fingerprint)}"
+    )
 
 
 async def open_archive(reader: Reader, codec: ChunkCodec, manifest: Manifest, name: str) -> Archive:

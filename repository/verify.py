@@ -6,39 +6,27 @@ it (`VerifyRecorder`), the result goes into the manifest, and chunks that are wr
 so that the next backup stores them anew.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import trio
 
-from core.buffers import Buffer
 from core.errors import FleeceError, FormatError
-from core.limits import in_cpu_thread
-from core.progress import Progress, Task
-from datastore.blob import Blob
+from core.progress import Progress
 from datastore.codec import ChunkCodec
-from datastore.crypt_mode import CryptMode
-from datastore.digests import DigestSet
-from datastore.errors import ChunkNotFoundError, KeyNeededError, LockedError, SnapshotNotFoundError
+from datastore.errors import LockedError, SnapshotNotFoundError
 from datastore.filters import GroupFilter, passes
-from datastore.index import ArchiveIndex
-from datastore.manifest import Manifest, ManifestFile
-from datastore.names import ROOT, ArchiveKind, BackupType, Namespace, Snapshot, archive_kind
-from datastore.s3.errors import S3BackendError
+from datastore.manifest import Manifest
+from datastore.names import ROOT, BackupType, Namespace, Snapshot
+from datastore.s3.errors import S3BudgetError
 from datastore.upid import Upid
-from repository.fetch import fetch
-from repository.findings import Lines, is_system_error
-from repository.interface import ChunkRepairer, OriginReads, Reader, Repository, VerifyRecorder
-from repository.locate import Archive, check_index, load_readable
+from repository.interface import OriginReads, Repository, VerifyRecorder
+from repository.locate import load_readable
 from repository.users import record_users
+from repository.verify_chunks import Check, Record, Seen, set_waiting_aside
 
-#: Chunks in a row that the system cannot read before the run stops: it is the disk, not the chunks.
-MAX_SYSTEM_ERRORS: Final = 20
 _DAY_S: Final = 86_400
 #: Seconds that an interrupted run may take to find the snapshots that use chunks which it set aside.
 _RECORD_TIMEOUT_S: Final = 600.0
@@ -55,6 +43,7 @@ class VerifyOptions:
     max_duration_s: float | None = None  #: begin no further snapshot after so many seconds
     max_bytes: int | None = None  #: begin no further snapshot after so many plain bytes of chunks
     record: bool = True  #: write results into manifests and set corrupt chunks aside, where the repository allows it
+    part: Callable[[bytes], bool] | None = None  #: read only chunks of which it says so; `ok` is not recorded then
 
 
 @dataclass(slots=True)
@@ -78,17 +67,6 @@ class VerifyResult:
             "errors": list(self.errors),
             "skipped": self.skipped or None,
         }
-
-
-@dataclass(slots=True)
-class Seen:
-    """Chunks that one run has checked already."""
-
-    good: DigestSet = field(default_factory=DigestSet)
-    bad: dict[bytes, str] = field(default_factory=dict)  #: digest -> what is wrong with it
-    set_aside: dict[bytes, str] = field(default_factory=dict)  #: digest -> name it has now
-    system_errors: int = 0  #: in a row
-    bytes: int = 0  #: plain bytes of chunks read
 
 
 async def choose(
@@ -152,11 +130,16 @@ async def verify(
             if reason := _limit(options, time.monotonic() - begun, seen.bytes):
                 progress.warn(f"{len(snapshots) - len(results)} of {len(snapshots)} snapshots not looked at: {reason}")
                 break
-            results.append(
-                await verify_snapshot(
+            try:
+                result = await verify_snapshot(
                     repository, snapshot, codec, progress, seen, options=options, recorder=recorder, upid=upid
                 )
-            )
+            except S3BudgetError as error:
+                left = len(snapshots) - len(results)
+                progress.warn(f"{left} of {len(snapshots)} snapshots not, or not wholly, looked at: {error.why}")
+                break
+            results.append(result)
+        await set_waiting_aside(seen)
     finally:
         if seen.set_aside and recorder is not None:
             # Also when the run was interrupted: no backup may build on a snapshot that lacks a chunk now.
@@ -224,7 +207,7 @@ async def verify_snapshot(
             if isinstance(reader, OriginReads):
                 reader = reader.from_origin()
             try:
-                manifest, codec = await load_readable(reader, codec)
+                manifest, codec = await load_readable(reader, codec, must_be_signed=True)
             except FleeceError as error:
                 result.errors.append(str(error))
                 return result
@@ -233,11 +216,15 @@ async def verify_snapshot(
                 progress.log(f"{snapshot} skipped: {reason}")
                 return result
             upid = Upid.new("verify_snapshot", str(snapshot)) if upid is None else upid
-            record = None if recorder is None else _Record(recorder, snapshot, str(upid))
-            check = _Check(reader, codec, manifest, progress, Seen() if seen is None else seen, record)
+            record = None if recorder is None else Record(recorder, snapshot, str(upid))
+            part = None if options is None else options.part
+            run = Seen() if seen is None else seen
+            check = Check(reader, codec, manifest, progress, run, record, part)
             for entry in manifest.files:
                 result.errors += await check.file(entry)
-            if record is not None:
+            if seen is None:
+                await set_waiting_aside(run)
+            if record is not None and (part is None or result.errors):
                 try:
                     await record.state(result.state)
                 except LockedError as error:
@@ -268,215 +255,3 @@ def _verified_before(manifest: Manifest, options: VerifyOptions) -> str:
     if options.outdated_after is not None and days > options.outdated_after:
         return ""
     return f"verified {days} days ago" if days > 1 else "recently verified"
-
-
-@dataclass(slots=True)
-class _Record:
-    """Writes down what is found about one snapshot."""
-
-    recorder: VerifyRecorder
-    snapshot: Snapshot
-    upid: str
-    written: str = ""  #: the state that the manifest has from us
-    _writing: trio.Lock = field(default_factory=trio.Lock)
-
-    async def state(self, state: str) -> None:
-        """Record `ok` or `failed`; errors as `VerifyRecorder.record_verification`."""
-        async with self._writing:  # several chunks are counted at the same time
-            if self.written != state:
-                await self.recorder.record_verification(self.snapshot, state, self.upid)
-                self.written = state
-
-    async def set_aside(self, digest: bytes, wrong: Callable[[Blob], bool]) -> str | None:
-        """Set a chunk aside; before that the snapshot counts as failed, so that a crash leaves no base without it."""
-        await self.state("failed")
-        return await self.recorder.quarantine(digest, wrong)
-
-
-@dataclass(slots=True)
-class _Check:
-    """Checks the files of one snapshot."""
-
-    reader: Reader
-    codec: ChunkCodec
-    manifest: Manifest
-    progress: Progress
-    seen: Seen
-    record: _Record | None = None
-
-    async def file(self, entry: ManifestFile) -> list[str]:
-        """What is wrong with one file."""
-        try:
-            if archive_kind(entry.filename) is ArchiveKind.BLOB:
-                await self._blob(entry)
-                return []
-            index = await self.reader.open_index(entry.filename, size=entry.size)
-            await check_index(index, entry)
-        except FleeceError as error:
-            return [str(error)]
-        return await self._chunks(index, entry)
-
-    async def _blob(self, entry: ManifestFile) -> None:
-        where = f"{self.reader.snapshot}/{entry.filename}"
-        raw = await self.reader.read_blob(entry.filename)
-        if len(raw) != entry.size:
-            raise FormatError("verify", where, f"wrong size ({len(raw)} != {entry.size})")
-
-        def check() -> None:
-            csum = hashlib.sha256(raw).digest()
-            if csum != entry.csum:
-                raise FormatError("verify", where, f"wrong checksum ({csum.hex()} != {entry.csum.hex()})")
-            # Without the key the CRC, which is looked at first, is all that can be said.
-            with suppress(KeyNeededError):
-                self.codec.decode_blob(raw, crypt_mode=None, where=where)
-
-        await in_cpu_thread(check)
-
-    async def _chunks(self, index: ArchiveIndex, entry: ManifestFile) -> list[str]:
-        archive = Archive(index, entry, None)
-        errors = Lines(index.where)
-        numbers = list(self._unseen(index, errors))
-        total = sum(index.span(number)[1] for number in numbers)
-        with self.progress.task(f"{self.reader.snapshot}/{entry.filename}", total) as task:
-
-            async def consume(number: int, data: Buffer | FleeceError) -> None:
-                await self._count(archive, number, data, errors, task)
-
-            await fetch(self.reader, self.codec, archive, numbers, consume)
-        return errors.all()
-
-    def _unseen(self, index: ArchiveIndex, errors: Lines) -> Iterator[int]:
-        """Numbers of chunks that are to be read, each digest once; known faults go to `errors`."""
-        here: dict[bytes, int] = {}
-        for number in range(index.count):
-            digest, (offset, length) = index.digest(number), index.span(number)
-            size = self.seen.good.size_of(digest)
-            if size is None:
-                size = here.get(digest)
-            if size is None and digest not in self.seen.bad:
-                here[digest] = length
-                yield number
-            elif size is None:
-                errors.add(f"{index.where} at {offset}: {self.seen.bad[digest]}")
-            elif size != length:
-                errors.add(f"{index.where} at {offset}: chunk {digest.hex()} has {size} bytes, not {length}")
-
-    async def _count(
-        self, archive: Archive, number: int, data: Buffer | FleeceError, errors: Lines, task: Task
-    ) -> None:
-        digest, (_, length) = archive.index.digest(number), archive.index.span(number)
-        task.advance(length)
-        self.seen.bytes += length
-        encrypted = archive.entry.crypt_mode is CryptMode.ENCRYPT
-        if not isinstance(data, FleeceError) or (isinstance(data, KeyNeededError) and encrypted):
-            self.seen.system_errors = 0
-            self.seen.good.add(digest, length)
-            return
-        if isinstance(data, S3BackendError):
-            raise data  # nothing in the bucket can be read, which says nothing about the chunk (R43)
-        if isinstance(data, FormatError | ChunkNotFoundError):
-            again = await self._look_again(archive, number, data)
-            if again is None:
-                self.seen.good.add(digest, length)
-                return
-            data = again
-        if errors.add(str(data)):
-            self.progress.log(str(data))
-        if is_system_error(data):
-            # Not remembered as bad: the next snapshot that has it asks again.
-            self.seen.system_errors += 1
-            if self.seen.system_errors >= MAX_SYSTEM_ERRORS:
-                raise FleeceError(
-                    "verify",
-                    str(self.reader.snapshot),
-                    f"{MAX_SYSTEM_ERRORS} chunks in a row could not be read, the last one: {data.why}",
-                    "look after the disk or the rights first",
-                ) from data
-            return
-        self.seen.system_errors = 0
-        if digest not in self.seen.good:
-            self.seen.bad[digest] = data.why
-
-    async def _look_again(
-        self, archive: Archive, number: int, first: FormatError | ChunkNotFoundError
-    ) -> FleeceError | None:
-        """Read a chunk that is wrong or missing a second time, and set it aside if it is wrong again.
-
-        Returns:
-            what is wrong, None if it is right now. A chunk that only does not fit its archive (encrypted or not, its
-            length) is good in itself.
-        """
-        digest, (_, length) = archive.index.digest(number), archive.index.span(number)
-        where = archive.chunk_where(number)
-        try:
-            blob = await self.reader.read_chunk(digest)
-        except ChunkNotFoundError as error:
-            if await self._repaired(digest, where):
-                return None
-            return ChunkNotFoundError("read", where, error.why)
-        except FormatError:
-            if await self._repaired(digest, where):
-                return None
-            return await self._set_aside(digest, first)
-        except FleeceError as error:
-            return error
-        size = await in_cpu_thread(self._plain_size, blob, digest)
-        if size is None:
-            if await self._repaired(digest, where):
-                return None
-            return await self._set_aside(digest, first)
-        mode = archive.entry.crypt_mode
-        if size in (0, length) and blob.kind.encrypted is (mode is CryptMode.ENCRYPT):
-            self.progress.warn(f"{where} was wrong at the first look ({first.why}) and right at the second")
-            return None
-        self.seen.good.add(digest, size or length)
-        return first
-
-    async def _repaired(self, digest: bytes, where: str) -> bool:
-        """Try to put a good copy of the chunk in its place, where there may be one (R42)."""
-        if self.record is None or not isinstance(self.record.recorder, ChunkRepairer):
-            return False
-        try:
-            if not await self.record.recorder.repair(digest, partial(self._is_wrong, digest)):
-                return False
-        except FleeceError as failure:
-            self.progress.warn(str(failure))
-            return False
-        self.progress.warn(f"{where} was missing or corrupt, and is repaired from another copy")
-        return True
-
-    def _plain_size(self, blob: Blob, digest: bytes) -> int | None:
-        """Plain bytes of the chunk, 0 if only its key tells; None if it is wrong."""
-        try:
-            return len(self.codec.decode(blob, digest=digest, size=None, crypt_mode=None, where=digest.hex()))
-        except KeyNeededError:
-            return 0
-        except FleeceError:
-            return 0 if self._may_be_another_key(blob) else None
-
-    def _may_be_another_key(self, blob: Blob) -> bool:
-        """True if the chunk is whole, and nothing says that our key is the one it was encrypted with."""
-        try:
-            blob.check(where="")
-        except FormatError:
-            return False
-        key = self.codec.key
-        return blob.kind.encrypted and (key is None or self.manifest.fingerprint != key.fingerprint)
-
-    async def _set_aside(self, digest: bytes, error: FleeceError) -> FleeceError:
-        if self.record is None:
-            return error
-        # The chunk's lock is held for a last look: a backup may have stored it anew since.
-        wrong = partial(self._is_wrong, digest)
-        try:
-            name = await self.record.set_aside(digest, wrong)
-        except FleeceError as failure:
-            self.progress.warn(str(failure))
-            return error
-        if name is None:
-            return error
-        self.seen.set_aside[digest] = name
-        return type(error)(error.what, error.where, f"{error.why}; the chunk is set aside as {name}", error.hint)
-
-    def _is_wrong(self, digest: bytes, blob: Blob) -> bool:
-        return self._plain_size(blob, digest) is None

@@ -45,10 +45,13 @@ async def test_archives_with_a_key(
     await fleece.json("restore", "host/web/latest", "root.pxar", str(out), *keyed)
     assert (out / "etc/hosts").read_text() == "127.0.0.1 localhost\n"
     assert (out / "big").read_bytes() == (tree / "big").read_bytes()
+    shown, given = [(await fleece.json("key", "show", path))["fingerprint"][:23] for path in (key, other)]
     if crypt_mode == "sign-only":
+        outcome = await fleece.run("find", "hosts", "host/web/latest", "--keyfile", other)
+        assert (outcome.code, "/etc/hosts" in outcome.out) == (3, True)
+        assert f"was not checked: it was made with the key {shown}, given is {given}" in outcome.err
         return
     (tmp_path / "empty").mkdir()
-    fingerprint = (await fleece.json("key", "show", key))["fingerprint"]
     for wrong in ([], ["--keyfile", other]):
         for command in (
             ["restore", "host/web/latest", "root.pxar", str(tmp_path / "no")],
@@ -57,7 +60,7 @@ async def test_archives_with_a_key(
         ):
             outcome = await fleece.run(*command, *wrong)
             assert outcome.code == 1, command
-            assert fingerprint[:23] in str(outcome.error), (command, outcome.error)
+            assert f"the key {shown} is needed, {f'given is {given}' if wrong else 'none is given'}" in outcome.err
 
 
 async def test_mount_of_an_encrypted_archive(fleece: FleeceCommand, tree: Path, tmp_path: Path) -> None:
