@@ -19,7 +19,8 @@ def add_to(application: typer.Typer) -> None:
         "mount",
         examples="""
 fleece mount /mnt/backup                                        every snapshot, as TYPE/ID/TIME/...
-fleece mount vm/100/latest drive-scsi0.img /mnt/disk            one archive
+fleece mount vm/100/latest drive-scsi0.img /mnt/disk            one disk image, as a file in /mnt/disk
+fleece mount host/db1/latest root.pxar /mnt/root                one file archive, as the folder that it was
 fleece mount /mnt/backup --foreground -o allow_other,cache=512M
 fleece mount /mnt/backup --keyfile /etc/fleece/backup.key        encrypted archives too
 umount /mnt/backup                                              or: fusermount3 -u /mnt/backup
@@ -48,9 +49,9 @@ def mount(
 ) -> None:
     """Show the repository as a tree of folders, or one archive of it. Nothing can be changed through it.
 
-    Disk images are files, small files lie decoded beside them, 'latest' beside the snapshots is a link to the newest. A
-    snapshot that is being looked at cannot be removed until a minute later. 'umount', 'fusermount3 -u' or SIGTERM ends
-    the mount. Encrypted archives are shown if their key is given.
+    Disk images are files, file archives are folders with all metadata, small files lie decoded beside them, 'latest'
+    beside the snapshots is a link to the newest. A snapshot that is being looked at cannot be removed until a minute
+    later. 'umount', 'fusermount3 -u' or SIGTERM ends the mount. Encrypted archives are shown if their key is given.
     """
     from agent.repositories import local_store, remote_spec
     from fusefs.mount import mount as mount_on

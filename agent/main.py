@@ -31,7 +31,7 @@ from agent import (
     cli_vm,
 )
 from agent.invocation import flush_stdout, general_options, silence_stdout, to_stderr
-from core.errors import ExitCode, FleeceError
+from core.errors import ExitCode, FleeceError, TargetError, os_reason
 
 _COMPLETE_VARIABLE: Final = "_FLEECE_COMPLETE"
 
@@ -133,6 +133,14 @@ def _unexpected(error: BaseException, *, as_json: bool, debug: bool) -> None:
     _complain(FleeceError("go on", "", f"something unexpected happened ({why})", hint), as_json=as_json)
 
 
+def _was_printing(error: OSError) -> bool:
+    """Whether `error` arose where typer prints help, the only text that does not go through `Invocation`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name == "echo"
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command with `arguments` (without the program's name) and return the exit code."""
     as_json, debug = _wants_json(arguments), "--debug" in arguments
@@ -166,6 +174,10 @@ def run(arguments: Sequence[str]) -> int:
         _complain(FleeceError("go on", "", "interrupted"), as_json=as_json)
         return ExitCode.FAILED
     except Exception as error:
+        if isinstance(error, OSError) and _was_printing(error):
+            silence_stdout()
+            _complain(TargetError("write to", "standard output", os_reason(error)), as_json=as_json)
+            return ExitCode.FAILED
         _unexpected(error, as_json=as_json, debug=debug)
         return ExitCode.FAILED
     return int(result) if isinstance(result, int) else ExitCode.DONE

@@ -170,7 +170,7 @@ class StoreLocks:
                         raise LockedError(
                             "lock",
                             what,
-                            "another backup, restore or removal is using it",
+                            "a backup, restore, mount or removal is using it",
                             "try again when it has ended",
                         )
                     await trio.sleep(_POLL_S)

@@ -183,7 +183,7 @@ def test_what_is_restored_to_a_closed_standard_output_is_an_error(stored: Fleece
 
 
 @pytest.mark.parametrize(
-    "arguments", [["datastore", "status"], ["datastore", "status", "--output", "json"], ["version"]]
+    "arguments", [["datastore", "status"], ["datastore", "status", "--output", "json"], ["version"], ["--help"]]
 )
 def test_a_full_standard_output_is_an_error(arguments: list[str], stored: Fleece) -> None:
     done = _with_streams(stored, ">/dev/full", *arguments)
