@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agent import cli_import
 from agent.invocation import Invocation, command
 from core.errors import FleeceError, NotFoundError, UsageError
 
@@ -52,6 +53,7 @@ fleece datastore refresh cloud                          fetch the metadata anew
 fleece datastore refresh cloud --chunks                 and find out which chunks are there
 """,
     )(refresh)
+    cli_import.add_to(group)
     command(
         group,
         "remove",
