@@ -32,7 +32,7 @@ class TlsStream(trio.abc.Stream):
         self._goes = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._came, self._goes, server_hostname=server_hostname)
         self._sending = trio.Lock()
-        self._receiving = trio.Lock()
+        self._receiving = False
         self._piece = memoryview(bytearray(_PIECE))
         self._broken: ssl.SSLError | None = None
 
@@ -90,31 +90,43 @@ class TlsStream(trio.abc.Stream):
         Raises:
             trio.BrokenResourceError: the connection broke, or what came is no TLS.
         """
-        view = memoryview(buffer)
+        if self._receiving:
+            raise trio.BusyResourceError("another task receives")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._receiving = True
+        try:
+            return await self._receive_into(memoryview(buffer))
+        finally:
+            self._receiving = False
+
+    async def _receive_into(self, view: memoryview) -> int:
         count = 0
-        async with self._receiving:
-            while count < len(view):
-                if self._broken is not None:  # OpenSSL would say that it has ended
-                    if count:
-                        break
-                    raise trio.BrokenResourceError from self._broken
-                try:
-                    # With a buffer it returns a number; typeshed knows only the other way.
-                    more = int(self._tls.read(len(view) - count, view[count:]))
-                except ssl.SSLWantReadError:
-                    if count:
-                        break
-                    if self._goes.pending:  # an answer to a message of the protocol itself
-                        await self._flush()
-                    await self._fill()
-                except ssl.SSLEOFError:
+        waited = False
+        while count < len(view):
+            if self._broken is not None:  # OpenSSL would say that it has ended
+                if count:
                     break
-                except ssl.SSLError as error:
-                    self._broken = error
-                else:
-                    if not more:
-                        break
-                    count += more
+                raise trio.BrokenResourceError from self._broken
+            try:
+                # With a buffer it returns a number; typeshed knows only the other way.
+                more = int(self._tls.read(len(view) - count, view[count:]))
+            except ssl.SSLWantReadError:
+                if count:
+                    break
+                if self._goes.pending:  # an answer to a message of the protocol itself
+                    await self._flush()
+                await self._fill()
+                waited = True
+            except ssl.SSLEOFError:
+                break
+            except ssl.SSLError as error:
+                self._broken = error
+            else:
+                if not more:
+                    break
+                count += more
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
         return count
 
     async def wait_send_all_might_not_block(self) -> None:
