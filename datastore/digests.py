@@ -1,7 +1,7 @@
 """A packed set of digests, each with the plain size of its chunk: what a backup session knows to be there."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from core.buffers import Buffer
@@ -92,6 +92,19 @@ class DigestSet:
         """Plain bytes of the chunk `digest`, None if it is not in the set."""
         size = self._pending.get(digest)
         return self._packed_size(digest) if size is None else size
+
+    def ascending(self) -> Iterator[tuple[bytes, int]]:
+        """Every digest with its size, in ascending order; nothing may be added meanwhile."""
+        if self._keys is None:
+            yield from sorted(self._pending.items())
+            return
+        self._merge()
+        keys, rests, sizes = self._keys, self._rests, self._sizes
+        assert keys is not None
+        assert rests is not None
+        assert sizes is not None
+        for key, rest, size in zip(keys, rests, sizes, strict=True):
+            yield int(key).to_bytes(_PREFIX, "big") + rest.tobytes(), int(size)
 
     def __contains__(self, digest: object) -> bool:
         return isinstance(digest, bytes) and self.size_of(digest) is not None

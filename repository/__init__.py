@@ -13,6 +13,8 @@ restore.py     `restore_disk`, `restore_stream`, `restore_blob`: archives back t
 fetch.py       how chunks flow out of a repository
 archive.py     `open_cache`, `open_archive_reader`: random access with a chunk cache and read-ahead, for mounts
 verify.py      `verify`, `verify_snapshot`: is everything there, and is it what it was?
+verify_chunks.py  what verify does with one file and its chunks
+verify_modes.py   `verify_by`: by a bucket's listing, a sample, or a budget with a cursor
 findings.py    what verify says about single chunks
 users.py       `record_users`: which snapshots use the chunks that verify set aside
 locate.py      `load_manifest`, `open_archive`: an archive compared with the manifest before it is used

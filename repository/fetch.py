@@ -24,7 +24,7 @@ from core.limits import cpu_count, in_cpu_thread, in_io_thread
 from core.nursery import open_nursery
 from datastore.blob import Blob
 from datastore.codec import ChunkCodec
-from datastore.s3.errors import S3BackendError, S3UnavailableError
+from datastore.s3.errors import S3BackendError, S3BudgetError, S3UnavailableError
 from repository.buffers import Lease, batch_size, shared_pool
 from repository.interface import BlockingReads, Reader
 from repository.locate import Archive
@@ -286,7 +286,7 @@ async def _read_blobs(reader: Reader, digests: Sequence[bytes]) -> list[Blob | F
     except FleeceError as error:
         if len(digests) == 1:
             return [error]
-        if isinstance(error, S3BackendError | S3UnavailableError):
+        if isinstance(error, S3BackendError | S3BudgetError | S3UnavailableError):
             return [error] * len(digests)  # it was tried for long enough, and no chunk is at fault
     # One of them is bad; which one tells only asking for each.
     blobs: list[Blob | FleeceError] = []

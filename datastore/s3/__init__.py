@@ -20,7 +20,9 @@
     probe.py                       what an endpoint and a bucket can do
     refresh.py, reconcile.py       metadata fetched anew; what is here compared with what is in the bucket
     chunk_locks.py, state.py, in_use.py   who may do what: chunks, the folder, the whole store
-    unknown.py, pending.py         deletes that may still happen, and those that must be done later
+    listing.py                     chunks compared with the bucket's listing
+    unknown.py, settling.py        deletes that may still happen, and what is stored meanwhile
+    pending.py                     deletes that must be done later
 
 The rules (R2, R14, ...) that comments name are those of docs/s3-rules.md, which this package follows.
 """

@@ -454,27 +454,6 @@ class S3ChunkStore:
         """As `times_set_aside`, in a worker thread."""
         return self._local.count_set_aside()
 
-    async def settle_unknown(self) -> None:
-        """Look for chunks that were stored while an old delete might still hit them, and store lost ones again (R31).
-
-        Raises:
-            S3Error: the bucket cannot be asked.
-            StoreError: the list cannot be read or written.
-        """
-        due = await in_io_thread(self.unknown.due)
-        for digest in due:
-            async with hold(self.locks, digest):
-                if await self.client.head(self.keys.chunk(digest)) is None:
-                    local = await in_io_thread(self.read_cached, digest)
-                    if isinstance(local, Blob):
-                        await self.client.put(self.keys.chunk(digest), (local.header, local.payload))
-                        _LOG.warning("chunk %s was lost to a late delete, and is stored again", digest.hex())
-                    else:
-                        _LOG.error("chunk %s was lost to a late delete; the next backup stores it again", digest.hex())
-                        await self.forget(digest)
-        if due:
-            await in_io_thread(self.unknown.settle, due)
-
     def _note_unknown(self, outcome: UnknownOutcome) -> None:
         if outcome.method not in (Method.POST, Method.DELETE):
             return

@@ -26,6 +26,7 @@ from datastore.s3.keys import StoreKeys
 from datastore.s3.link import EndpointLink, RetryPolicy
 from datastore.s3.meta import S3MetaStore
 from datastore.s3.pacing import DEFAULT_PARALLEL
+from datastore.s3.settling import settle_unknown
 from datastore.s3.state import CacheState, check_complete
 from datastore.s3.sweep import DELETE_GUARD_S
 from datastore.store import Datastore
@@ -88,7 +89,7 @@ class S3Backend:
             S3Error: the bucket is out of reach.
         """
         await self.meta.replay_pending()
-        await self.chunks.settle_unknown()
+        await settle_unknown(self.chunks)
 
     async def upkeep(self) -> None:
         """Catch up every minute; for a background task, which failures do not end."""

@@ -56,8 +56,10 @@ class PendingDeletes:
                 self._owner.own(fd)
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 known = os.pread(fd, _MAX_SIZE, 0).decode(errors="replace").splitlines()
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, "".join(f"{prefix}\n" for prefix in change(known)).encode(), 0)
+                text = "".join(f"{prefix}\n" for prefix in change(known)).encode()
+                # Over the old lines, and cut off then: killed in between, or with a full disk, no note is lost.
+                os.pwrite(fd, text, 0)
+                os.ftruncate(fd, len(text))
                 os.fsync(fd)
             finally:
                 os.close(fd)

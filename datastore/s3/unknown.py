@@ -78,10 +78,16 @@ class UnknownDeletes:
         with store_errors("change", self._path), _Locked(self._base, self._owner) as fd:
             deletes, stored = _parse(os.pread(fd, _MAX_SIZE, 0))
             limit = self._clock() - UNKNOWN_FOR_S
+            # A chunk that another delete may hit since it was looked for must be looked for once more.
+            again = {digest for digest in done if deletes.get(digest, 0.0) > limit}
             lines = [_line(digest, at, _DELETE) for digest, at in deletes.items() if at > limit]
-            lines += [_line(digest, at, _STORED) for digest, at in stored.items() if digest not in done]
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, "".join(lines).encode(), 0)
+            lines += [
+                _line(digest, at, _STORED) for digest, at in stored.items() if digest not in done or digest in again
+            ]
+            text = "".join(lines).encode()
+            # Over the old lines, and cut off then: killed in between, or with a full disk, none that counts is lost.
+            os.pwrite(fd, text, 0)
+            os.ftruncate(fd, len(text))
         self._seen = None
 
     def _append(self, digests: Iterable[bytes], what: str) -> None:

@@ -197,3 +197,16 @@ def test_a_small_set_does_not_import_numpy() -> None:
         "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_digests_come_in_ascending_order_with_their_sizes() -> None:
+    import os
+
+    few = {os.urandom(32): number for number in range(100)}
+    many = {os.urandom(32): number for number in range(40_000)}
+    made_up = {bytes(8) + os.urandom(24): number for number in range(50)}
+    for wanted in (few, {**many, **made_up}, {}):
+        found = DigestSet()
+        for digest, size in wanted.items():
+            found.add(digest, size)
+        assert list(found.ascending()) == sorted(wanted.items())

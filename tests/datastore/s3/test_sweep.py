@@ -12,6 +12,7 @@ from datastore.errors import StoreError
 from datastore.gc import GcReport, collect_garbage
 from datastore.names import Group
 from datastore.s3.opening import S3Datastore
+from datastore.s3.settling import settle_unknown
 from repository.local import LocalRepository
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_stores import NAME, s3_store
@@ -191,7 +192,7 @@ async def test_a_delete_that_may_still_happen_loses_no_later_upload(
         s3_emulator.bucket.delete(store.keys.chunk(digest))  # the old delete
         unknown = store.s3.chunks.unknown
         unknown._clock = lambda: time.time() + 3700
-        await store.s3.chunks.settle_unknown()
+        await settle_unknown(store.s3.chunks)
         assert s3_emulator.bucket.objects[store.keys.chunk(digest)].data == bytes(blob)
         assert unknown.due() == []
 
