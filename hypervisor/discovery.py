@@ -105,6 +105,12 @@ class Capabilities:
     live disk."""
 
     @property
+    def shared_memory(self) -> bool:
+        """Whether views may be read through shared memory (vhost-user-blk): from the oldest version it was tried with,
+        as its earlier ones have known faults."""
+        return self.version >= (10, 0, 0)
+
+    @property
     def allocation_map(self) -> bool:
         """Whether `base:allocation` of the frozen view is about the frozen view."""
         return not self.compat

@@ -9,6 +9,7 @@ undone by `leftovers.undo`, which looks at QEMU alone.
 """
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -35,6 +36,10 @@ from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, hanging, image_name
 from hypervisor.state import DiskState, Run, RunState
+from hypervisor.vhost_user import QUEUES
+from hypervisor.vhost_user import usable as shared_memory_usable
+
+_LOG = logging.getLogger(__name__)
 
 #: Seconds for the whole end of a backup: a hanging fleecing image holds QEMU up to 45 s, exports 30 s.
 TEARDOWN_TIMEOUT_S: Final = 240.0
@@ -60,6 +65,7 @@ class FleecedDisk:
     image: Path  #: the fleecing image
     changed: list[Extent] | None = None  #: what the old bitmap says, None for a full read
     persistent: bool = False  #: the new bitmap is kept in the image
+    shared: str | None = None  #: socket of the export through shared memory, None without one
 
     def pass_through(self, below: str) -> Mapping[str, object]:
         """The pass-through node over the node `below`.
@@ -165,6 +171,7 @@ class Fleecing:
             await self._step("export the frozen views")
             for disk in self.disks:
                 await self._export(qmp, disk, f"fleece-e{disk.number}", f"drive-{disk.number}", writable=True)
+                await self._share(qmp, disk)
             await self._step("read")
         except QmpCommandError as error:
             raise FleecingError("freeze the disks of", self.qmp_path, str(error)) from error
@@ -311,6 +318,26 @@ class Fleecing:
         view = f"fleece-s{disk.number}"
         options = {"type": "nbd", "id": export, "node-name": view, "name": name, "writable": writable, **more}
         await qmp.execute("block-export-add", options)
+
+    async def _share(self, qmp: Qmp, disk: FleecedDisk) -> None:
+        """Export the view of `disk` once more, for reading through shared memory; without that it is read over NBD."""
+        if not self.able.shared_memory or not shared_memory_usable():
+            return
+        path = self.run.shared(disk.number)
+        options = {
+            "type": "vhost-user-blk",
+            "id": f"fleece-v{disk.number}",
+            "node-name": f"fleece-s{disk.number}",
+            "addr": _unix(path),
+            "num-queues": QUEUES,
+            "writable": False,
+        }
+        try:
+            await qmp.execute("block-export-add", options)
+        except QmpCommandError as error:
+            _LOG.info("%s: no export through shared memory: %s", disk.disk.device, error.desc)
+        else:
+            disk.shared = str(path)
 
     async def _blockdev_add(self, qmp: Qmp, *, node_name: str, **options: object) -> None:
         await qmp.execute("blockdev-add", {"node-name": node_name, **options})

@@ -3,6 +3,7 @@
 docs/hypervisor.md describes what happens in QEMU.
 """
 
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,6 +29,7 @@ from hypervisor.nbd_client import open_nbd
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, remove_stale
 from hypervisor.state import Run, RunState, clean_dead, exclusive, started
+from hypervisor.vhost_user import VhostUserError, VhostUserPool, open_vhost_user
 
 __all__ = [
     "BaseInfo",
@@ -43,6 +45,8 @@ __all__ = [
     "preview",
     "target_id",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 _CLEANUP_HINT: Final = "'fleece vm cleanup' removes it, and so does the next backup"
 
@@ -198,13 +202,29 @@ async def frozen_view(
         for disk in prepared:
             with fleecing.telling_of_a_crash():
                 pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
+            shared = await stack.enter_async_context(_shared_memory(disk.shared))
             plan = ReadPlan(disk.choice.base, disk.choice.reason)
-            source = LiveSource(disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able)
+            source = LiveSource(
+                disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able, shared=shared
+            )
             view.sources.append(source)
         async with open_nursery() as nursery:
             nursery.start_soon(scratch.watch)
             yield view
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _shared_memory(path: str | None) -> AsyncIterator[VhostUserPool | None]:
+    """The export at `path`; None if there is none, or it cannot be used: NBD can."""
+    async with AsyncExitStack() as stack:
+        pool = None
+        if path is not None:
+            try:
+                pool = await stack.enter_async_context(open_vhost_user(path))
+            except VhostUserError as error:
+                _LOG.info("no reading through shared memory: %s", error)
+        yield pool
 
 
 class _Teardown:
