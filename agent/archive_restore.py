@@ -7,7 +7,7 @@ ahead and decoded in others.
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,6 +29,7 @@ from pxar.export import write_content
 from pxar.extract import extract_entry, extract_folder
 from pxar.extract_report import ExtractReport
 from pxar.format import escaped
+from pxar.patterns import MatchPattern
 from pxar.tar_stream import write_tar
 from pxar.zip_stream import write_zip
 from repository.interface import Reader
@@ -141,7 +142,7 @@ async def restore_to_folder(
             raise UsageError("use", "--pattern", f"{wanted.shown} is no folder")
         return _restore_entry(accessor, node, target, options, wanted, report, notes)
 
-    return await _run(reader, codec, manifest, wanted, target, progress, work, whole=not extract.patterns)
+    return await _run(reader, codec, manifest, wanted, target, progress, work, extract.patterns)
 
 
 async def restore_to_stream(
@@ -183,7 +184,7 @@ async def restore_to_stream(
             write_content(accessor, node, put, report=report, progress=notes)
         return "-"
 
-    return await _run(reader, codec, manifest, wanted, "-", progress, work, whole=not extract.patterns)
+    return await _run(reader, codec, manifest, wanted, "-", progress, work, extract.patterns)
 
 
 def _found(accessor: ArchiveAccessor, manifest: Manifest, wanted: FilesWanted) -> Node:
@@ -232,12 +233,11 @@ async def _run(
     target: str,
     progress: Progress,
     work: Callable[[ArchiveAccessor, ExtractReport, "_Notes"], str],
-    *,
-    whole: bool,
+    patterns: Sequence[MatchPattern],
 ) -> FilesRestored:
     report = ExtractReport()
     async with open_streams(reader, codec, manifest, wanted.name) as streams, open_nursery() as nursery:
-        total = _size(streams) if whole and not wanted.path else None
+        total = None if patterns or wanted.path else _size(streams)
         with progress.task(wanted.shown, total) as task:
             notes = _Notes(task, nursery)
 
@@ -249,6 +249,9 @@ async def _run(
 
             try:
                 target = await trio.to_thread.run_sync(restore)
+                chosen = report.entries or report.failed or report.left_out
+                if not chosen and any(not pattern.inverted for pattern in patterns):
+                    progress.warn(f"{wanted.shown}: no entry matches the patterns")
             finally:
                 report.settle()
                 for warning in report.warnings:

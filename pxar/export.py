@@ -64,6 +64,10 @@ class _Level(NamedTuple):
     taken: bool
 
 
+class CutOffError(Exception):
+    """A file could not be read to its end after its header was written."""
+
+
 class Export:
     """What is exported, and what becomes of it."""
 
@@ -79,6 +83,22 @@ class Export:
         self._selection = Selection(options.patterns)
         self._positions = array("Q")  # of the files that were exported under their own names
         self._copies: dict[int, bytes] = {}  # where a file is that was exported under a hard link's name
+
+    def each(self, add: Callable[[bytes, Node], None]) -> None:
+        """Call `add` with path and node of each of `entries`; one that cannot be read is complained about.
+
+        Raises:
+            FormatError: `add` raised CutOffError: what follows would be taken for the rest of that file.
+        """
+        for path, node in self.entries():
+            try:
+                add(path, node)
+            except CutOffError as error:
+                whole = b"/".join(part for part in (self._prefix, path) if part)
+                hint = "a --pattern with ! leaves the file out, and a restore to a folder leaves out what is damaged"
+                raise FormatError("write to its end", shown(whole), str(error), hint) from error.__cause__
+            except UNREADABLE as error:
+                self.complain(path, "left out", error)
 
     def entries(self) -> Iterator[tuple[bytes, Node]]:
         """Path, without slashes at its ends, and node of what is taken: first the start, folders before their entries.

@@ -9,7 +9,7 @@ from struct import Struct
 from typing import Final
 
 from pxar.accessor import ArchiveAccessor, Device, Directory, FileNode, Hardlink, Node, Symlink
-from pxar.export import UNREADABLE, Export, Output, Progress, Write
+from pxar.export import UNREADABLE, CutOffError, Export, Output, Progress, Write
 from pxar.extract import pieces
 from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.features import Features
@@ -69,26 +69,12 @@ def write_tar(
     report = report or ExtractReport()
     export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress)
     out = Output(write)
-    for path, node in export.entries():
-        try:
-            _entry(export, out, path, node)
-        except _CutOffError as error:
-            raise error.cause from error
-        except UNREADABLE as error:
-            export.complain(path, "left out", error)
+    export.each(lambda path, node: _entry(export, out, path, node))
     out.write(bytes(2 * _BLOCK))
     out.write(bytes(-out.position % _RECORD))
     out.flush()
     report.settle()
     return report
-
-
-class _CutOffError(Exception):
-    """A file could not be read to its end after its header was written."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(cause)
-        self.cause = cause
 
 
 def _entry(export: Export, out: Output, path: bytes, node: Node) -> None:
@@ -145,7 +131,7 @@ def _file(export: Export, out: Output, path: bytes, node: FileNode, *, copy: boo
             export.report.size += len(piece)
             export.tick()
     except UNREADABLE as error:
-        raise _CutOffError(error) from error
+        raise CutOffError(error) from error
     out.write(bytes(-node.size % _BLOCK))
     export.report.files += 1
     export.exported(node, path, copy=copy)

@@ -17,7 +17,7 @@ from isal import isal_zlib
 from core.buffers import Buffer
 from core.errors import FormatError
 from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink, Node, Symlink
-from pxar.export import UNREADABLE, Export, Output, Progress, Write
+from pxar.export import UNREADABLE, CutOffError, Export, Output, Progress, Write
 from pxar.extract import pieces
 from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.metadata import Stat
@@ -66,20 +66,10 @@ def write_zip(
     export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress)
     with SpooledTemporaryFile(max_size=_IN_MEMORY) as central:
         archive = _Zip(export, Output(write), central)
-        for path, node in export.entries():
-            if path:
-                archive.add(path, node)
+        export.each(archive.add)
         archive.finish()
     report.settle()
     return report
-
-
-class _CutOffError(Exception):
-    """A file could not be read to its end after its header was written."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(cause)
-        self.cause = cause
 
 
 class _Zip:
@@ -89,26 +79,23 @@ class _Zip:
 
     def add(self, path: bytes, node: Node) -> None:
         """Write one entry, if a zip archive can hold it."""
+        if not path:
+            return
         report = self._report
-        try:
-            if isinstance(node, Hardlink):
-                node = node.follow()
-            if len(path) >= _MAX_NAME:
-                raise FormatError("write", "zip", f"a path of {len(path)} bytes, zip archives have up to {_MAX_NAME}")
-            if isinstance(node, Directory):
-                self._whole(path + b"/", node.stat, b"")
-                report.folders += 1
-            elif isinstance(node, Symlink):
-                self._whole(path, node.stat, node.target)
-                report.others += 1
-            elif isinstance(node, FileNode):
-                self._file(path, node)
-            else:
-                report.left_out += 1
-        except _CutOffError as error:
-            raise error.cause from error
-        except UNREADABLE as error:
-            self._export.complain(path, "left out", error)
+        if isinstance(node, Hardlink):
+            node = node.follow()
+        if len(path) >= _MAX_NAME:
+            raise FormatError("write", "zip", f"a path of {len(path)} bytes, zip archives have up to {_MAX_NAME}")
+        if isinstance(node, Directory):
+            self._whole(path + b"/", node.stat, b"")
+            report.folders += 1
+        elif isinstance(node, Symlink):
+            self._whole(path, node.stat, node.target)
+            report.others += 1
+        elif isinstance(node, FileNode):
+            self._file(path, node)
+        else:
+            report.left_out += 1
 
     def finish(self) -> None:
         """Write the list of entries."""
@@ -167,7 +154,7 @@ class _Zip:
             try:
                 piece = next(content, None)
             except UNREADABLE as error:
-                raise _CutOffError(error) from error
+                raise CutOffError(error) from error
         packed = packer.flush()
         packed_size += len(packed)
         out.write(packed)

@@ -93,6 +93,8 @@ def test_patterns_and_paths_choose(stored: Fleece, tree: Path, tmp_path: Path) -
     assert names_below(tmp_path / "some") == {"etc", "etc/hosts", "etc/ssh", "home", *numbers}
     stored.json("restore", SNAPSHOT, "root.pxar/etc/", tmp_path / "etc")
     assert names_below(tmp_path / "etc") == {"hosts", "ssh", "ssh/key"}
+    nothing = stored("restore", SNAPSHOT, "root.pxar", tmp_path / "none", "--pattern", "/nothing")
+    assert (nothing.code, "root.pxar: no entry matches the patterns" in nothing.err) == (3, True)
     (tmp_path / "into").mkdir()
     document = stored.json("restore", SNAPSHOT, "root.pxar/etc/hosts", tmp_path / "into")
     assert document["restored"][0]["target"] == str(tmp_path / "into/hosts")
