@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from agent.registry import Datastore, S3Place
 from core.errors import FleeceError, UsageError
@@ -42,7 +42,6 @@ async def create(
         FleeceError: as `datastore.s3.lifecycle.create_store`.
     """
     from datastore.s3.lifecycle import create_store
-    from datastore.s3.reconcile import reconcile
 
     use = invocation.s3
     await create_store(
@@ -53,10 +52,6 @@ async def create(
         counters=use.counters,
         policy=use.policy(attended=True),
     )
-    if reuse:
-        # Else the next backup would send every chunk again, only to hear that it is there (R24).
-        async with use.open(datastore) as store:
-            await reconcile(store, progress)
 
 
 async def give_up(
@@ -106,15 +101,21 @@ def maintenance(path: Path) -> str | None:
     return None if state is not None and state.complete else "incomplete"
 
 
-def maintenance_words(mode: str | None) -> str:
-    """The same for people."""
-    return {
-        None: "",
-        "s3-refresh": "is being refreshed from the bucket",
-        "incomplete": "incomplete: 'fleece datastore refresh' is needed",
-        "missing": "its cache is gone: 'fleece datastore create NAME --s3 ... --reuse --overwrite-in-use'",
-        "unusable": "cannot be looked at",
-    }.get(mode, str(mode))
+#: What each of these is for people, and the command that ends it.
+MAINTENANCE: Final = {
+    "s3-refresh": ("it is being refreshed from the bucket", ""),
+    "incomplete": ("its metadata is incomplete", "fleece datastore refresh {name}"),
+    "missing": ("its cache is gone", "fleece datastore create {name} --s3 ... --reuse --overwrite-in-use"),
+    "unusable": ("its cache cannot be looked at", ""),
+}
+
+
+def maintenance_words(mode: str | None, name: str) -> str:
+    """The same for people; nothing for None."""
+    if mode is None:
+        return ""
+    words, command = MAINTENANCE[mode]
+    return f"{words}: '{command.format(name=name)}'" if command else words
 
 
 def listed_maintenance(path: Path) -> str | None:
@@ -139,6 +140,7 @@ def backend_document(place: S3Place) -> dict[str, Any]:
 class BucketStatus:
     """What the status of a datastore in a bucket has besides: where it lies, and what of its chunks is here."""
 
+    name: str
     endpoint: str
     bucket: str
     maintenance: str | None
@@ -165,7 +167,7 @@ class BucketStatus:
         return [
             ("bucket", f"{self.bucket} of endpoint {self.endpoint}; the space above is that of the cache"),
             ("cache", f"{self.cached} of {self.known} chunks, {format_size(self.cached_bytes)}{limit}"),
-            ("maintenance", maintenance_words(self.maintenance)),
+            ("maintenance", maintenance_words(self.maintenance, self.name)),
         ]
 
 
@@ -192,7 +194,9 @@ def _bucket_status(store: "S3Datastore") -> BucketStatus:
         size += file.size
     settings = store.settings
     mode = maintenance(store.base)
-    return BucketStatus(settings.endpoint.id, settings.bucket, mode, settings.cache_limit, known, cached, size)
+    return BucketStatus(
+        settings.name, settings.endpoint.id, settings.bucket, mode, settings.cache_limit, known, cached, size
+    )
 
 
 def parse_cache_size(text: str | None) -> int | None:

@@ -257,7 +257,7 @@ def list_datastores(invocation: Invocation) -> None:
 
             mode = bucket_stores.listed_maintenance(path)
             entry |= {"backend": bucket_stores.backend_document(s3), "maintenance": mode}
-            row = (name, str(path), source, f"{s3.endpoint}:{s3.bucket}", bucket_stores.maintenance_words(mode))
+            row = (name, str(path), source, f"{s3.endpoint}:{s3.bucket}", bucket_stores.maintenance_words(mode, name))
         found.append(entry)
         rows.append(row)
 

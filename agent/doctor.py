@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agent.invocation import Invocation
 from agent.places import run_dir, scratch_dir, state_dir
 from core.errors import FleeceError, os_reason
 from core.units import GIB, format_size
+
+if TYPE_CHECKING:
+    from agent.registry import Datastore
 
 #: Seconds that a `--version` may take.
 _VERSION_TIMEOUT_S: Final = 10
@@ -304,8 +307,33 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
     places |= {name: datastore.path for name, datastore in registered.items() if name not in places}
     if not places:
         yield Check("datastores", State.INFO, "none known", "fleece datastore create /backup/main")
+    buckets = {datastore.path: datastore for datastore in registered.values() if datastore.s3 is not None}
     for name, folder in sorted(places.items()):
-        yield from check_datastore(name, folder)
+        if folder in buckets:
+            yield from _bucket(invocation, name, buckets[folder])
+        else:
+            yield from check_datastore(name, folder)
+
+
+def _bucket(invocation: Invocation, name: str, datastore: "Datastore") -> Iterator[Check]:
+    """The checks of a datastore in a bucket; nothing is sent."""
+    from agent.bucket_stores import MAINTENANCE, listed_maintenance
+
+    place, title = datastore.s3, f"datastore {name}"
+    assert place is not None
+    try:
+        invocation.endpoints.endpoint(place.endpoint)
+    except FleeceError as error:
+        yield Check(title, State.FAILED, str(error), error.hint)
+    mode = listed_maintenance(datastore.path)
+    if mode is None:
+        free = shutil.disk_usage(datastore.path).free
+        where = f"bucket {place.bucket} of endpoint {place.endpoint}, cache {datastore.path}, {format_size(free)} free"
+        yield Check(title, State.OK, where)
+    else:
+        words, fix = MAINTENANCE[mode]
+        state = State.WARNING if mode in ("s3-refresh", "incomplete") else State.FAILED
+        yield Check(title, state, f"cache {datastore.path}: {words}", fix.format(name=name))
 
 
 def examine(invocation: Invocation) -> list[Check]:
