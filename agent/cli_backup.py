@@ -174,6 +174,7 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
+        from agent.client_log import client_log
         from agent.sessions import new_session, until_listed
         from repository.backup import SnapshotWriter
         from repository.report import BackupReport
@@ -184,11 +185,12 @@ def backup(
         with until_listed(progress) as listed:
             async with (
                 invocation.repository() as repository,
+                client_log(repository, progress, keys.codec) as log,
                 new_session(
-                    repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+                    repository, group, owner=group_owner, progress=log.progress, ctime=ctime, lock_wait_s=lock_wait
                 ) as session,
             ):
-                writer = SnapshotWriter(session, keys.codec, progress, wrapped_key=keys.wrapped_key)
+                writer = SnapshotWriter(session, keys.codec, log.progress, wrapped_key=keys.wrapped_key)
                 async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
                     if sources:
                         await writer.add_disks(sources, bwlimit=rate)
@@ -202,7 +204,9 @@ def backup(
                 await writer.finish(notes=notes)
                 listed(session.snapshot)
                 duration = time.monotonic() - started
-                return BackupReport(session.snapshot, writer.reports, duration, file_archives=figures)
+                report = BackupReport(session.snapshot, writer.reports, duration, file_archives=figures)
+                log.snapshot, log.report = session.snapshot, list(report.lines())
+                return report
 
     report = invocation.run(work, what="back up", where=str(group))
     show_report(invocation, report)

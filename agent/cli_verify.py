@@ -9,9 +9,9 @@ from core.errors import FleeceError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from core.progress import Progress
-    from datastore.names import Snapshot
+    from datastore.names import Group, Namespace, Snapshot
     from repository.interface import Repository
-    from repository.verify import VerifyResult
+    from repository.verify import VerifyOptions, VerifyResult
 
 
 def add_to(application: typer.Typer) -> None:
@@ -29,6 +29,10 @@ fleece verify vm/100/latest                            one snapshot
 fleece verify --ns customers/a                         a namespace and those below it
 fleece verify --max-depth 0 --group-filter type:vm     the virtual machines of the namespace itself
 fleece verify --no-record                              only look: nothing in the datastore changes
+fleece verify --here                                   of a server: read everything over the network
+fleece verify --repo cloud --mode listing              of a bucket: is everything there? A request for 1000 chunks
+fleece verify --repo cloud --mode sample=5%            read every twentieth chunk, others each time
+fleece verify --repo cloud --mode budget=50GiB         so much at a time, and go on there the next time
 fleece verify --output json | jq '.[] | select(.state == "failed")'
 fleece verify --keyfile /etc/fleece/backup.key         also the digests of chunks encrypted with this key
 """,
@@ -85,8 +89,21 @@ def verify(
             show_default=False,
         ),
     ] = True,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode", metavar="MODE",
+            help="full, listing, sample=PERCENT, or budget=SIZE|CHUNKS; only full records that a snapshot is sound.",
+        ),
+    ] = "full",
+    here: Annotated[
+        bool, typer.Option("--here", help="Read everything over the network, instead of having the server verify.")
+    ] = False,
 ) -> None:  # fmt: skip
     """Read snapshots and check manifest, indexes, and the CRC and digest of every chunk.
+
+    A datastore on a server is verified there, without a key, unless --here is given. In a bucket reading costs money:
+    --mode reads less.
 
     A chunk that is wrong at two looks is renamed to .bad, so that the next backup of the same data stores it anew;
     every snapshot that uses it is recorded as failed. Ends with 1 if a snapshot is damaged.
@@ -94,9 +111,11 @@ def verify(
     from agent.documents import in_namespace, parse_selection
     from core.units import parse_size
     from datastore.filters import GroupFilter
+    from repository.interface import ServerVerify
     from repository.verify import VerifyOptions, choose
-    from repository.verify import verify as verify_snapshots
+    from repository.verify_modes import Mode, VerifyMode, verify_by
 
+    wanted_mode = VerifyMode.parse(mode)
     parse_selection(selection, invocation.namespace())
     if selection is not None and (max_depth is not None or group_filter):
         why = "--max-depth and --group-filter choose groups themselves"
@@ -115,11 +134,15 @@ def verify(
 
     async def work(progress: "Progress") -> "list[VerifyResult]":
         async with invocation.repository() as repository:
+            if isinstance(repository, ServerVerify) and not here:
+                chosen_there = await _selection(repository, invocation, selection)
+                check_for_server(options, record=record, full=wanted_mode.mode is Mode.FULL)
+                return await repository.verify_there(chosen_there, options, progress, depth=max_depth, filters=filters)
             if selection is None:
                 chosen = await choose(repository, invocation.namespace(), depth=max_depth, filters=filters)
             else:
                 chosen = await _chosen(repository, invocation, selection)
-            return await verify_snapshots(repository, chosen, codec, progress, options)
+            return await verify_by(wanted_mode, repository, chosen, codec, progress, options)
 
     results = invocation.run(work, what="verify", where=selection or invocation.repository_spec())
     document = [{**result.to_json(), "ns": str(result.snapshot.group.ns)} for result in results]
@@ -140,6 +163,35 @@ def verify(
             "damaged; the errors are listed above" if not invocation.is_json else "damaged",
             "the other snapshots are whole; a new backup stores damaged chunks of unchanged data again",
         )  # fmt: skip
+
+
+async def _selection(
+    repository: "Repository", invocation: Invocation, selection: str | None
+) -> "Namespace | Group | Snapshot":
+    from agent.documents import find_snapshot, parse_selection
+
+    ns = invocation.namespace()
+    wanted = parse_selection(selection, ns)
+    if wanted is None:
+        return ns
+    return await find_snapshot(repository, wanted, ns) if isinstance(wanted, str) else wanted
+
+
+def check_for_server(options: "VerifyOptions", *, record: bool = True, full: bool = True) -> None:
+    """Refuse what a server does not do.
+
+    Raises:
+        UsageError: such an option is given.
+    """
+    for option, given in (
+        ("--max-duration", options.max_duration_s is not None),
+        ("--max-bytes", options.max_bytes is not None),
+        ("--no-record", not record),
+        ("--mode", not full),
+    ):
+        if given:
+            hint = "leave it out, or read everything over the network with --here"
+            raise UsageError("verify on a server with", option, "a server decides that itself", hint)
 
 
 async def _chosen(repository: "Repository", invocation: Invocation, selection: str) -> "list[Snapshot]":

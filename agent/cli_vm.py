@@ -141,27 +141,31 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
+        from agent.client_log import client_log
         from agent.sessions import new_session, until_listed
         from agent.vm_backup import back_up_vm
 
         with until_listed(progress) as listed:
             async with (
                 invocation.repository(section.repository) as repository,
+                client_log(repository, progress, keys.codec) as log,
                 new_session(
-                    repository, group, owner=group_owner, progress=progress, ctime=ctime, lock_wait_s=lock_wait
+                    repository, group, owner=group_owner, progress=log.progress, ctime=ctime, lock_wait_s=lock_wait
                 ) as session,
             ):
-                return await back_up_vm(
+                report = await back_up_vm(
                     settings,
                     repository,
                     session,
                     keys.codec,
-                    progress,
+                    log.progress,
                     bwlimit=rate,
                     notes=notes,
                     wrapped_key=keys.wrapped_key,
                     on_listed=listed,
                 )
+                log.snapshot, log.report = session.snapshot, report.lines()
+                return report
 
     show_report(invocation, invocation.run(work, what="back up", where=str(group)))
 

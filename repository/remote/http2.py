@@ -24,7 +24,7 @@ from h2.events import (
     StreamReset,
 )
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 from core.buffers import Buffer
 from core.dial import innermost_reason
@@ -92,14 +92,17 @@ class Http2Client:
         self._received, self._sent = received, sent
         config = H2Configuration(client_side=True, header_encoding="utf-8")
         self._h2 = H2Connection(config)
-        self._h2.local_settings.update(
-            {
+        # As first values, not as changes: h2 would announce those only later, and download with 64 KiB until then.
+        self._h2.local_settings = Settings(
+            client=True,
+            initial_values={
                 SettingCodes.ENABLE_PUSH: 0,
                 SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
                 SettingCodes.MAX_FRAME_SIZE: RECEIVED_FRAME,
                 SettingCodes.MAX_HEADER_LIST_SIZE: _MAX_HEADERS,
-            }
+            },
         )
+        self._h2.max_inbound_frame_size = RECEIVED_FRAME
         self._exchanges: dict[int, _Exchange] = {}
         self._queue: list[int] = []  #: streams with a body to be sent, in order of arrival
         self._wake = trio.Event()  #: something may be sent

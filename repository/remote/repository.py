@@ -137,7 +137,7 @@ class RemoteRepository:
         """See `Repository.forget`."""
         try:
             await self._call("DELETE", "/snapshots", snapshot_parameters(snapshot), "remove", str(snapshot))
-        except (RemoteRefusedError, LockedError):
+        except (RemoteRefusedError, LockedError, ProtectedError):
             info = await self._look("remove", snapshot)
             if info.protected:
                 raise ProtectedError(

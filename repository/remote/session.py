@@ -371,11 +371,12 @@ async def open_backup(server: RemoteServer, snapshot: Snapshot) -> AsyncIterator
         RemoteRefusedError: the server says no.
         RemoteUnavailableError, RemoteCertificateError: no connection.
     """
-    finished = False
+    begun = finished = False
     # As the reference client, which always says these two.
     parameters = {**snapshot_parameters(snapshot), "debug": False, "benchmark": False}
     try:
         async with server.upgraded("backup", parameters, what="back up to", where=str(snapshot)) as client:
+            begun = True
             session = RemoteBackupSession(client, server, snapshot)
             await session.begin()
             try:
@@ -383,7 +384,7 @@ async def open_backup(server: RemoteServer, snapshot: Snapshot) -> AsyncIterator
             finally:
                 finished = session.finished
     finally:
-        if not finished:
+        if begun and not finished:
             await _wait_until_gone(server, snapshot)
 
 

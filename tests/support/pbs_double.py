@@ -8,6 +8,8 @@ frame, and answers can be replaced by lies.
 import hashlib
 import json
 import re
+import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,9 +21,16 @@ import trio.testing
 import zstandard
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import ConnectionTerminated, DataReceived, RequestReceived, StreamEnded, StreamReset
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    RemoteSettingsChanged,
+    RequestReceived,
+    StreamEnded,
+    StreamReset,
+)
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 from core.dial import DialError
 from datastore.s3.wire import Fault, HttpAnswer, HttpError, HttpRequest
@@ -77,7 +86,8 @@ class Folder:
     readers: int = 0
     protected: bool = False
     notes: str = ""
-    failed: bool = False  #: its last verification
+    failed: bool = False  #: a verification finds it damaged
+    verification: dict[str, str] | None = None
 
     @property
     def manifest(self) -> dict[str, Any] | None:
@@ -139,6 +149,7 @@ class PbsDouble:
         self.busy: set[tuple[str, str, str]] = set()  #: groups with a backup
         self.tasks: dict[str, list[str]] = {}
         self.running: set[str] = set()
+        self.keep_running = False  #: tasks go on until they are stopped
         self.version = ("4.1", "1")
         self.frames = 0  #: of upgraded connections, both directions
         self.cut_at: int | None = None  #: the frame before which every connection ends, once
@@ -147,6 +158,8 @@ class PbsDouble:
         self.hold_answers: set[str] = set()  #: endpoints that get no answer; the connection ends instead
         self.on_finish: Callable[[object], None] | None = None  #: called when a snapshot was finished
         self.connections = 0
+        self.port = 0  #: of `listen`
+        self.client_settings: dict[int, int] = {}  #: of the last upgraded connection
 
     # --- the two ways in ---------------------------------------------------------------------------------------------
 
@@ -175,6 +188,13 @@ class PbsDouble:
         return ours
 
     nursery: trio.Nursery
+
+    async def listen(self, context: ssl.SSLContext) -> int:
+        """Serve on a free port of 127.0.0.1, with TLS, in `nursery`; returns the port."""
+        listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1", https_compatible=True)
+        self.nursery.start_soon(trio.serve_listeners, self._serve, listeners)
+        port: int = listeners[0].transport_listener.socket.getsockname()[1]  # type: ignore[attr-defined]
+        return port
 
     # --- REST --------------------------------------------------------------------------------------------------------
 
@@ -315,6 +335,55 @@ class PbsDouble:
                 check_blob(body, len(body))
                 self._folder(key).files["client.log.blob"] = body
                 return None
+            case "GET", "/namespace":
+                parent, depth = take("parent", str, ""), take("max-depth", int, 7)
+                done()
+                level = len(parent.split("/")) if parent else 0
+                below = [
+                    ns for ns in self.namespaces | {parent}
+                    if (not parent or ns == parent or ns.startswith(f"{parent}/"))
+                    and (len(ns.split("/")) if ns else 0) <= level + depth
+                ]  # fmt: skip
+                return [{"ns": ns} for ns in sorted(below)]
+            case "POST", "/namespace":
+                parent, name = take("parent", str, ""), take("name")
+                done()
+                self._need_namespace(parent)
+                self.namespaces.add(f"{parent}/{name}".lstrip("/"))
+                return f"{parent}/{name}".lstrip("/")
+            case "POST", "/prune":
+                one, last, dry = group(), take("keep-last", int, 0), take("dry-run", bool, False)
+                done()
+                keys = sorted(key for key in self.folders if key[:3] == one)
+                kept = [key for key in keys if not last or key in keys[-last:] or self.folders[key].protected]
+                if not dry:
+                    self.folders = {
+                        key: folder for key, folder in self.folders.items() if key in kept or key not in keys
+                    }
+                return [
+                    {"backup-type": key[1], "backup-id": key[2], "backup-time": key[3], "keep": key in kept,
+                     "protected": False} for key in keys
+                ]  # fmt: skip
+            case "POST", "/verify":
+                ns, kind, backup_id = take("ns", str, ""), take("backup-type", str, None), take("backup-id", str, None)
+                ctime, ignore = take("backup-time", int, None), take("ignore-verified", bool, True)
+                take("max-depth", int, 7)
+                done()
+                upid = self._task("verify", ["verify store"])
+                for key, folder in self.folders.items():
+                    if key[0] != ns or any(
+                        a not in (None, b) for a, b in zip((kind, backup_id, ctime), key[1:], strict=True)
+                    ):
+                        continue
+                    if ignore and folder.verification is not None and folder.verification["state"] == "ok":
+                        continue
+                    self.tasks[upid].append(f"verify {self.store}:{key[1]}/{key[2]}/{stamp(key[3])}")
+                    if folder.failed:
+                        self.tasks[upid].append("chunk aa was not loaded: verify failed")
+                    folder.verification = {"upid": upid, "state": "failed" if folder.failed else "ok"}
+                failed = any(folder.failed for folder in self.folders.values())
+                self.tasks[upid].append("TASK verification failed" if failed else "TASK OK")
+                return upid
             case "POST", "/gc":
                 done()
                 return self._task("garbage_collection", ["starting garbage collection", "TASK OK"])
@@ -351,6 +420,8 @@ class PbsDouble:
     def _task(self, kind: str, lines: list[str]) -> str:
         upid = f"UPID:pbs:00000001:00000002:{len(self.tasks):08X}:69000000:{kind}:{self.store}:root@pam:"
         self.tasks[upid] = lines
+        if self.keep_running:
+            self.running.add(upid)
         return upid
 
     def _need_namespace(self, ns: str) -> None:
@@ -375,6 +446,8 @@ class PbsDouble:
             {"filename": "index.json.blob", "crypt-mode": "none", "size": len(folder.files["index.json.blob"])}
         )
         entry |= {"files": files, "size": sum(file["size"] for file in files)}
+        if folder.verification is not None:
+            entry["verification"] = folder.verification
         if folder.notes:
             entry["comment"] = folder.notes.split("\n")[0]
         return entry
@@ -399,17 +472,29 @@ class PbsDouble:
 
     async def _upgrade(self, stream: trio.abc.Stream) -> None:
         engine = h11.Connection(h11.SERVER)
+        request, body = h11.Request(method="GET", target="/", headers=[("Host", "x")]), bytearray()
         while True:
             event = engine.next_event()
             if isinstance(event, h11.Request):
-                request = event
+                request, body = event, bytearray()
+            elif isinstance(event, h11.Data):
+                body += event.data
             elif event is h11.NEED_DATA:
                 data = await stream.receive_some(65536)
                 if not data:
                     return
                 engine.receive_data(bytes(data))
             elif isinstance(event, h11.EndOfMessage) or event is h11.PAUSED:
-                break
+                if urlsplit(request.target.decode()).path in ("/api2/json/backup", "/api2/json/reader"):
+                    break
+                named = {name.decode().lower(): value.decode() for name, value in request.headers}
+                status, answer = self.rest(request.method.decode(), request.target.decode(), named, bytes(body))
+                head = h11.Response(status_code=status, headers=[("Content-Length", str(len(answer)))])
+                sent = [engine.send(head), engine.send(h11.Data(data=answer)), engine.send(h11.EndOfMessage())]
+                await stream.send_all(b"".join(piece or b"" for piece in sent))
+                engine.start_next_cycle()
+            else:
+                return
         headers = {name.decode(): value.decode() for name, value in request.headers}
         parts = urlsplit(request.target.decode())
         protocol = parts.path.removeprefix("/api2/json/")
@@ -436,14 +521,14 @@ class PbsDouble:
         asked.status = 101
         try:
             http2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
-            http2.local_settings.update(
-                {
-                    SettingCodes.INITIAL_WINDOW_SIZE: 32 << 20,
-                    SettingCodes.MAX_FRAME_SIZE: 4 << 20,
-                    SettingCodes.MAX_CONCURRENT_STREAMS: 200,
-                    SettingCodes.MAX_HEADER_LIST_SIZE: 16 << 10,
-                }
-            )
+            settings = {
+                SettingCodes.INITIAL_WINDOW_SIZE: 32 << 20,
+                SettingCodes.MAX_FRAME_SIZE: 4 << 20,
+                SettingCodes.MAX_CONCURRENT_STREAMS: 200,
+                SettingCodes.MAX_HEADER_LIST_SIZE: 16 << 10,
+            }
+            http2.local_settings = Settings(client=False, initial_values=settings)
+            http2.max_inbound_frame_size = 4 << 20
             http2.initiate_connection()
             http2.increment_flow_control_window((32 << 20) - 65535)
             answer = engine.send(
@@ -508,6 +593,8 @@ class _Http2:
         elif isinstance(event, DataReceived):
             self.requests[event.stream_id].body += event.data
             self.http2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, RemoteSettingsChanged):
+            self.double.client_settings = {int(code): one.new_value for code, one in event.changed_settings.items()}
         elif isinstance(event, StreamReset):
             self.requests.pop(event.stream_id, None)
             self.answers.pop(event.stream_id, None)
@@ -803,6 +890,11 @@ class _Session:
         if name not in self.double.chunks:
             raise RefusedError(400, "No such file or directory (os error 2)")
         return self.double.chunks[name]
+
+
+def stamp(ctime: int) -> str:
+    """A backup time in the name of a snapshot."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ctime))
 
 
 def make_blob(data: bytes) -> bytes:

@@ -16,8 +16,8 @@ from tests.support.snapshots import read_image, write_snapshot
 
 CHUNK = 4 << 20
 GROUP = Group.parse("vm/100")
-IMAGE = bytes(CHUNK) + bytes(range(256)) * 40
-CHANGED = b"x" * CHUNK + bytes(range(256)) * 40
+IMAGE = bytes(range(256)) * 40
+CHANGED = os.urandom(70_000)  # more than a window or a frame before the server's settings
 NAME = "disk.img.fidx"
 
 
