@@ -165,7 +165,7 @@ class BucketStatus:
         """The same for people."""
         limit = "" if self.limit is None else f" of at most {format_size(self.limit)}"
         return [
-            ("bucket", f"{self.bucket} of endpoint {self.endpoint}; the space above is that of the cache"),
+            ("bucket", f"{self.bucket} of endpoint {self.endpoint}"),
             ("cache", f"{self.cached} of {self.known} chunks, {format_size(self.cached_bytes)}{limit}"),
             ("maintenance", maintenance_words(self.maintenance, self.name)),
         ]

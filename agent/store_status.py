@@ -92,6 +92,8 @@ class StoreStatus:
     @property
     def basis(self) -> str | None:
         """What `full_date` rests on: `history`, `manifests` (what backups stored, all of it kept), None: nothing."""
+        if not self.usage.total:
+            return None
         if self.net_growth is not None:
             return "history"
         return None if self._full_without_removals() is None else "manifests"
@@ -104,6 +106,8 @@ class StoreStatus:
         nothing were removed.
         """
         growth = self.net_growth
+        if not self.usage.total:
+            return None  # a bucket has no size
         if growth is None:
             return self._full_without_removals()
         return int(self.now + self.usage.available / growth * _DAY_S) if growth > 0 else None
@@ -175,8 +179,6 @@ def status_document(status: StoreStatus) -> dict[str, Any]:
 
 def status_lines(status: StoreStatus, more: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
     """The same for people, with `more` lines of name and text at the end; those without text are left out."""
-    usage = status.usage
-    percent = f" ({100 * usage.used // usage.total} %)" if usage.total else ""
     kinds = [
         f"{status.snapshots[kind]} of {status.groups[kind]} {kind.value} groups"
         for kind in BackupType
@@ -184,8 +186,7 @@ def status_lines(status: StoreStatus, more: Sequence[tuple[str, str]] = ()) -> I
     ]
     rows = [
         ("datastore", status.name),
-        ("space", f"{format_size(usage.used)} of {format_size(usage.total)} used{percent}, "
-                  f"{format_size(usage.available)} available"),
+        ("space", _space(status)),
         ("snapshots", ", ".join(kinds) or "none"),
         ("namespaces", str(status.namespaces or "")),
         ("unfinished", str(status.unfinished or "")),
@@ -201,6 +202,16 @@ def status_lines(status: StoreStatus, more: Sequence[tuple[str, str]] = ()) -> I
         *more,
     ]  # fmt: skip
     yield from list(table(("", ""), [row for row in rows if row[1]]))[1:]
+
+
+def _space(status: StoreStatus) -> str:
+    usage = status.usage
+    if not usage.total:
+        known = f"{format_size(usage.used)} in the bucket, as of the last garbage collection"
+        return known if status.gc is not None else "unknown before the first garbage collection ('fleece gc')"
+    percent = f" ({100 * usage.used // usage.total} %)"
+    sizes = f"{format_size(usage.used)} of {format_size(usage.total)} used{percent}"
+    return f"{sizes}, {format_size(usage.available)} available"
 
 
 def _gc_words(status: StoreStatus) -> str:

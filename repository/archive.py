@@ -20,6 +20,7 @@ from core.errors import FleeceError, FormatError
 from core.nursery import open_nursery
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest
+from datastore.s3.counters import Work, counted_as
 from repository.buffers import batch_size
 from repository.fetch import read_batch
 from repository.interface import FIXED_CHUNK_SIZE, BlockingReads, Reader
@@ -140,7 +141,8 @@ class ChunkCache:
     async def _read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
         try:
             # What cannot be read is reported to whoever asks for it.
-            await self._read(reader, numbers)
+            with counted_as(Work.PREFETCH):
+                await self._read(reader, numbers)
             digests = (reader.archive.index.digest(number) for number in numbers)
             self._fresh.update(digest for digest in digests if digest in self._chunks)
         except Exception as error:

@@ -69,8 +69,8 @@ class GroupInfo:
 class StoreUsage:
     """Space where a datastore lies, in bytes."""
 
-    total: int
-    used: int
+    total: int  #: 0 for a bucket, which has no size
+    used: int  #: of a bucket by its chunks, as of the last garbage collection
     available: int  #: for whoever asks; less than `total - used` where some is reserved for root
 
 

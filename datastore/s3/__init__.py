@@ -9,7 +9,8 @@
     link.py                        `EndpointLink`: attempts, waits, time-outs, clocks, counted requests
     objects.py, client.py          objects, and `S3Client`: get, put, list, delete in one bucket
     keys.py                        object keys of a datastore, and back
-    counters.py, errors.py         what it cost; what can go wrong
+    counters.py, counter_file.py   what it cost, and what a store has cost so far
+    paging.py, errors.py           listings that must end; what can go wrong
 
     opening.py                     `S3Settings`, `open_store`: a datastore in a bucket
     lifecycle.py                   `create_store`, `destroy_store`

@@ -32,6 +32,7 @@ from datastore.s3.objects import (
     info,
     refuse_error_in,
 )
+from datastore.s3.paging import EndlessListing
 from datastore.s3.signer import encode_path
 from datastore.s3.xml import (
     MAX_XML_SIZE,
@@ -269,8 +270,10 @@ class S3Client:
             S3BackendError: also if the bucket is gone.
             S3Error: as `EndpointLink.send`.
         """
+        seen = EndlessListing(self.link.where(self.bucket, prefix))
         while True:
             page = await self.page(prefix, token)
+            seen.check(page)
             yield page
             if page.token is None:
                 return

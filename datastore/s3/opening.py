@@ -9,16 +9,18 @@ from typing import Final
 
 import trio
 
-from core.errors import FleeceError
+from core.errors import FleeceError, FormatError
 from core.limits import in_io_thread
 from core.nursery import open_nursery
-from datastore.creation import check_layout
+from datastore.creation import S3_STATE, check_layout
 from datastore.errors import StoreError
 from datastore.files import Owner, SyncLevel
+from datastore.gc_status import read_status
 from datastore.pbs import find_store
 from datastore.s3.cache import MIN_FREE
 from datastore.s3.chunks import S3ChunkStore
 from datastore.s3.client import S3Client
+from datastore.s3.counter_file import CounterFile
 from datastore.s3.counters import Counters, Work, counted_as
 from datastore.s3.endpoint import Endpoint, check_bucket
 from datastore.s3.in_use import InUse
@@ -34,6 +36,8 @@ from datastore.store import Datastore
 _LOG = logging.getLogger(__name__)
 #: Seconds between two looks for what earlier failures left to be done.
 _UPKEEP_EVERY_S: Final = 60.0
+#: Seconds between two additions to the store's counters.
+_NOTE_COUNTS_EVERY_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class S3Backend:
     def __init__(self, settings: S3Settings, client: S3Client, owner: Owner, instance: Callable[[], Awaitable[str]]):
         self.base: Final = settings.cache
         self.keys: Final = StoreKeys(settings.name)
+        self.counter_file: Final = CounterFile(settings.cache, owner)
         self.in_use: Final = InUse(client, self.keys, instance)
         self.chunks: Final = S3ChunkStore(
             client,
@@ -100,6 +105,26 @@ class S3Backend:
             except FleeceError as error:
                 _LOG.info("%s: left for later: %s", self.keys.store, error)
             await trio.sleep(_UPKEEP_EVERY_S)
+
+    async def note_counts(self, counters: Counters) -> None:
+        """Add what is counted to the store's counters every few seconds, and at the end; for a background task."""
+        noted = counters.pbs()
+        try:
+            while True:
+                await trio.sleep(_NOTE_COUNTS_EVERY_S)
+                noted = await in_io_thread(self._note_counts, counters.pbs(), noted)
+        finally:
+            with trio.CancelScope(shield=True):  # a system call or two
+                await in_io_thread(self._note_counts, counters.pbs(), noted)
+
+    def _note_counts(self, now: dict[str, int], noted: dict[str, int]) -> dict[str, int]:
+        added = {name: value - noted[name] for name, value in now.items()}
+        if any(added.values()) and (self.base / S3_STATE).exists():  # it may just have been destroyed
+            try:
+                self.counter_file.add(added)
+            except StoreError as error:
+                _LOG.info("%s: requests are not counted: %s", self.keys.store, error)
+        return now
 
     async def count_cache(self) -> None:
         """Keep the cache within its limit; for a background task, which failures do not end."""
@@ -138,6 +163,18 @@ class S3Datastore(Datastore):
         """The keys of its objects."""
         return self.s3.keys
 
+    def usage(self) -> tuple[int, int, int]:
+        """See `StoreTree.usage`: what is used is known from the last garbage collection; a bucket has no size.
+
+        Raises:
+            StoreError: unreadable.
+        """
+        try:
+            status = read_status(self.base)
+        except FormatError:
+            status = None
+        return 0, 0 if status is None else status.disk_bytes + status.pending_bytes, 0
+
     @property
     def counters(self) -> Counters:
         """What it cost so far."""
@@ -162,6 +199,7 @@ async def open_store(
     async with opened(settings, counters=counters, policy=policy) as store, open_nursery() as nursery:
         nursery.start_soon(store.s3.count_cache)
         nursery.start_soon(store.s3.upkeep)
+        nursery.start_soon(store.s3.note_counts, store.counters)
         try:
             yield store
         finally:

@@ -32,6 +32,7 @@ from datastore.files import (
 from datastore.names import MANIFEST_NAME, BackupType, is_time
 from datastore.s3.client import META_LIMIT
 from datastore.s3.counters import Work, counted_as
+from datastore.s3.errors import S3AnswerError
 from datastore.s3.keys import NAMESPACE_MARKER, MetaKey, MetaKind, StoreKeys
 from datastore.s3.opening import S3Datastore
 from datastore.s3.state import CacheState, refreshing
@@ -172,10 +173,23 @@ class _Refresh:
                 return
         found = await self._store.client.get(listed.key, limit=META_LIMIT)
         if found is None:
-            return  # deleted since the listing; nobody of ours does that now
+            await self._check_gone(listed)
+            return
         with store_errors("refresh", key.path):
             await in_io_thread(self._write, key.path, found.data)
         self._report.fetched += 1
+
+    async def _check_gone(self, listed: Listed) -> None:
+        """An object that was listed is not found. Without an index, garbage collection would take its chunks.
+
+        Raises:
+            S3AnswerError: it is still listed.
+        """
+        page = await self._store.client.page(listed.key)
+        if any(one.key == listed.key for one in page.objects):
+            where = self._store.client.link.where(self._store.client.bucket, listed.key)
+            why = "the endpoint lists it, but does not find it"
+            raise S3AnswerError("fetch", where, why, "nothing was changed; try again later", status=404)
 
     def _make_folder(self, path: str) -> None:
         make_folders(self._base, self._relative(path), self._store.owner)

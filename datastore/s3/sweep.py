@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -168,14 +168,9 @@ class BucketSweep:
                 nursery.start_soon(self._list_prefix, self._keys.chunks, pages.clone())
 
     async def _list_prefix(self, prefix: str, pages: trio.MemorySendChannel[list[Listed]]) -> None:
-        token: str | None = None
-        async with pages:
-            while True:
-                page = await self._client.page(prefix, token)
+        async with pages, aclosing(self._client.pages(prefix)) as listing:
+            async for page in listing:
                 await pages.send(page.objects)
-                token = page.token
-                if token is None:
-                    return
 
     def _was_large(self) -> bool:
         try:
@@ -420,13 +415,17 @@ class BucketSweep:
 
     async def _look_again(self) -> None:
         """Look once more at what somebody held: a chunk whose corrupt copy was in a batch, or one being stored."""
-        busy, self._busy = self._busy, []
-        for start in range(0, len(busy), MAX_DELETE_KEYS):
-            looked = await in_io_thread(self._look_at, busy[start : start + MAX_DELETE_KEYS])
-            self._status.add(looked.status)
-            self._kept.update(one.key.digest for one in looked.busy)
-            if looked.doomed:
-                await self._delete(looked.doomed)
+        while self._busy:
+            busy, self._busy = self._busy, []
+            for start in range(0, len(busy), MAX_DELETE_KEYS):
+                looked = await in_io_thread(self._look_at, busy[start : start + MAX_DELETE_KEYS])
+                self._status.add(looked.status)
+                self._busy += looked.busy
+                if looked.doomed:
+                    await self._delete(looked.doomed)
+            if len(self._busy) == len(busy):  # somebody else holds them; several copies of one chunk go in turn
+                self._kept.update(one.key.digest for one in busy)
+                return
 
     def _release(self, objects: Sequence[_Object]) -> None:
         for one in objects:

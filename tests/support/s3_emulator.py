@@ -14,6 +14,7 @@ import ssl
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class S3Emulator(S3Service):
         self.violations: list[str] = []
         self.latency_s = 0.0  #: before each answer
         self.latency_per_delete_s = 0.0
+        self.most_at_once: Counter[str] = Counter()  #: by operation: how many requests waited for `latency_s` together
+        self._at_once: Counter[str] = Counter()
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
@@ -205,7 +208,13 @@ class S3Emulator(S3Service):
         if request.operation == "POST":
             delay += self.latency_per_delete_s * request.body.count(b"<Key>")
         if delay:
+            with self.lock:
+                self._at_once[request.operation] += 1
+                now, most = self._at_once[request.operation], self.most_at_once[request.operation]
+                self.most_at_once[request.operation] = max(now, most)
             self._ending.wait(delay)
+            with self.lock:
+                self._at_once[request.operation] -= 1
         return self._send(connection, request, answer, fault, number, at)
 
     def _later(self, request: Request, seconds: float) -> None:
