@@ -36,7 +36,7 @@ from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, hanging, image_name
 from hypervisor.state import DiskState, Run, RunState
-from hypervisor.vhost_user import QUEUES
+from hypervisor.vhost_user import Shared, queues_for
 from hypervisor.vhost_user import usable as shared_memory_usable
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class FleecedDisk:
     image: Path  #: the fleecing image
     changed: list[Extent] | None = None  #: what the old bitmap says, None for a full read
     persistent: bool = False  #: the new bitmap is kept in the image
-    shared: str | None = None  #: socket of the export through shared memory, None without one
+    shared: Shared | None = None  #: the export through shared memory, None without one
 
     def pass_through(self, below: str) -> Mapping[str, object]:
         """The pass-through node over the node `below`.
@@ -321,15 +321,16 @@ class Fleecing:
 
     async def _share(self, qmp: Qmp, disk: FleecedDisk) -> None:
         """Export the view of `disk` once more, for reading through shared memory; without that it is read over NBD."""
-        if not self.able.shared_memory or not shared_memory_usable():
+        queues = queues_for(len(self.disks))
+        if not queues or not self.able.shared_memory or not shared_memory_usable():
             return
         path = self.run.shared(disk.number)
         options = {
             "type": "vhost-user-blk",
             "id": f"fleece-v{disk.number}",
             "node-name": f"fleece-s{disk.number}",
-            "addr": _unix(path),
-            "num-queues": QUEUES,
+            "addr": {"type": "unix", "path": str(path)},
+            "num-queues": queues,
             "writable": False,
         }
         try:
@@ -337,7 +338,7 @@ class Fleecing:
         except QmpCommandError as error:
             _LOG.info("%s: no export through shared memory: %s", disk.disk.device, error.desc)
         else:
-            disk.shared = str(path)
+            disk.shared = Shared(str(path), queues)
 
     async def _blockdev_add(self, qmp: Qmp, *, node_name: str, **options: object) -> None:
         await qmp.execute("blockdev-add", {"node-name": node_name, **options})

@@ -19,7 +19,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
 
-#: Queues of an export; each serves one thread at a time.
-QUEUES: Final = 2
+#: Disks of which each gets two queues; and one, so that their memory is bounded.
+_TWO_QUEUES, _ONE_QUEUE = 4, 16
 #: Bytes of a request, and requests of a queue at the same time; together the chunk that is usually read.
 PIECE: Final = 1 << 20
 DEPTH: Final = 4
@@ -83,6 +83,18 @@ class VhostUserError(SourceError):
 def usable() -> bool:
     """Whether this host keeps writes in order, as the queues need; ARM does not without instructions Python lacks."""
     return platform.machine() in ("x86_64", "AMD64")
+
+
+def queues_for(disks: int) -> int:
+    """How many queues the export of each of `disks` disks gets; 0: none is read like this. One serves one thread."""
+    return 2 if disks <= _TWO_QUEUES else 1 if disks <= _ONE_QUEUE else 0
+
+
+class Shared(NamedTuple):
+    """Where an export listens."""
+
+    path: str
+    queues: int
 
 
 class _Queue:
@@ -199,13 +211,14 @@ class VhostUserPool:
     After an error or a cancelled read it is of no use any more, and every read fails.
     """
 
-    def __init__(self, path: str, timeout_s: float) -> None:
+    def __init__(self, export: Shared, timeout_s: float) -> None:
         self.size = 0  #: bytes, whole sectors
-        self._where, self._timeout_s = path, timeout_s
+        self._where, self._count = export
+        self._timeout_s = timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._queues: list[_Queue] = []
         self._free: list[_Queue] = []
-        self._slots = trio.Semaphore(QUEUES)
+        self._slots = trio.Semaphore(export.queues)
         self._broken = False
 
     async def read_into(self, offset: int, buffer: WritableBuffer) -> None:
@@ -262,10 +275,12 @@ class VhostUserPool:
         for queue in self._queues:
             os.close(queue.kick)
             os.close(queue.call)
+        # The memory goes with them.
         self._queues.clear()
+        self._free.clear()
 
     def _start_queues(self) -> None:
-        size = QUEUES * _QUEUE_SIZE
+        size = self._count * _QUEUE_SIZE
         descriptor = os.memfd_create("fleece-read", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # QEMU would die of memory that is not there. So all of it is there, and cannot be taken away.
@@ -276,7 +291,7 @@ class VhostUserPool:
             self._send(_SET_MEM_TABLE, region, descriptor)
         finally:
             os.close(descriptor)
-        for number in range(QUEUES):
+        for number in range(self._count):
             queue = _Queue(memory, number * _QUEUE_SIZE, self._where)
             self._queues.append(queue)
             descriptors, used, available = queue.addresses()
@@ -325,13 +340,13 @@ class VhostUserPool:
 
 
 @asynccontextmanager
-async def open_vhost_user(path: str, *, timeout_s: float = TIMEOUT_S) -> AsyncIterator[VhostUserPool]:
-    """Connect to the export that listens at `path` and has `QUEUES` queues; it is closed when the block ends.
+async def open_vhost_user(export: Shared, *, timeout_s: float = TIMEOUT_S) -> AsyncIterator[VhostUserPool]:
+    """Connect to an export; it is closed when the block ends.
 
     Raises:
         VhostUserError: it cannot be used.
     """
-    pool = VhostUserPool(path, timeout_s)
+    pool = VhostUserPool(export, timeout_s)
     try:
         await in_io_thread(pool.connect)
         yield pool

@@ -29,7 +29,7 @@ from hypervisor.nbd_client import open_nbd
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, remove_stale
 from hypervisor.state import Run, RunState, clean_dead, exclusive, started
-from hypervisor.vhost_user import VhostUserError, VhostUserPool, open_vhost_user
+from hypervisor.vhost_user import Shared, VhostUserError, VhostUserPool, open_vhost_user
 
 __all__ = [
     "BaseInfo",
@@ -215,13 +215,13 @@ async def frozen_view(
 
 
 @asynccontextmanager
-async def _shared_memory(path: str | None) -> AsyncIterator[VhostUserPool | None]:
-    """The export at `path`; None if there is none, or it cannot be used: NBD can."""
+async def _shared_memory(export: Shared | None) -> AsyncIterator[VhostUserPool | None]:
+    """The export for reading through shared memory; None if there is none, or it cannot be used: NBD can."""
     async with AsyncExitStack() as stack:
         pool = None
-        if path is not None:
+        if export is not None:
             try:
-                pool = await stack.enter_async_context(open_vhost_user(path))
+                pool = await stack.enter_async_context(open_vhost_user(export))
             except VhostUserError as error:
                 _LOG.info("no reading through shared memory: %s", error)
         yield pool
