@@ -47,6 +47,12 @@ def check_cutoff(text: str) -> None:
         raise UsageError("use the cut-off", repr(text), "1m to 48h are possible")
 
 
+def _check_mode(text: str) -> None:
+    from repository.verify_modes import VerifyMode
+
+    VerifyMode.parse(text)
+
+
 class _Job(Section):
     schedule: Schedule | None = None  #: None: only by 'fleece job run'
     repository: str | None = None  #: None: the configuration's default
@@ -88,6 +94,7 @@ class VerifyJob(_Job):
     max_duration: Duration | None = None
     max_bytes: Size | None = None
     keyfile: AbsolutePath | None = None
+    mode: Annotated[str, checked(_check_mode)] = "full"  #: of a bucket, where reading costs money
 
 
 class GcJob(_Job):

@@ -237,13 +237,16 @@ async def _prune(section: PruneJob, ns: Namespace, repository: Repository, progr
 async def _verify(
     section: VerifyJob, ns: Namespace, repository: Repository, keyfile: Path | None, progress: Progress
 ) -> dict[str, Any]:
-    from agent.cli_verify import parse_duration
+    from agent.cli_verify import check_for_server, parse_duration
     from agent.documents import in_namespace
     from agent.keys import KeyOptions, reading_key
     from core.units import parse_size
     from datastore.filters import GroupFilter
-    from repository.verify import VerifyOptions, choose, verify
+    from repository.interface import ServerVerify
+    from repository.verify import VerifyOptions, choose
+    from repository.verify_modes import Mode, VerifyMode, verify_by
 
+    mode = VerifyMode.parse(section.mode)
     options = VerifyOptions(
         ignore_verified=section.ignore_verified,
         outdated_after=section.outdated_after,
@@ -255,8 +258,12 @@ async def _verify(
         progress.log(key.note)
     codec = key.codec()
     filters = tuple(map(GroupFilter.parse, section.group_filter))
-    chosen = await choose(repository, ns, depth=section.max_depth, filters=filters)
-    results = await verify(repository, chosen, codec, progress, options)
+    if isinstance(repository, ServerVerify):
+        check_for_server(options, full=mode.mode is Mode.FULL)
+        results = await repository.verify_there(ns, options, progress, depth=section.max_depth, filters=filters)
+    else:
+        chosen = await choose(repository, ns, depth=section.max_depth, filters=filters)
+        results = await verify_by(mode, repository, chosen, codec, progress, options)
     for one in results:
         skipped = f", not looked at: {one.skipped}" if one.skipped else ""
         progress.log(f"{in_namespace(one.snapshot)}: {one.state}{skipped}")

@@ -270,6 +270,39 @@ def test_one_that_another_host_uses_is_destroyed_only_on_demand(
     assert s3_emulator.bucket.objects == {}
 
 
+def test_the_doctor_looks_at_keys_and_caches(fleece: Fleece, cloud: str, store_folder: Path, tmp_path: Path) -> None:
+    def checks() -> list[tuple[str, str]]:
+        said = Said(0, "", "")
+        for code in (0, 3, 1):
+            try:
+                said = fleece("doctor", code=code)
+                break
+            except AssertionError:
+                continue
+        found = [one for one in said.document["checks"] if one["name"] == f"datastore {cloud}"]
+        return [(one["state"], one["detail"] + (one.get("fix") or "")) for one in found]
+
+    ((state, text),) = checks()
+    assert (state, f"bucket {BUCKET} of endpoint emu" in text) == ("ok", True)
+    CacheState("cloud", BUCKET, "emu", complete=False).write(store_folder, Owner.of(store_folder))
+    ((state, text),) = checks()
+    assert (state, "fleece datastore refresh cloud" in text) == ("warning", True)
+    (tmp_path / "state/secrets/s3-emu").chmod(0o644)
+    assert checks()[0][0] == "failed"
+    assert "chmod 600" in checks()[0][1]
+
+
+def test_less_than_everything_is_verified_and_not_recorded(fleece: Fleece, cloud: str, disk: Path) -> None:
+    fleece("backup", f"disk.img:{disk}", "--backup-id", "web", "--repo", cloud)
+    listed = fleece("verify", "--repo", cloud, "--mode", "listing")
+    assert json.loads(listed.err)["s3"]["requests"]["get"] == 0
+    fleece("verify", "--repo", cloud, "--mode", "budget=1")
+    assert fleece("list", "--repo", cloud).document[0].get("verification") is None
+    fleece("verify", "--repo", cloud)
+    assert fleece("list", "--repo", cloud).document[0]["verification"]["state"] == "ok"
+    assert "listing" in fleece("verify", "--repo", cloud, "--mode", "quick", code=2).error["hint"]
+
+
 # Every verb
 
 
