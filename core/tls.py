@@ -1,4 +1,4 @@
-"""A TLS client connection over trio that reads straight into the caller's memory.
+"""A TLS connection over trio that reads straight into the caller's memory.
 
 trio's own hands over one record (16 KiB) for each pass through its scheduler, which takes longer than decrypting it.
 """
@@ -15,22 +15,24 @@ _PIECE: Final = 256 << 10
 
 
 class TlsStream(trio.abc.Stream):
-    """A connection to a server. One task may send while another receives; `do_handshake` comes first.
+    """A connection to a server, or of a client. One task may send while another receives; `do_handshake` comes first.
 
     It ends as HTTPS connections do: by closing the socket, without a last message, so whoever reads must know by other
     means where the data end.
 
     Args:
         transport: connected; closed with this one.
-        context: for clients, without renegotiation.
-        server_hostname: that the certificate must be for, if the context verifies.
+        context: without renegotiation.
+        server_hostname: that the certificate must be for, if the context verifies; None: this is the server.
     """
 
-    def __init__(self, transport: trio.SocketStream, context: ssl.SSLContext, server_hostname: str) -> None:
+    def __init__(self, transport: trio.SocketStream, context: ssl.SSLContext, server_hostname: str | None) -> None:
         self._transport = transport
         self._came = ssl.MemoryBIO()
         self._goes = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._came, self._goes, server_hostname=server_hostname)
+        self._tls = context.wrap_bio(
+            self._came, self._goes, server_side=server_hostname is None, server_hostname=server_hostname
+        )
         self._sending = trio.Lock()
         self._receiving = False
         self._piece = memoryview(bytearray(_PIECE))
@@ -42,7 +44,7 @@ class TlsStream(trio.abc.Stream):
         return self._transport.socket
 
     def certificate(self) -> bytes:
-        """The server's own certificate, DER; empty if it has none."""
+        """The other side's own certificate, DER; empty if it has none."""
         return self._tls.getpeercert(True) or b""
 
     async def do_handshake(self) -> None:

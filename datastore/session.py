@@ -105,10 +105,24 @@ class LocalBackupSession:
         """See `BackupSession.knows`."""
         return digest in self._known
 
+    def known_size(self, digest: bytes) -> int | None:
+        """Plain bytes of a known chunk; None if the session does not know it."""
+        return self._known.size_of(digest)
+
+    def learn(self, index: ArchiveIndex) -> None:
+        """The chunks of an index of the base become known chunks."""
+        self._known.add_index(index)
+
     async def open_index(
-        self, name: str, *, size: int | None = None, chunk_size: int = 4 << 20, reuse_csum: bytes | None = None
+        self,
+        name: str,
+        *,
+        size: int | None = None,
+        chunk_size: int = 4 << 20,
+        reuse_csum: bytes | None = None,
+        learn: bool = True,
     ) -> int:
-        """See `BackupSession.open_index`."""
+        """See `BackupSession.open_index`; with `learn` False the entries taken over do not become known chunks."""
         self._check_new(name)
         kind = archive_kind(name)
         where = f"{self.snapshot}/{name}"
@@ -118,7 +132,10 @@ class LocalBackupSession:
             )
         previous = None
         if reuse_csum is not None:
-            previous = await self.previous_index(name)
+            if learn:
+                previous = await self.previous_index(name)
+            elif self.base is not None:
+                previous = await in_io_thread(self._checked_previous, self.base, name)
             if previous is None or previous.csum != reuse_csum:
                 raise StoreError("reuse index", where, "the base snapshot holds no such index", "back it up in full")
         tmp = self.store.base / self.snapshot.path / f"{name.rpartition('.')[0]}.tmp_{kind.value[1:]}"
@@ -195,8 +212,8 @@ class LocalBackupSession:
         del self._writers[writer]
         self._files[index.name] = _StoredFile(size, csum)
 
-    async def put_blob(self, name: str, blob: Blob | Buffer) -> None:
-        """See `BackupSession.put_blob`."""
+    async def put_blob(self, name: str, blob: Blob | Buffer, *, for_client: bool = False) -> None:
+        """See `BackupSession.put_blob`; `for_client` True: a blob may be replaced, and a client's log come along."""
         where = f"{self.snapshot}/{name}"
         if archive_kind(name) is not ArchiveKind.BLOB:
             raise UsageError("store blob", where, "its name does not end in .blob")
@@ -209,9 +226,11 @@ class LocalBackupSession:
             # Manifest last: a snapshot counts as finished once it is there.
             self._manifest = blob
             return
-        self._check_new(name)
+        again = for_client and (name in self._files or name == CLIENT_LOG_NAME)
+        if not again or self._finished or self._aborted:
+            self._check_new(name)
         header = blob.header
-        await self.store.meta.put(f"{self.snapshot.path}/{name}", (header, blob.payload), replace=False)
+        await self.store.meta.put(f"{self.snapshot.path}/{name}", (header, blob.payload), replace=again)
         csum = hashlib.sha256(header)
         csum.update(blob.payload)
         self._files[name] = _StoredFile(len(blob), csum.digest())
@@ -312,7 +331,12 @@ class LocalBackupSession:
 
 @asynccontextmanager
 async def open_session(
-    store: Datastore, snapshot: Snapshot, *, owner: str | None = None, lock_wait_s: float = 60.0
+    store: Datastore,
+    snapshot: Snapshot,
+    *,
+    owner: str | None = None,
+    lock_wait_s: float = 60.0,
+    for_client: bool = False,
 ) -> AsyncIterator[LocalBackupSession]:
     """Write `snapshot` while the block runs; without `finish` everything of it is removed at the end.
 
@@ -326,6 +350,8 @@ async def open_session(
         owner: of a new group (default `root@pam`); an existing group must belong to them, or the process to root or
             the store's owner, which gives a warning.
         lock_wait_s: how long to wait for a garbage collection that excludes writers.
+        for_client: a server's: nobody but the owner may write, whoever runs the server; and, as PBS's server has it,
+            the time need not be newer than that of a snapshot whose verification failed.
 
     Raises:
         LockedError: another backup of the group is running, or the store stays locked.
@@ -340,9 +366,11 @@ async def open_session(
         made = await store.meta.make_folders(snapshot.group.path)
         new_group = store.base / snapshot.group.path in made
         try:
-            warnings = await _check_owner(store, snapshot.group, owner)
+            warnings = await _check_owner(store, snapshot.group, owner, strict=for_client)
             await store.remove_unfinished(snapshot.group)
-            base = await in_io_thread(_find_base, store, snapshot)
+            base = await in_io_thread(store.latest, snapshot.group)
+            if not for_client or await in_io_thread(_usable_base, store, base) is not None:
+                _check_newer(snapshot, base)
             if base is not None:
                 await stack.enter_async_context(store.locks.snapshot(base, shared=True))
             set_aside = await store.chunks.times_set_aside()  # before the base's state, which verify writes first
@@ -399,20 +427,19 @@ async def _remove_group(store: Datastore, group: Group, lock: HeldLock) -> None:
         lock.release(unlink=True)
 
 
-async def _check_owner(store: Datastore, group: Group, owner: str | None) -> list[str]:
+async def _check_owner(store: Datastore, group: Group, owner: str | None, *, strict: bool) -> list[str]:
     current = await in_io_thread(store.group_owner, group)
     if current is None:
         await store.write_new_owner(group, owner or DEFAULT_OWNER)
         return []
-    if owner is None or current == owner or current.startswith(f"{owner}!"):
+    if owner is None or current == owner or ("!" not in owner and current.startswith(f"{owner}!")):
         return []
-    if os.geteuid() in (0, store.owner.uid):
+    if not strict and os.geteuid() in (0, store.owner.uid):
         return [f"group {group} belongs to {current}, not to {owner}; writing anyway as the store's owner"]
     raise OwnerError("write to group", str(group), f"it belongs to {current}, not to {owner}")
 
 
-def _find_base(store: Datastore, snapshot: Snapshot) -> Snapshot | None:
-    newest = store.latest(snapshot.group)
+def _check_newer(snapshot: Snapshot, newest: Snapshot | None) -> None:
     if newest is not None and newest.ctime >= snapshot.ctime:
         raise UsageError(
             "write",
@@ -420,7 +447,6 @@ def _find_base(store: Datastore, snapshot: Snapshot) -> Snapshot | None:
             f"its time is not after that of the newest snapshot, {newest.time}",
             "check the clock",
         )
-    return newest
 
 
 def _usable_base(store: Datastore, base: Snapshot | None) -> Snapshot | None:

@@ -1,0 +1,375 @@
+"""HTTP/2 on a connection after its upgrade: many requests at a time, with bounded memory.
+
+h2 keeps the protocol's state. What a client may make us keep is limited: bodies that are not answered yet by the
+credit that is given back for them, answers by the number that is made at a time, answers to control frames by their
+bytes, and unfinished streams by their number.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RequestReceived,
+    SettingsAcknowledged,
+    StreamEnded,
+    StreamReset,
+)
+from h2.exceptions import FlowControlError, NoSuchStreamError, ProtocolError, StreamClosedError
+from h2.settings import SettingCodes
+
+from core.buffers import Buffer
+from core.nursery import open_nursery
+from server.answers import Answer
+
+_LOG = logging.getLogger(__name__)
+WINDOW: Final = 32 << 20
+#: PBS announces 4 MiB; h2 in Python is slow with frames above this.
+RECEIVED_FRAME: Final = 256 << 10
+#: Bytes of a frame that is sent, as long as the client takes that.
+SENT_FRAME: Final = 1 << 20
+MAX_STREAMS: Final = 200
+#: Bytes of a request's path, query and headers; more gets a 431.
+MAX_HEADERS: Final = 16 << 10
+_MAX_HEADER_BLOCK: Final = 256 << 10
+#: Bytes of bodies for which credit is given back before their requests are answered, as long as one is being answered;
+#: and if none is, since all of them are still on their way.
+PARKED: Final = 64 << 20
+MAX_PARKED: Final = 256 << 20
+#: Answers with a body from the store that are held at a time.
+ANSWERS_AT_ONCE: Final = 12
+#: Streams that may be reset before their answer, and requests at work: with them it is no client but an attack.
+_MAX_RESETS: Final = 2000
+_MAX_AT_WORK: Final = 512
+_MAX_CONTROL: Final = 1 << 20
+_PIECE: Final = 256 << 10
+#: Seconds that the sender has for the last frame.
+_GOODBYE_S: Final = 0.2
+
+
+@dataclass(slots=True)
+class H2Request:
+    """One request, read whole."""
+
+    method: str
+    target: str  #: path and query
+    content_type: str | None
+    body: bytes
+    too_large: bool = False  #: the body was thrown away
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    number: int
+    method: str = ""
+    target: str = ""
+    content_type: str | None = None
+    limit: int = 0
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    credited: int = 0  #: bytes of `size` for which the client got credit
+    too_large: bool = False
+    refused: bool = False
+    ended: bool = False  #: the request is there whole
+    gone: bool = False  #: the client does not want the answer
+    outgoing: deque[memoryview] = field(default_factory=deque)
+    complete: bool = False  #: nothing will be added to `outgoing`
+    room: trio.Event = field(default_factory=trio.Event)  #: `outgoing` is empty
+
+
+Respond = Callable[[H2Request], Awaitable[Answer]]
+#: Method and target -> bytes that the body may have.
+Limit = Callable[[str, str], int]
+
+
+class Http2Server:
+    """One upgraded connection."""
+
+    def __init__(self, stream: trio.abc.Stream, respond: Respond, limit: Limit) -> None:
+        self._stream = stream
+        self._respond = respond
+        self._limit = limit
+        self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        self._h2.local_settings.update(
+            {
+                SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
+                SettingCodes.MAX_FRAME_SIZE: RECEIVED_FRAME,
+                SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+                SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADERS,
+            }
+        )
+        self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
+        self._streams: dict[int, _Stream] = {}
+        self._owed: deque[tuple[_Stream, int]] = deque()
+        self._credited = 0  #: bytes of all streams
+        self._at_work = 0
+        self._resets = 0
+        self._wake = trio.Event()
+        self._queue: deque[_Stream] = deque()  #: have something to send
+        self._slots = trio.Semaphore(ANSWERS_AT_ONCE)
+
+    async def serve(self, first: bytes) -> None:
+        """Speak until the client ends the connection or breaks the protocol; requests at work are cancelled then.
+
+        Args:
+            first: bytes that came with the request for the upgrade.
+        """
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(WINDOW - 65535)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._send)
+                await self._receive(nursery, first)
+                nursery.cancel_scope.cancel()
+
+    async def _receive(self, nursery: trio.Nursery, data: bytes) -> None:
+        while True:
+            try:
+                if data:
+                    for event in self._h2.receive_data(data):
+                        if not self._on(nursery, event):
+                            return None
+                self._settle()
+            except ProtocolError as error:
+                _LOG.debug("the client broke HTTP/2: %s", error)
+                return await self._say_goodbye()
+            self._wake.set()
+            if len(self._h2._data_to_send) > _MAX_CONTROL + SENT_FRAME + WINDOW // 8:
+                return None  # it asks for answers to control frames without reading them
+            data = bytes(await self._stream.receive_some(_PIECE))
+            if not data:
+                return None
+
+    def _on(self, nursery: trio.Nursery, event: Event) -> bool:
+        """Take note of an event; False if the connection is over."""
+        match event:
+            case RequestReceived():
+                return self._on_request(event)
+            case DataReceived():
+                self._on_data(event)
+            case StreamEnded():
+                stream = self._streams.get(event.stream_id or 0)
+                if stream is not None and not stream.ended:
+                    stream.ended = True
+                    self._at_work += 1
+                    if self._at_work > _MAX_AT_WORK:
+                        return False
+                    nursery.start_soon(self._answer, stream)
+            case StreamReset():
+                self._resets += 1
+                stream = self._streams.get(event.stream_id or 0)
+                if stream is not None:
+                    stream.gone = True
+                    stream.outgoing.clear()
+                    stream.room.set()
+                    if not stream.ended:
+                        self._forget(stream)
+                return self._resets <= _MAX_RESETS
+            case SettingsAcknowledged():
+                # What is above the announced limit gets a 431 from us instead of the end of the connection from h2.
+                self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
+            case ConnectionTerminated():
+                return False
+        return True
+
+    def _on_request(self, event: RequestReceived) -> bool:
+        stream = _Stream(event.stream_id or 0)
+        self._streams[stream.number] = stream
+        if len(self._streams) > _MAX_AT_WORK:
+            return False
+        total = 0
+        for name, value in event.headers or ():
+            key, text = _text(name), _text(value)
+            total += len(key) + len(text) + 32
+            if key == ":method":
+                stream.method = text
+            elif key == ":path":
+                stream.target = text
+            elif key == "content-type":
+                stream.content_type = text
+        stream.refused = total > MAX_HEADERS
+        stream.limit = 0 if stream.refused else self._limit(stream.method, stream.target)
+        return True
+
+    def _on_data(self, event: DataReceived) -> None:
+        stream = self._streams.get(event.stream_id or 0)
+        length = event.flow_controlled_length or 0
+        if stream is None:
+            self._h2.acknowledge_received_data(length, event.stream_id or 0)
+            return
+        data = event.data or b""
+        if stream.size + len(data) > stream.limit or stream.too_large or stream.gone:
+            stream.too_large = True
+            stream.parts.clear()
+            self._h2.acknowledge_received_data(length, stream.number)
+            return
+        stream.parts.append(data)
+        stream.size += len(data)
+        self._owed.append((stream, length))
+
+    def _settle(self) -> None:
+        """Give credit back for what came, as far as memory may be used."""
+        while self._owed:
+            limit = PARKED if self._at_work else MAX_PARKED
+            if self._credited >= limit:
+                if not self._at_work and not any(one.outgoing for one in self._streams.values()):
+                    raise ProtocolError("more bodies at a time than can be kept")
+                break
+            stream, length = self._owed.popleft()
+            if stream.number in self._streams:
+                stream.credited += length
+                self._credited += length
+            with suppress(StreamClosedError, NoSuchStreamError):
+                self._h2.acknowledge_received_data(length, stream.number)
+        self._wake.set()
+
+    def _forget(self, stream: _Stream) -> None:
+        if self._streams.pop(stream.number, None) is not None:
+            self._credited -= stream.credited
+            stream.parts.clear()
+
+    async def _answer(self, stream: _Stream) -> None:
+        try:
+            if stream.refused:
+                answer = Answer(431, None)
+            else:
+                # A read of the store for each of 200 streams at once would be gigabytes.
+                async with self._slots if stream.method == "GET" else _Nothing():
+                    body = b"".join(stream.parts)
+                    stream.parts.clear()
+                    request = H2Request(stream.method, stream.target, stream.content_type, body, stream.too_large)
+                    del body
+                    answer = await self._respond(request)
+                    del request
+                    await self._send_answer(stream, answer)
+                    return
+            await self._send_answer(stream, answer)
+        finally:
+            self._at_work -= 1
+            self._forget(stream)
+            self._settle_quietly()
+
+    def _settle_quietly(self) -> None:
+        with suppress(ProtocolError):  # the receiver finds out at the next frame
+            self._settle()
+
+    async def _send_answer(self, stream: _Stream, answer: Answer) -> None:
+        if stream.gone:
+            return
+        headers = [(":status", str(answer.status)), *answer.headers]
+        if answer.content_type is not None:
+            headers.append(("content-type", answer.content_type))
+        length = answer.length
+        if length is not None:
+            headers.append(("content-length", str(length)))
+        try:
+            self._h2.send_headers(stream.number, headers, end_stream=length == 0)
+        except (StreamClosedError, NoSuchStreamError, ProtocolError):
+            return
+        self._wake.set()
+        if length == 0:
+            return
+        for part in answer.parts:
+            await self._put(stream, part)
+        if answer.stream is not None:
+            async with aclosing(answer.stream) as pieces:
+                async for part in pieces:
+                    await self._put(stream, part)
+                    if stream.gone:
+                        return
+        stream.complete = True
+        self._queue.append(stream)
+        self._wake.set()
+        while not stream.gone and (stream.outgoing or stream.complete):
+            stream.room = trio.Event()
+            await stream.room.wait()
+
+    async def _put(self, stream: _Stream, part: Buffer) -> None:
+        view = memoryview(part).cast("B")
+        if stream.gone or not len(view):
+            return
+        stream.outgoing.append(view)
+        self._queue.append(stream)
+        self._wake.set()
+        while len(stream.outgoing) > 4 and not stream.gone:
+            stream.room = trio.Event()
+            await stream.room.wait()
+
+    async def _send(self) -> None:
+        while True:
+            self._wake = trio.Event()
+            while True:
+                self._fill()
+                data = self._h2.data_to_send()
+                if not data:
+                    break
+                await self._stream.send_all(data)
+            await self._wake.wait()
+
+    def _fill(self) -> None:
+        """Hand h2 one frame of the streams that have something to send, in turn."""
+        for _ in range(len(self._queue)):
+            stream = self._queue.popleft()
+            if stream.gone:
+                continue
+            try:
+                if not stream.outgoing:
+                    if stream.complete:
+                        stream.complete = False
+                        self._h2.end_stream(stream.number)
+                        stream.room.set()
+                        return
+                    continue
+                room = min(self._h2.local_flow_control_window(stream.number), self._h2.max_outbound_frame_size)
+                if room <= 0:
+                    self._queue.append(stream)
+                    continue
+                head = stream.outgoing[0]
+                piece = head[: min(room, SENT_FRAME)]
+                last = len(piece) == len(head)
+                final = last and len(stream.outgoing) == 1 and stream.complete
+                self._h2.send_data(stream.number, bytes(piece), end_stream=final)
+            except (StreamClosedError, NoSuchStreamError, FlowControlError, ProtocolError):
+                stream.gone = True
+                stream.outgoing.clear()
+                stream.room.set()
+                continue
+            if last:
+                stream.outgoing.popleft()
+            else:
+                stream.outgoing[0] = head[len(piece) :]
+            if final:
+                stream.complete = False
+            if not final and (stream.outgoing or stream.complete) and stream not in self._queue:
+                self._queue.append(stream)
+            stream.room.set()
+            return
+
+    async def _say_goodbye(self) -> None:
+        """Tell the client that it broke the protocol; the sender sends that."""
+        with suppress(ProtocolError):
+            self._h2.close_connection(ErrorCodes.PROTOCOL_ERROR)
+        self._wake.set()
+        await trio.sleep(_GOODBYE_S)
+
+
+class _Nothing:
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

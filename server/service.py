@@ -1,0 +1,284 @@
+"""The running server: sockets, TLS, connections, signals, and what systemd wants to know."""
+
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from core.errors import FleeceError, os_reason
+from core.nursery import open_nursery
+from core.tls import TlsStream
+from server.application import Application
+from server.certificate import Certificate
+from server.errors import ServerError
+from server.http1 import Http1Connection, redirect
+from server.state import ServerState
+
+_LOG = logging.getLogger(__name__)
+DEFAULT_PORT: Final = 8007
+#: Seconds for a TLS handshake, and for the head of a request in plain text.
+HANDSHAKE_S: Final = 10.0
+#: Connections at a time; further ones wait in the queue of the system.
+MAX_CONNECTIONS: Final = 512
+_BACKLOG: Final = 128
+_KEEPALIVE_S: Final = 120
+#: Seconds that sessions may go on after SIGTERM.
+DRAIN_S: Final = 900.0
+#: First byte of a TLS handshake.
+_TLS: Final = 0x16
+_SOCKETS_START: Final = 3
+
+
+@dataclass(slots=True)
+class Settings:
+    """How the server runs."""
+
+    certificate: Certificate
+    drain_s: float = DRAIN_S
+    say: Callable[[str], None] = field(default=_LOG.info)  #: told what a person should know
+
+
+class Service:
+    """Answers on the listening sockets until it is told to end."""
+
+    def __init__(self, state: ServerState, settings: Settings) -> None:
+        self._state = state
+        self._settings = settings
+        self._application: Final = Application(state)
+        self._closing: Final = trio.Event()
+        self._slots: Final = trio.Semaphore(MAX_CONNECTIONS)
+        self._connections = 0
+        self._idle = trio.Event()
+        self.ended: Final = trio.Event()  #: `run` is over
+
+    async def run(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        *,
+        task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `close` was called and the connections have ended, or the time for that is over."""
+        try:
+            await self._run(listeners, task_status)
+        finally:
+            self.ended.set()
+
+    async def _run(self, listeners: Sequence[trio.SocketListener], task_status: "trio.TaskStatus[None]") -> None:
+        async with self._state.running(), open_nursery() as nursery:
+            async with open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, nursery)
+                task_status.started()
+                await self._closing.wait()
+                accepting.cancel_scope.cancel()
+            for listener in listeners:
+                await listener.aclose()
+            with trio.move_on_after(self._settings.drain_s):
+                await self._drained()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Take no further connections and let those at work end."""
+        self._closing.set()
+
+    async def _drained(self) -> None:
+        while self._connections or self._state.tasks.busy:
+            with trio.move_on_after(0.2):
+                await self._idle.wait()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            await self._slots.acquire()
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                self._slots.release()
+                _LOG.warning("a connection could not be accepted: %s", os_reason(error))
+                await trio.sleep(0.1)
+            except BaseException:
+                self._slots.release()
+                raise
+            else:
+                nursery.start_soon(self._guarded, stream)
+
+    async def _guarded(self, stream: trio.SocketStream) -> None:
+        self._connections += 1
+        try:
+            await self._connection(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ssl.SSLError) as error:
+            _LOG.debug("connection lost: %s", error)
+        except Exception:
+            # One connection must not end the others.
+            _LOG.exception("a connection failed unexpectedly")
+        finally:
+            self._connections -= 1
+            self._idle.set()
+            self._idle = trio.Event()
+            self._slots.release()
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        with suppress(OSError):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+        with trio.move_on_after(HANDSHAKE_S) as scope:
+            first = await stream.socket.recv(1, socket.MSG_PEEK)
+            if first and first[0] != _TLS:
+                return await self._redirect(stream)
+            tls = TlsStream(stream, self._settings.certificate.context, None)
+            await tls.do_handshake()
+        if scope.cancelled_caught or not first:
+            return None
+        connection = Http1Connection(tls, _peer(stream), self._application.handle, self._closing)
+        await connection.serve()
+        return None
+
+    async def _redirect(self, stream: trio.SocketStream) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) < 8192:
+            more = await stream.receive_some(8192)
+            if not more:
+                return
+            head += more
+        await stream.send_all(redirect(head))
+        with suppress(trio.BrokenResourceError):
+            await stream.send_eof()
+
+
+def _peer(stream: trio.SocketStream) -> str:
+    try:
+        return str(stream.socket.getpeername()[0])
+    except (OSError, IndexError, TypeError):
+        return "unknown"
+
+
+async def listen(address: str, port: int) -> list[trio.SocketListener]:
+    """Listening sockets at an address (empty: all, IPv6 and IPv4 in one).
+
+    Raises:
+        ServerError: it cannot be listened at.
+    """
+    try:
+        if address in ("", "::"):
+            try:
+                return [trio.SocketListener(await _bound(socket.AF_INET6, "::", port, dual=True))]
+            except OSError:
+                if address:
+                    raise
+                address = "0.0.0.0"
+        found = await trio.socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, where = found[0]
+        return [trio.SocketListener(await _bound(family, str(where[0]), port, dual=False))]
+    except OSError as error:
+        hint = "another server may use the port" if isinstance(error, OSError) and error.errno == 98 else ""
+        raise ServerError("listen at", f"{address or '*'}:{port}", os_reason(error), hint) from error
+
+
+async def _bound(family: int, address: str, port: int, *, dual: bool) -> trio.socket.SocketType:
+    listening = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
+        await listening.bind((address, port))
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def systemd_listeners() -> list[trio.SocketListener]:
+    """The sockets that systemd hands over; none if there are none."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    text = os.environ.get("LISTEN_FDS", "0")
+    count = int(text) if text.isdigit() else 0
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    listeners = []
+    for descriptor in range(_SOCKETS_START, _SOCKETS_START + count):
+        os.set_inheritable(descriptor, False)
+        listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor))))
+    return listeners
+
+
+def notify(message: str) -> None:
+    """Tell systemd something, if it wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path.startswith(("/", "@")):
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.connect("\0" + path[1:] if path.startswith("@") else path)
+        sender.sendall(message.encode())
+
+
+@asynccontextmanager
+async def watchdog() -> AsyncIterator[None]:
+    """Tell systemd while the block runs that the event loop goes on."""
+    text = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    async with open_nursery() as nursery:
+        if text.isdigit() and int(text) and pid == str(os.getpid()):
+
+            async def beat() -> None:
+                while True:
+                    notify("WATCHDOG=1")
+                    await trio.sleep(int(text) / 2_000_000)
+
+            nursery.start_soon(beat)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def run_until_signal(
+    service: Service,
+    listeners: Sequence[trio.SocketListener],
+    settings: Settings,
+    ready: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, which let sessions end (a second one does not); SIGHUP reads certificates anew."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with open_nursery() as nursery, watchdog():
+            await nursery.start(service.run, listeners)
+            if ready is not None:
+                await ready()
+            notify("READY=1")
+
+            async def watch() -> None:
+                asked = False
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        notify("RELOADING=1")
+                        try:
+                            settings.certificate.reload()
+                            settings.say("the certificate was read again")
+                        except FleeceError as error:
+                            settings.say(f"the old certificate stays in use: {error}")
+                        notify("READY=1")
+                    elif asked:
+                        nursery.cancel_scope.cancel()
+                    else:
+                        asked = True
+                        notify("STOPPING=1")
+                        settings.say("ending: no new connections; sessions may go on")
+                        service.close()
+
+            watching = trio.CancelScope()
+
+            async def watched() -> None:
+                with watching:
+                    await watch()
+
+            nursery.start_soon(watched)
+            await service.ended.wait()
+            watching.cancel()
