@@ -8,7 +8,7 @@ from agent.invocation import Invocation, command
 from core.errors import UsageError
 
 if TYPE_CHECKING:
-    from agent.remotes import RemoteSpec
+    from agent.remote_spec import RemoteSpec
     from core.progress import Progress
 
 

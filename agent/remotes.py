@@ -7,12 +7,12 @@ ALL_PROXY.
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from agent.fingerprints import FingerprintFile
+from agent.remote_spec import RemoteSpec
 from agent.tickets import TicketFile
 from core.dial import Confirm, Proxy, TlsPin, parse_fingerprint
 from core.errors import FleeceError, UsageError
@@ -30,14 +30,6 @@ PASSWORD_VARIABLE: Final = "PBS_PASSWORD"
 FINGERPRINT_VARIABLE: Final = "PBS_FINGERPRINT"
 #: Bytes of a password.
 _MAX_PASSWORD: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteSpec:
-    """A datastore on a server, and what the configuration says of it."""
-
-    address: RemoteAddress
-    section: "RepositorySection | None" = None
 
 
 def fingerprints() -> FingerprintFile:

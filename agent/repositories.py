@@ -12,7 +12,7 @@ from core.errors import NotFoundError, UsageError
 from repository.interface import Repository
 
 if TYPE_CHECKING:
-    from agent.remotes import RemoteSpec
+    from agent.remote_spec import RemoteSpec
     from agent.s3_use import S3Use
 
 
@@ -63,7 +63,7 @@ def remote_spec(spec: str, config: Config, registry: Registry) -> "RemoteSpec | 
     Raises:
         UsageError: it has the form of one, but names no user, host or datastore.
     """
-    from agent.remotes import RemoteSpec
+    from agent.remote_spec import RemoteSpec
     from repository.remote.address import RemoteAddress, is_remote
 
     if "/" in spec:
