@@ -7,7 +7,7 @@ asks first whether the marker still is its own.
 import json
 import platform
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -69,6 +69,20 @@ class InUse:
         found = await self._client.get(self._keys.in_use, limit=_LIMIT)
         return None if found is None else InUseMarker.parse(bytes(found.data))
 
+    async def put_back(self, marker: InUseMarker | None) -> None:
+        """Make the marker what `read` gave.
+
+        Raises:
+            S3Error: as `S3Client.put`.
+        """
+        if marker is None:
+            await self.give_back()
+            return
+        document: dict[str, object] = {"hostname": marker.hostname}
+        if marker.instance is not None:
+            document["fleece"] = {"instance": marker.instance, "since": marker.since}
+        await self._write(document)
+
     async def take(self) -> None:
         """Make the marker ours.
 
@@ -77,6 +91,9 @@ class InUse:
         """
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         document = {"hostname": platform.node(), "fleece": {"instance": await self._instance(), "since": since}}
+        await self._write(document)
+
+    async def _write(self, document: Mapping[str, object]) -> None:
         await self._client.put(self._keys.in_use, [json.dumps(document, separators=(",", ":")).encode()])
 
     async def give_back(self) -> None:

@@ -78,8 +78,8 @@ async def create_store(
         async with opened(settings, counters=counters, policy=policy) as store:
             state = CacheState(settings.name, settings.bucket, settings.endpoint.id, complete=not reuse)
             await in_io_thread(state.write, base, store.owner)
-            await store.s3.in_use.take()
             try:
+                await store.s3.in_use.take()
                 codec = ChunkCodec()
                 zero = await in_cpu_thread(lambda: codec.encode(bytes(_ZERO_SIZE)))
                 digest = await in_cpu_thread(codec.zero_digest, _ZERO_SIZE)
@@ -89,9 +89,8 @@ async def create_store(
                     # Put-if-absent sends a whole chunk before it is told that there is one (R24).
                     await reconcile(store, progress)
             except BaseException:
-                if marker is None:
-                    with trio.move_on_after(10, shield=True), suppress(FleeceError):
-                        await store.s3.in_use.give_back()
+                with trio.move_on_after(10, shield=True), suppress(FleeceError):
+                    await store.s3.in_use.put_back(marker)
                 raise
     except BaseException:
         with trio.CancelScope(shield=True):

@@ -49,6 +49,7 @@ class S3MetaStore:
         self._client, self._keys, self._base, self._in_use = client, keys, base, in_use
         self._local = LocalMetaStore(base, owner, sync_level)
         self._pending = PendingDeletes(base, owner)
+        self._replaying = trio.Lock()
 
     async def put(self, path: str, data: Sequence[Buffer], *, replace: bool, sync: bool = False) -> None:
         """See `MetaStore.put`."""
@@ -143,17 +144,19 @@ class S3MetaStore:
             S3Error: as `delete_objects`.
             StoreError: the note cannot be read or written.
         """
-        done = []
-        for prefix in await in_io_thread(self._pending.prefixes):
-            path = prefix.removeprefix(self._keys.metadata).rstrip("/")
-            if not prefix.startswith(self._keys.metadata) or not _is_stored(path):
-                done.append(prefix)  # nothing of ours
-                continue
-            if not await in_io_thread(os.path.lexists, self._base / path):
-                await self.delete_objects(prefix)
-            done.append(prefix)
-        if done:
-            await in_io_thread(self._pending.remove, done)
+        # One at a time: a backup that begins where notes are waits until what was there has gone.
+        async with self._replaying:
+            done = []
+            for prefix in await in_io_thread(self._pending.prefixes):
+                path = prefix.removeprefix(self._keys.metadata).rstrip("/")
+                if not prefix.startswith(self._keys.metadata) or not _is_stored(path):
+                    done.append(prefix)  # nothing of ours
+                    continue
+                if not await in_io_thread(os.path.lexists, self._base / path):
+                    await self.delete_objects(prefix)
+                done.append(prefix)
+            if done:
+                await in_io_thread(self._pending.remove, done)
 
     async def make_folders(self, path: str) -> list[Path]:
         """See `MetaStore.make_folders`. What an earlier backup left in a folder's place goes first."""
