@@ -9,7 +9,8 @@
     config.py          fleece.toml, its schema; toml_lines.py: on which line a key stands
     registry.py        the datastores that commands made; repositories.py: what `--repo` means
     s3_endpoints.py    S3 endpoints, their secrets in secrets.py; state_files.py: TOML files that commands write
-    s3_use.py          buckets opened, keys watched, costs counted; s3_budget.py: limits; bucket_stores.py: their datastores
+    s3_use.py          buckets opened, keys watched, costs counted; s3_budget.py: limits
+    bucket_stores.py   datastores in buckets, as the commands for datastores see them
     pbs_import.py      a PBS host's configuration made known here; pbs_config.py reads it
     specifications.py  `NAME.img:SOURCE`
     documents.py       snapshots and tables as people and programs read them

@@ -3,6 +3,9 @@
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from agent.places import datastores_file
 from agent.registry import Registry, S3Place
 from datastore.files import Owner
 from datastore.s3.state import CacheState
+from tests.support.rgw import RunningRgw
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_service import ACCESS_KEY, BUCKET, REGION, SECRET
 from tests.support.stores import StorePool
@@ -464,3 +468,54 @@ def test_a_job_records_what_it_cost(fleece: Fleece, cloud: str, disk: Path, tmp_
     assert "S3 endpoint emu: 3 GET, 1 PUT" in log
     assert fleece("job", "history", "check").document[0]["result"]["s3"]["endpoint"] == "emu"
     fleece("job", "run", "clean", as_json=False)
+
+
+@pytest.mark.rgw
+def test_a_user_works_with_a_real_gateway(
+    fleece: Fleece, rgw: RunningRgw, tmpfs: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, bucket = rgw.endpoint(), rgw.make_bucket()
+    monkeypatch.setenv("FLEECE_S3_SECRET", where.secret)
+    fleece(
+        "s3", "endpoint", "add", "gate", "--endpoint", where.endpoint, "--port", str(where.port), "--path-style",
+        "--allow-http", "--region", where.region, "--access-key", where.access_key,
+    )  # fmt: skip
+    assert fleece("s3", "endpoint", "check", "gate", "--bucket", bucket).document["usable"] is True
+    place = ["--s3", "gate", "--bucket", bucket, "--cache", tmpfs / "cache"]
+    fleece("datastore", "create", "cloud", *place)
+    snapshot = fleece("backup", f"disk.img:{disk}", "--backup-id", "web", "--repo", "cloud").document["snapshot"]
+    assert fleece("verify", "--repo", "cloud").document[0]["state"] == "ok"
+    fleece("datastore", "remove", "cloud")
+    place[-1] = tmpfs / "second"
+    fleece("datastore", "create", "cloud", *place, "--reuse")
+    fleece("restore", snapshot, "disk.img", tmp_path / "out.raw", "--repo", "cloud")
+    assert (tmp_path / "out.raw").read_bytes() == disk.read_bytes()
+    fleece("protect", snapshot, "--repo", "cloud")
+    fleece("unprotect", snapshot, "--repo", "cloud")
+    assert fleece("gc", "--repo", "cloud").document["removed-chunks"] == 0
+    assert fleece("s3", "reconcile", "cloud", "--metadata").document["lost"] == []
+    monkeypatch.setenv("FLEECE_S3_SECRET", "wrong")
+    fleece("s3", "endpoint", "update", "gate", "--secret")
+    assert "SignatureDoesNotMatch" in fleece("forget", snapshot, "--repo", "cloud", code=1).error["why"]
+    monkeypatch.setenv("FLEECE_S3_SECRET", where.secret)
+    fleece("s3", "endpoint", "update", "gate", "--secret")
+    fleece("forget", snapshot, "--repo", "cloud")
+    fleece("datastore", "remove", "cloud", "--destroy-data")
+
+
+def test_a_backup_that_is_killed_lists_nothing_and_the_next_one_is_whole(
+    fleece: Fleece, cloud: str, disk: Path, s3_emulator: S3Emulator
+) -> None:
+    s3_emulator.latency_s = 0.5
+    command = [sys.executable, "-m", "agent.main", "backup", f"disk.img:{disk}", "--backup-id", "web", "--repo", cloud]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(s3_emulator.requests("PUT")) < 2 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    s3_emulator.latency_s = 0.0
+    assert fleece("list", "--repo", cloud).document == []
+    fleece("backup", f"disk.img:{disk}", "--backup-id", "web", "--repo", cloud)
+    assert [one["state"] for one in fleece("verify", "--repo", cloud).document] == ["ok"]
+    assert len(fleece("list", "--unfinished", "--repo", cloud).document) == 1
