@@ -26,7 +26,10 @@ from agent import (
     cli_prune,
     cli_restore,
     cli_s3,
+    cli_serve,
     cli_snapshots,
+    cli_task,
+    cli_users,
     cli_verify,
     cli_vm,
 )
@@ -81,6 +84,9 @@ def build() -> typer.Typer:
     cli_mount.add_to(application)
     cli_datastore.add_to(application)
     cli_s3.add_to(application)
+    cli_serve.add_to(application)
+    cli_users.add_to(application)
+    cli_task.add_to(application)
     cli_key.add_to(application)
     cli_login.add_to(application)
     cli_job.add_to(application)

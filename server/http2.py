@@ -26,7 +26,7 @@ from h2.events import (
     StreamReset,
 )
 from h2.exceptions import FlowControlError, NoSuchStreamError, ProtocolError, StreamClosedError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 from core.buffers import Buffer
 from core.nursery import open_nursery
@@ -100,14 +100,17 @@ class Http2Server:
         self._respond = respond
         self._limit = limit
         self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
-        self._h2.local_settings.update(
-            {
+        # Not by `update`: that would only be sent later, and hold from then on.
+        self._h2.local_settings = Settings(
+            client=False,
+            initial_values={
                 SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
                 SettingCodes.MAX_FRAME_SIZE: RECEIVED_FRAME,
                 SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
                 SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADERS,
-            }
+            },
         )
+        self._h2.max_inbound_frame_size = RECEIVED_FRAME
         self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
         self._streams: dict[int, _Stream] = {}
         self._owed: deque[tuple[_Stream, int]] = deque()

@@ -135,7 +135,7 @@ class Task(Progress):
         self.upid: Final = upid
         self.scope: Final = trio.CancelScope()
         self.stopped = False  #: somebody asked for its end
-        self.ended: Final = trio.Event()
+        self.over: Final = trio.Event()
         self._written = 0
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Lines are short and go to the page cache: a thread for each would cost more than they do.
@@ -274,7 +274,7 @@ class Tasks:
         task.log("TASK OK" if status == OK else f"TASK {status}" if status.startswith("WARNINGS: ") else
                  f"TASK ERROR: {status}")  # fmt: skip
         task.close()
-        task.ended.set()
+        task.over.set()
         self._running.pop(text, None)
         end = int(time.time())
         self._known[text] = TaskInfo(task.upid, end, status)

@@ -188,9 +188,9 @@ async def change_acl(call: Call) -> None:
     if call["auth-id"] is None:
         raise ApiError("missing 'userid' or 'group' parameter.")
     target = AuthId.parse(call["auth-id"])
-    if not state.privileges(caller, ("access", "acl")) & Privilege.PERMISSIONS_MODIFY:
-        if target.token is None or caller.token is not None or target.user != caller.user:
-            raise ApiError("Unprivileged users can only set ACL items for API tokens.")
+    own_token = target.token is not None and caller.token is None and target.user == caller.user
+    if not own_token and not state.privileges(caller, ("access", "acl")) & Privilege.PERMISSIONS_MODIFY:
+        raise ApiError("Unprivileged users can only set ACL items for API tokens.")
     if not call["delete"] and state.access.account(target) is None:
         raise ApiError(f"no such {'user' if target.token is None else 'API token'}.")
     entry = AclEntry(call["path"], str(target), call["role"], call["propagate"])

@@ -208,7 +208,7 @@ def _info(info: SnapshotInfo) -> dict[str, Any]:
     return entry
 
 
-async def remove_snapshot(call: Call) -> object:
+async def remove_snapshot(call: Call) -> None:
     """`DELETE /admin/datastore/{store}/snapshots`."""
     wanted = snapshot(call.values)
     repository, _ = await opened(call, full=_P.DATASTORE_MODIFY, own=_P.DATASTORE_PRUNE, checked=wanted.group)

@@ -188,7 +188,7 @@ async def collect(call: Call) -> object:
     with trio.move_on_after(_GC_WAIT_S) as waited:
         for info in running:
             if (task := call.state.tasks.get(str(info.upid))) is not None:
-                await task.ended.wait()
+                await task.over.wait()
     if waited.cancelled_caught:
         raise ApiError(f"unable to start garbage collection job on datastore {call['store']} - timeout")
 
