@@ -20,9 +20,17 @@ CORPUS = Path(__file__).parents[1] / "data/fuzz"
 #: Numbers that are wrong in most places.
 NUMBERS = [0, 1, 15, 16, 17, 24, 40, 4097, 1 << 20, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 
+PATTERNS = [
+    b"*.o\n!keep.o\n/cache/\n\0dir/a.o\0keep.o\0a/cache\0a/cache/x",
+    b"a[!b-d]?*/**/z\n[[:alpha:]]*\n[^]x]\n\\*\n\0ab1/c/d/z\0abc\0]\0*",
+    b"# text\n\n \t/a/b*c[[:digit:][:upper:]]\\[\n**\n\0a/b/c1[\0a/bxcX[",
+]
+
 
 def seeds(target: str) -> list[bytes]:
     """Valid inputs to begin with."""
+    if target == "patterns":
+        return list(PATTERNS)
     trees = [every_kind(), example()]
     if target != "metadata":
         return [joined(*archived(tree, split=split)) for tree in trees for split in (False, True)]

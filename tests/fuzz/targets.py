@@ -10,7 +10,9 @@ from core.errors import FormatError
 from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink, Node
 from pxar.decoder import ArchiveDecoder, Entry
 from pxar.format import HEADER, HEADER_SIZE, Kind, Short
+from pxar.listing import Listing, Row, row_of
 from pxar.metadata import Metadata, encode_metadata, metadata_end, parse_metadata
+from pxar.patterns import MatchList, MatchPattern, _Places, _Reader, parse_exclude_file
 from tests.pxar.archives import MemoryBytes, MemoryReader
 
 
@@ -84,7 +86,69 @@ def metadata(data: bytes) -> None:
     assert len(found.xattrs) <= len(kinds)
 
 
-TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"accessor": accessor, "decoder": decoder, "metadata": metadata}
+class _Windows:
+    """Pieces of odd places and sizes."""
+
+    def __init__(self, stream: MemoryBytes, size: int) -> None:
+        self._stream, self._size = stream, size
+
+    def window(self, offset: int) -> tuple[bytes, int, int]:
+        start = offset // self._size * self._size
+        end = min(start + self._size, self._stream.size)
+        if not start <= offset < end:
+            raise FormatError("read", "stream", "its end was reached")
+        return bytes(self._stream.read(start, end - start)), start, end
+
+
+def listing(data: bytes) -> None:
+    """Every folder is listed as a mount does it, which says the same as reading its entries one by one."""
+    archive, payload = (MemoryBytes(stream) for stream in _streams(data))
+    reader = ArchiveAccessor(archive, payload)
+    pending, nodes = [reader.root], 0
+    while pending:
+        directory = pending.pop()
+        listed = Listing(directory, _Windows(archive, 61 + nodes % 900))
+        expected = sorted(directory.children(), key=lambda node: node.position)
+        found: list[tuple[bytes, Row]] = []
+        behind = 0
+        while len(found) < len(listed):
+            more, behind = listed.rows(len(found), 3, behind, lambda _link, _target: None)
+            assert more
+            found += more
+        assert found == [(node.name, row_of(node)) for node in expected]
+        nodes += len(found)
+        assert nodes * HEADER_SIZE <= archive.size
+        pending += [node for node in expected if isinstance(node, Directory)]
+
+
+def patterns(data: bytes) -> None:
+    """Patterns, and behind a NUL each the paths that are matched: by regular expression and step by step."""
+    text, *paths = data.split(b"\0")
+    found, faults = parse_exclude_file(text, b"/a")
+    matches = MatchList(found)
+    for path in paths[:8]:
+        path = b"/" + path[:120]
+        decided = None
+        for pattern in found:
+            anchored = pattern.text.startswith(b"/")
+            tokens = [frozenset({byte}) for byte in (b"/a" if anchored else b"")] + _Reader(pattern.text).tokens()
+            matched = pattern.matches(path, is_dir=True)
+            # A lone `!` looks as if a slash had been written.
+            assert pattern.text == b"/" or matched == bool(_Places(tokens).match(path))
+            decided = not pattern.inverted if matched else decided
+        assert matches.decide(path, is_dir=True) == decided
+        assert all(MatchPattern.parse(one.line()[:-1]).text == one.text for one in found)
+    if faults:
+        raise FormatError("use", "patterns", faults[0].partition(": ")[2])
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    "accessor": accessor,
+    "decoder": decoder,
+    "listing": listing,
+    "metadata": metadata,
+    "patterns": patterns,
+}
 
 
 def outcome(target: str, data: bytes) -> str:

@@ -11,7 +11,7 @@ from tests.fuzz.targets import TARGETS, outcome
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_the_inputs_of_the_corpus_end_in_many_ways(target: str) -> None:
     outcomes = {outcome(target, path.read_bytes()) for path in (CORPUS / target).iterdir()}
-    assert len(outcomes) >= (7 if target == "metadata" else 20)
+    assert len(outcomes) >= {"metadata": 7, "patterns": 3}.get(target, 20)
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
@@ -19,5 +19,5 @@ def test_what_is_near_the_corpus_is_accepted_or_refused(target: str) -> None:
     random = Random(target)
     inputs = seeds(target) + [path.read_bytes() for path in sorted((CORPUS / target).iterdir())]
     assert {outcome(target, data) for data in seeds(target)} == {"accepted"}
-    for _ in range(1000):
+    for _ in range(300 if target == "patterns" else 1000):
         outcome(target, changed(random.choice(inputs), inputs, random))
