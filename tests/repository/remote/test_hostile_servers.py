@@ -132,7 +132,8 @@ def test_what_only_people_see_is_left_out_when_it_makes_no_sense() -> None:
     assert (info.owner, info.comment, info.verification, info.fingerprint) == (None, "", None, None)
     assert [(file.filename, file.crypt_mode) for file in info.files] == [("a.blob", None)]
     for parse in (lambda data: parse_namespaces(data, "x"), lambda data: parse_groups(data, GROUP.ns, "x")):
-        for data in (None, {}, [{"ns": "a//b"}], [{"ns": "../a"}], [{"backup-type": "vm", "backup-id": "/"}]):
+        wrong: list[Any] = [None, {}, [{"ns": "a//b"}], [{"ns": "../a"}], [{"backup-type": "vm", "backup-id": "/"}]]
+        for data in wrong:
             with pytest.raises(RemoteAnswerError):
                 parse(data)
 
