@@ -28,6 +28,7 @@ from datastore.s3.errors import S3BackendError, S3BudgetError, S3UnavailableErro
 from repository.buffers import Lease, batch_size, shared_pool
 from repository.interface import BlockingReads, Reader
 from repository.locate import Archive
+from repository.remote.errors import RemoteUnavailableError
 
 #: Chunks on their way at most. A buffer has 4 MiB, and until it is decoded there is the blob beside it.
 MAX_CHUNKS: Final = 40
@@ -286,7 +287,7 @@ async def _read_blobs(reader: Reader, digests: Sequence[bytes]) -> list[Blob | F
     except FleeceError as error:
         if len(digests) == 1:
             return [error]
-        if isinstance(error, S3BackendError | S3BudgetError | S3UnavailableError):
+        if isinstance(error, S3BackendError | S3BudgetError | S3UnavailableError | RemoteUnavailableError):
             return [error] * len(digests)  # it was tried for long enough, and no chunk is at fault
     # One of them is bad; which one tells only asking for each.
     blobs: list[Blob | FleeceError] = []
