@@ -8,10 +8,11 @@ import pytest
 from core.errors import FleeceError, UsageError
 from core.progress import Progress
 from datastore.names import Group
-from datastore.s3.counters import Counters, Work
+from datastore.s3.counters import Counters, Method, Work
 from repository.local import LocalRepository
 from repository.verify import verify
 from repository.verify_modes import Mode, VerifyMode, sample, verify_by
+from tests.support.rgw import RunningRgw
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS
 from tests.support.s3_stores import s3_store
@@ -118,6 +119,27 @@ async def test_a_listing_costs_one_request_and_finds_what_is_gone_or_too_short(
         assert verification is not None
         assert verification["state"] == "failed"
         assert (await repo.snapshot(other)).verification is None
+
+
+@pytest.mark.rgw
+async def test_a_listing_of_a_real_gateway(store_folder: Path, rgw: RunningRgw) -> None:
+    counters = Counters()
+    async with s3_store(store_folder, rgw.endpoint(), rgw.make_bucket(), counters=counters) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE})
+        (result,) = await verify_by(LISTING, repo, [snapshot], CODEC)
+        assert result.errors == []
+        assert counters.totals(Work.VERIFY).requests == {Method.LIST: 1}
+        await store.client.delete(store.keys.chunk(DIGESTS[0]))
+        await store.client.put(store.keys.chunk(DIGESTS[1]), [b"nonsense, but of some length"])
+        await store.client.delete(store.keys.chunk(DIGESTS[2]))
+        await store.s3.chunks.cache.drop(DIGESTS[2])
+        (result,) = await verify_by(LISTING, repo, [snapshot], CODEC)
+        assert len(result.errors) == 1
+        assert result.errors[0].startswith("1 chunks: it is not in the bucket")
+        await write_snapshot(repo, GROUP, 2000, {"disk.img.fidx": IMAGE})
+        (result,) = await verify(repo, [GROUP.at(2000)], CODEC)
+        assert result.errors == []
 
 
 async def test_a_listing_without_recording_changes_nothing(store_folder: Path, s3_emulator: S3Emulator) -> None:
