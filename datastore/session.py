@@ -235,6 +235,14 @@ class LocalBackupSession:
         csum.update(blob.payload)
         self._files[name] = _StoredFile(len(blob), csum.digest())
 
+    async def put_log(self, blob: Blob | Buffer) -> None:
+        """See `repository.sync.interface.LogSession.put_log`."""
+        await self.put_blob(CLIENT_LOG_NAME, blob, for_client=True)
+
+    async def missing_chunks(self, index: ArchiveIndex) -> list[bytes]:
+        """See `repository.sync.interface.TestedBase.missing_chunks`."""
+        return await self.store.chunks.missing(index.digests)
+
     async def finish(self) -> None:
         """See `BackupSession.finish`."""
         where = str(self.snapshot)

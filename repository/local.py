@@ -20,6 +20,7 @@ from datastore.manifest import Manifest
 from datastore.names import ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, PruneResult, prune_group
 from datastore.reader import LocalReader, open_reader
+from datastore.resync import LocalResyncSession, open_resync, replace_manifest
 from datastore.session import LocalBackupSession, open_session
 from datastore.store import Datastore, SnapshotEntry
 from datastore.upid import Upid
@@ -199,6 +200,16 @@ class LocalRepository:
         """See `Repository.reader`."""
         async with open_reader(self.store, snapshot) as reader:
             yield reader
+
+    async def replace_manifest(self, snapshot: Snapshot, manifest: Manifest) -> None:
+        """See `repository.sync.interface.ResyncTarget.replace_manifest`."""
+        await replace_manifest(self.store, snapshot, manifest)
+
+    @asynccontextmanager
+    async def resync(self, snapshot: Snapshot) -> AsyncIterator[LocalResyncSession]:
+        """See `repository.sync.interface.ResyncTarget.resync`."""
+        async with open_resync(self.store, snapshot, lock_wait_s=self._lock_wait_s) as session:
+            yield session
 
     def close(self) -> None:
         """Close the datastore."""

@@ -52,6 +52,11 @@ class RemoteRepository:
         """See `Repository.name`."""
         return self._name
 
+    @property
+    def auth_id(self) -> str:
+        """Who is logged in: new groups belong to them."""
+        return self.server.address.auth_id
+
     async def identity(self) -> str:
         """See `Repository.identity`: host, port and datastore, since servers tell no UUID."""
         address = self.server.address

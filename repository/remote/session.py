@@ -248,6 +248,17 @@ class RemoteBackupSession:
         csum.update(blob.payload)
         self._files[name] = _StoredFile(len(blob), csum.digest())
 
+    async def put_log(self, blob: Blob | Buffer) -> None:
+        """See `repository.sync.interface.LogSession.put_log`."""
+        where = f"{self.snapshot}/{CLIENT_LOG_NAME}"
+        if self.finished or self._aborted:
+            raise UsageError("write to", self._where, "the session is over")
+        parsed = blob if isinstance(blob, Blob) else Blob.parse(blob, where=where)
+        if len(parsed) > MAX_ENCODED_CHUNK:
+            raise UsageError("store the log", where, f"{len(parsed)} bytes; at most {MAX_ENCODED_CHUNK} are possible")
+        parsed.check(where=where)
+        await self._send_blob(CLIENT_LOG_NAME, parsed)
+
     async def _send_blob(self, name: str, blob: Blob) -> None:
         parameters: dict[str, Any] = {"file-name": name, "encoded-size": len(blob)}
         body, where = (blob.header, blob.payload), f"{self.snapshot}/{name}"
