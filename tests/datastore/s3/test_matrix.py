@@ -10,7 +10,7 @@ from core.progress import Progress
 from datastore.errors import StoreError
 from datastore.gc import collect_garbage
 from datastore.names import Group
-from datastore.s3.errors import S3BackendError, S3UnavailableError
+from datastore.s3.errors import S3BackendError, S3ObjectError, S3UnavailableError
 from datastore.s3.link import RetryPolicy
 from datastore.s3.pending import NOTE_NAME
 from repository.local import LocalRepository
@@ -192,3 +192,48 @@ async def test_an_endpoint_that_is_away_fails_a_backup_once(store_folder: Path, 
         with trio.fail_after(10), pytest.raises(S3UnavailableError, match="emulator:bucket"):
             await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": os.urandom(20 * CHUNK)})
         assert [info.snapshot for info in await repo.snapshots(unfinished=True)] == [GROUP.at(500)]
+
+
+async def test_a_full_quota_fails_backups_by_name_and_space_can_be_made(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        await store.s3.in_use.take()
+        old = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE})
+        kept = await write_snapshot(repo, GROUP, 1500, {"a.conf.blob": b"x"})
+        await collect_garbage(store)  # stores the chunk that every store has
+        s3_emulator.plan("PUT", "answer", status=403, code="QuotaExceeded", times=ALWAYS)
+        with pytest.raises(S3BackendError, match="QuotaExceeded"):
+            await write_snapshot(repo, GROUP, 2000, {"disk.img.fidx": os.urandom(CHUNK)})
+        assert [info.snapshot for info in await repo.snapshots(unfinished=True)] == [old, kept]
+        await repo.forget(old)
+        for path in (store_folder / ".chunks").glob("*/" + 64 * "?"):
+            os.utime(path, (1, 1))
+        for stored in s3_emulator.bucket.objects.values():
+            stored.last_modified -= 5 * 86_400
+        report = await collect_garbage(store, allow_empty=True)
+        assert report.status.removed_chunks == len(IMAGE) // CHUNK
+
+
+async def test_archive_tiers_are_warned_of_by_all_that_list(store_folder: Path, s3_emulator: S3Emulator) -> None:
+    from repository.verify_modes import VerifyMode, verify_by
+
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE})
+        digest = CODEC.digest(IMAGE[:CHUNK])
+        s3_emulator.bucket.objects[store.keys.chunk(digest)].storage_class = "GLACIER"
+        for work in (
+            lambda progress: collect_garbage(store, progress=progress),
+            lambda progress: verify_by(VerifyMode.parse("listing"), repo, [snapshot], CODEC, progress),
+        ):
+            progress = Progress()
+            await work(progress)
+            assert [text for text in progress.warnings if "archive tier" in text]
+        await store.s3.chunks.cache.drop(digest)
+        with pytest.raises(S3ObjectError, match="archive tier GLACIER"):
+            await read_image(repo, snapshot, "disk.img.fidx")
+        (result,) = await verify(repo, [snapshot], CODEC)
+        assert len(result.errors) == 1
+        assert [key for key in s3_emulator.bucket.objects if key.endswith(".bad")] == []
