@@ -6,7 +6,8 @@ import pytest
 
 from agent.config import parse_config
 from agent.fingerprints import FingerprintFile
-from agent.remotes import CommandSecrets, RemoteSpec, RenewedTickets, remote_options
+from agent.remote_spec import RemoteSpec
+from agent.remotes import CommandSecrets, RenewedTickets, remote_options
 from agent.tickets import TicketFile
 from core.errors import UsageError
 from repository.remote.address import RemoteAddress

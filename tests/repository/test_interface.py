@@ -11,7 +11,7 @@ import trio
 from core.errors import FleeceError, FormatError, NotFoundError, UsageError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
-from datastore.errors import ChunkNotFoundError, LockedError, ProtectedError, SnapshotNotFoundError, StoreError
+from datastore.errors import ChunkNotFoundError, LockedError, ProtectedError, SnapshotNotFoundError
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, Mark
@@ -21,6 +21,8 @@ from tests.support.s3_stores import s3_place, s3_store
 from tests.support.snapshots import CHUNK, CODEC, put_all, put_file, put_image, read_image, write_snapshot
 
 GROUP = Group.parse("vm/100")
+#: Who owns new groups.
+OWNER = "root@pam"
 IMAGE = os.urandom(3 * CHUNK + 100)
 FILES = {"disk.img.fidx": IMAGE, "vm.conf.blob": b"name: test\n"}
 
@@ -40,7 +42,7 @@ async def test_a_finished_snapshot_is_listed_with_its_files_and_reads_back(repo:
     snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
     (info,) = await repo.snapshots()
     assert info == await repo.snapshot(snapshot)
-    assert (info.snapshot, info.finished, info.protected, info.owner) == (snapshot, True, False, "root@pam")
+    assert (info.snapshot, info.finished, info.protected, info.owner) == (snapshot, True, False, OWNER)
     assert [file.filename for file in info.files] == ["disk.img.fidx", "vm.conf.blob", MANIFEST_NAME]
     async with repo.reader(snapshot) as reader:
         sizes = [len(IMAGE), len(await reader.read_blob("vm.conf.blob")), len(await reader.manifest())]
@@ -80,6 +82,7 @@ async def test_groups_come_in_the_order_of_pbs_and_count_finished_snapshots(repo
 
 async def test_namespaces_keep_groups_apart(repo: Repository) -> None:
     ns = Namespace.parse("a/b")
+    assert await repo.create_namespace(ns)  # servers want it to be there
     await write_snapshot(repo, Group.parse("vm/1", ns), 1000, FILES)
     assert [str(found) for found in await repo.namespaces()] == ["", "a", "a/b"]
     assert [str(found) for found in await repo.namespaces(depth=1)] == ["", "a"]
@@ -327,7 +330,7 @@ async def test_several_images_may_be_written_at_once(repo: Repository) -> None:
 
 async def test_a_base_that_vanishes_under_the_session_fails_it(repo: Repository, store_folder: Path) -> None:
     base = await write_snapshot(repo, GROUP, 1000, FILES)
-    with pytest.raises(StoreError, match="has been removed meanwhile"):
+    with pytest.raises(FleeceError, match="has been removed meanwhile"):
         async with repo.backup(GROUP.at(2000)) as session:
             await put_all(session, FILES)
             (store_folder / base.path / MANIFEST_NAME).unlink()

@@ -14,8 +14,9 @@ CODEC = ChunkCodec()
 CHUNK = 64 << 10
 
 
-async def put_image(session: BackupSession, name: str, data: bytes, *, chunk_size: int = CHUNK) -> ManifestFile:
-    """Store `data` as the fixed index `name`."""
+async def put_image(session: BackupSession, name: str, data: bytes, *, chunk_size: int | None = None) -> ManifestFile:
+    """Store `data` as the fixed index `name`, by default in chunks of `CHUNK`."""
+    chunk_size = chunk_size or CHUNK
     writer = await session.open_index(name, size=len(data), chunk_size=chunk_size)
     pieces = [data[offset : offset + chunk_size] for offset in range(0, len(data), chunk_size)]
     digests = CODEC.digest_many(pieces)
@@ -35,7 +36,7 @@ async def put_file(session: BackupSession, name: str, data: bytes) -> ManifestFi
     return ManifestFile(name, CryptMode.NONE, len(blob), hashlib.sha256(bytes(blob)).digest())
 
 
-async def put_all(session: BackupSession, files: Mapping[str, bytes], *, chunk_size: int = CHUNK) -> None:
+async def put_all(session: BackupSession, files: Mapping[str, bytes], *, chunk_size: int | None = None) -> None:
     """Store `files` (full file names) and the manifest; `finish` is the caller's."""
     manifest = Manifest.new(session.snapshot)
     for name, data in files.items():
@@ -47,7 +48,7 @@ async def put_all(session: BackupSession, files: Mapping[str, bytes], *, chunk_s
 
 
 async def write_snapshot(
-    repo: Repository, group: str | Group, ctime: int, files: Mapping[str, bytes], *, chunk_size: int = CHUNK
+    repo: Repository, group: str | Group, ctime: int, files: Mapping[str, bytes], *, chunk_size: int | None = None
 ) -> Snapshot:
     """One finished snapshot with `files`."""
     group = Group.parse(group) if isinstance(group, str) else group

@@ -160,3 +160,5 @@ async def wire_server(folder: Path, stores: Mapping[str, LocalRepository]) -> As
         await nursery.start(service.run, listeners)
         yield WireServer(state, service, certificate, port)
         nursery.cancel_scope.cancel()
+    for listener in listeners:
+        await listener.aclose()
