@@ -195,7 +195,7 @@ def from_json(schema: Schema, body: bytes, path: Mapping[str, str]) -> dict[str,
         ApiError: no JSON object, or wrong parameters, all of them named.
     """
     try:
-        document = json.loads(body, parse_constant=_no_constant) if body.strip() else {}
+        document = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_unique) if body.strip() else {}
     except (ValueError, RecursionError) as error:
         raise ApiError(_json_fault(body, error)) from None
     if not isinstance(document, dict):
@@ -222,6 +222,13 @@ def from_json(schema: Schema, body: bytes, path: Mapping[str, str]) -> dict[str,
             values[key] = None
             faults.append((key, str(error)))
     return _complete(schema, values, faults, "property is missing and it is not optional")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate field")
+    return found
 
 
 def _no_constant(name: str) -> None:

@@ -106,7 +106,20 @@ def test_names_that_would_leave_the_store_are_no_names(name: str, text: str) -> 
                 parse(endpoint, path, pairs)
 
 
-@pytest.mark.parametrize("body", [b"[1]", b"1", b'"x"', b"{", b'{"a":NaN}', b"\xff", b"[" * 100_000, b'{"a":' * 5000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[1]",
+        b"1",
+        b'"x"',
+        b"{",
+        b'{"a":NaN}',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"a":' * 5000,
+        b'{"dry-run":true,"dry-run":false}',
+    ],
+)
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     endpoint = next(one for one in ENDPOINTS if one.path.endswith("/prune"))
     with pytest.raises(ApiError):
