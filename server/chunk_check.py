@@ -6,7 +6,7 @@ from typing import Final
 
 import trio
 from isal import isal_zlib
-from trio.lowlevel import RunVar
+from trio.lowlevel import ParkingLot, RunVar
 
 from core.errors import FleeceError
 from core.limits import cpu_count, in_cpu_thread
@@ -25,6 +25,7 @@ class _Item:
     digest: bytes
     size: int
     result: Blob | FleeceError | None = None
+    waits: bool = True  #: for somebody to check it; False: it is in a batch
 
 
 class ChunkChecker:
@@ -33,6 +34,7 @@ class ChunkChecker:
     def __init__(self) -> None:
         self._waiting: deque[_Item] = deque()
         self._workers: Final = trio.Semaphore(cpu_count())
+        self._done: Final = ParkingLot()  # of those whose chunk is in somebody else's batch
         self._codec: Final = ChunkCodec()
 
     async def check(self, blob: Blob, digest: bytes, size: int) -> Blob:
@@ -46,30 +48,39 @@ class ChunkChecker:
         item = _Item(blob, digest, size)
         self._waiting.append(item)
         try:
-            async with self._workers:
-                if item.result is None:
-                    await self._work()
+            while item.result is None:
+                if not item.waits:
+                    await self._done.park()
+                    continue
+                async with self._workers:
+                    if item.waits:
+                        await self._work()
         except BaseException:
-            if item.result is None and item in self._waiting:
+            if item.waits:
                 self._waiting.remove(item)
             raise
         if isinstance(item.result, FleeceError):
             raise item.result
-        assert item.result is not None
         return item.result
 
     async def _work(self) -> None:
-        """Do one batch; the caller's own item is among the first or was done meanwhile."""
+        """Do one batch, of those who have waited longest."""
         batch: list[_Item] = []
         total = 0
         while self._waiting and len(batch) < BATCH and (not batch or total + self._waiting[0].size <= BATCH_BYTES):
             total += self._waiting[0].size
-            batch.append(self._waiting.popleft())
+            item = self._waiting.popleft()
+            item.waits = False
+            batch.append(item)
         try:
             await in_cpu_thread(self._run, batch)
         finally:
             # Cancelled before the thread began: others do it.
-            self._waiting.extendleft(reversed([item for item in batch if item.result is None]))
+            for item in reversed(batch):
+                if item.result is None:
+                    item.waits = True
+                    self._waiting.appendleft(item)
+            self._done.unpark_all()
 
     def _run(self, batch: list[_Item]) -> None:
         plain: list[tuple[_Item, Blob]] = []

@@ -1,0 +1,135 @@
+"""Uploaded chunks are checked in batches, whoever does it."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from core.errors import FleeceError
+from core.limits import in_cpu_thread
+from datastore.blob import Blob
+from datastore.codec import ChunkCodec
+from server import chunk_check
+from server.chunk_check import ChunkChecker, _Item
+
+
+def chunk(number: int) -> tuple[Blob, bytes, int]:
+    plain = b"%d" % number * 100
+    return ChunkCodec().encode(plain), hashlib.sha256(plain).digest(), len(plain)
+
+
+class Gates:
+    """Batches wait in their thread until they are let through."""
+
+    def __init__(self, checker: ChunkChecker) -> None:
+        self.batches: list[tuple[int, threading.Event]] = []
+        self._run: Callable[[list[_Item]], None] = checker._run
+        checker._run = self  # type: ignore[method-assign]
+
+    def __call__(self, batch: list[_Item]) -> None:
+        gate = threading.Event()
+        self.batches.append((len(batch), gate))
+        assert gate.wait(10)
+        self._run(batch)
+
+    async def begun(self, count: int) -> None:
+        with trio.fail_after(10):
+            while len(self.batches) < count:  # noqa: ASYNC110 - they come from threads
+                await trio.sleep(0.005)
+
+
+@pytest.fixture
+def checker(monkeypatch: pytest.MonkeyPatch) -> ChunkChecker:
+    monkeypatch.setattr(chunk_check, "cpu_count", lambda: 2)
+    return ChunkChecker()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await trio.sleep(0.005)
+
+
+async def test_a_chunk_in_another_batch_is_waited_for(checker: ChunkChecker) -> None:
+    gates = Gates(checker)
+    done: list[int] = []
+
+    async def check(number: int) -> None:
+        blob, digest, size = chunk(number)
+        await checker.check(blob, digest, size)
+        done.append(number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(2):
+            nursery.start_soon(check, number)
+            await gates.begun(number + 1)
+        for number in range(2, 5):
+            nursery.start_soon(check, number)
+        await settle()
+        # One worker takes all three; the other comes free while their batch is on its way.
+        gates.batches[0][1].set()
+        await gates.begun(3)
+        gates.batches[1][1].set()
+        await settle()
+        assert sorted(done) == [0, 1]
+        assert [size for size, _ in gates.batches] == [1, 1, 3]
+        gates.batches[2][1].set()
+    assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+async def test_what_a_cancelled_one_took_is_done_by_others(
+    checker: ChunkChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    real = in_cpu_thread
+    first = True
+
+    async def slow(work: Callable[..., None], *arguments: object) -> None:
+        nonlocal first
+        if first:
+            first = False
+            await trio.sleep_forever()
+        await real(work, *arguments)
+
+    async def check(number: int, scope: trio.CancelScope) -> None:
+        blob, digest, size = chunk(number)
+        with scope:
+            await checker.check(blob, digest, size)
+            done.append(number)
+
+    monkeypatch.setattr(chunk_check, "in_cpu_thread", slow)
+    workers = trio.Semaphore(1)
+    monkeypatch.setattr(checker, "_workers", workers)
+    scopes = [trio.CancelScope() for _ in range(4)]
+    with trio.fail_after(10):
+        await workers.acquire()
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(check, number, scopes[number])
+                await settle()
+            workers.release()
+            await settle()
+            # The first has all of them in its batch.
+            assert not checker._waiting
+            scopes[0].cancel()
+    assert sorted(done) == [1, 2, 3]
+    assert not checker._waiting
+
+
+async def test_wrong_ones_of_a_batch_do_not_harm_the_others(checker: ChunkChecker) -> None:
+    outcomes: dict[int, str] = {}
+
+    async def check(number: int) -> None:
+        blob, digest, size = chunk(number)
+        if number % 3 == 0:
+            digest = bytes(32)
+        try:
+            outcomes[number] = "ok" if (await checker.check(blob, digest, size)).payload == blob.payload else "other"
+        except FleeceError:
+            outcomes[number] = "refused"
+
+    async with trio.open_nursery() as nursery:
+        for number in range(50):
+            nursery.start_soon(check, number)
+    assert outcomes == {number: "refused" if number % 3 == 0 else "ok" for number in range(50)}
