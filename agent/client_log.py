@@ -85,9 +85,10 @@ async def client_log(repository: "Repository", progress: Progress, codec: "Chunk
 
     That it could not be stored is a warning: the backup is done.
     """
-    from repository.remote.repository import RemoteRepository
+    from repository.local import LocalRepository
 
-    if not isinstance(repository, RemoteRepository):
+    # Asked like this round, as what servers need is not imported for nothing.
+    if isinstance(repository, LocalRepository):
         yield ClientLog(progress)
         return
     keeper = LogProgress(progress)
