@@ -256,38 +256,12 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _secret(id: str, file: Path | None, descriptor: int | None, *, needed: bool) -> str | None:
-    """The secret key; None if there is none and none is needed.
+    from agent.given_secrets import given_secret
 
-    Raises:
-        UsageError: it is given twice, or it is needed and nobody can be asked.
-        FleeceError: it cannot be read.
-    """
-    from agent.keys import ask, can_ask, passphrase_from_environment, read_descriptor
-    from agent.secrets import MAX_SECRET, check_secret
-    from datastore.private_files import read_small
-
-    what = "read the secret key from"
-    variable = "FLEECE_S3_SECRET"
-    if file is not None and descriptor is not None:
-        raise UsageError("use", "--secret-file and --secret-fd", "one of them is enough")
-    if file is not None:
-        found: bytes | None = read_small(file, what=what, limit=MAX_SECRET + 2)
-    elif descriptor is not None:
-        found = read_descriptor(descriptor, "--secret-fd", MAX_SECRET + 2)
-    elif not needed:
-        return None
-    else:
-        found = passphrase_from_environment(variable)
-        if found is None and can_ask():
-            found = ask(f"Secret key of S3 endpoint {id}: ")
-        if found is None:
-            ways = f"give --secret-file or --secret-fd, or set {variable}, {variable}_FILE, _FD or _CMD"
-            raise UsageError("get", "the secret key", "there is no terminal to ask for it", ways)
-    assert found is not None
-    try:
-        return check_secret(found.split(b"\n", 1)[0].removesuffix(b"\r").decode())
-    except UnicodeDecodeError:
-        raise UsageError("use", "the secret key", "it is no text") from None
+    prompt = f"Secret key of S3 endpoint {id}: "
+    return given_secret(
+        "the secret key", prompt, "FLEECE_S3_SECRET", file, descriptor, option="--secret", needed=needed
+    )
 
 
 def list_endpoints(invocation: Invocation) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from agent.config import Config, KeySettings
     from agent.keys import BackupKeys, KeyOptions, ReadingKey
     from agent.registry import Registry
+    from agent.remote_hosts import RemoteRegistry
     from agent.s3_endpoints import EndpointRegistry
     from agent.s3_use import S3Use
     from core.progress import Progress
@@ -92,6 +93,14 @@ class Invocation:
         from agent.s3_endpoints import EndpointRegistry
 
         return EndpointRegistry(s3_endpoints_file(), secrets_dir())
+
+    @cached_property
+    def remotes(self) -> "RemoteRegistry":
+        """The servers that syncs use."""
+        from agent.places import remotes_file, secrets_dir
+        from agent.remote_hosts import RemoteRegistry
+
+        return RemoteRegistry(remotes_file(), secrets_dir())
 
     @cached_property
     def s3(self) -> "S3Use":

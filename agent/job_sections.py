@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from agent.cli_verify import parse_duration
-from agent.config_types import AbsolutePath, NamespaceText, Section, Size, checked
+from agent.config_types import AbsolutePath, NamespaceText, Owner, RepositoryName, Section, Size, checked
 from agent.s3_budget import Budget
 from agent.schedules import check_schedule
 from core.errors import UsageError
@@ -13,7 +13,7 @@ from datastore.filters import GroupFilter
 from datastore.names import is_safe_id
 
 #: Types that this version accepts in the file, so that it can be written once, but does not run.
-LATER_TYPES: Final = ("backup", "sync", "test-boot")
+LATER_TYPES: Final = ("backup", "test-boot")
 
 
 def check_job_name(name: str) -> str:
@@ -106,18 +106,53 @@ class GcJob(_Job):
     allow_empty: bool = False  #: of a bucket: also without a single snapshot
 
 
+class SyncJob(_Job):
+    """Pushes `repository` to another datastore, or pulls from one into it."""
+
+    type: Literal["sync"]
+    remote: str  #: a remote of `fleece remote`, or a repository
+    sync_direction: Literal["pull", "push"] = "pull"
+    remote_store: RepositoryName | None = None
+    remote_ns: NamespaceText | None = None
+    ns: NamespaceText | None = None
+    max_depth: Annotated[int, Field(ge=0, le=7)] | None = None  #: None: everything below
+    group_filter: list[Filter] = Field(default_factory=list)
+    transfer_last: Count | None = None
+    encrypted_only: bool = False
+    verified_only: bool = False
+    resync_corrupt: bool = False
+    remove_vanished: bool = False
+    owner: Owner | None = None
+    parallel: Annotated[int, Field(ge=1, le=32)] = 1
+    rate_in: Size | None = None
+    burst_in: Size | None = None
+    rate_out: Size | None = None
+    burst_out: Size | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "SyncJob":
+        if self.resync_corrupt and self.sync_direction == "push":
+            raise ValueError("resync-corrupt belongs to sync-direction pull")
+        return self
+
+
 class LaterJob(BaseModel):
     """A job of a type that this version does not run; its options are checked by the version that does."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: Literal["backup", "sync", "test-boot"]
+    type: Literal["backup", "test-boot"]
     schedule: Schedule | None = None
     repository: str | None = None
     comment: str | None = None
 
 
-RunnableJob = PruneJob | VerifyJob | GcJob
-JobSection = Annotated[LaterJob | PruneJob | VerifyJob | GcJob, Field(discriminator="type")]
+RunnableJob = PruneJob | VerifyJob | GcJob | SyncJob
+JobSection = Annotated[LaterJob | PruneJob | VerifyJob | GcJob | SyncJob, Field(discriminator="type")]
 #: By type, for suggestions.
-JOB_MODELS: Final[dict[str, type[BaseModel]]] = {"prune": PruneJob, "verify": VerifyJob, "gc": GcJob}
+JOB_MODELS: Final[dict[str, type[BaseModel]]] = {
+    "prune": PruneJob,
+    "verify": VerifyJob,
+    "gc": GcJob,
+    "sync": SyncJob,
+}

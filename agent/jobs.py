@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import trio
 
 from agent.errors import first_cause
-from agent.job_sections import GcJob, LaterJob, PruneJob, RunnableJob, VerifyJob
+from agent.job_sections import GcJob, LaterJob, PruneJob, RunnableJob, SyncJob, VerifyJob
 from agent.job_store import JobStore, Recording, Run
 from agent.registry import Registry
 from agent.repositories import repository_at
@@ -69,7 +69,7 @@ def runnable(name: str, section: RunnableJob | LaterJob) -> RunnableJob:
     if isinstance(section, LaterJob):
         raise FleeceError(
             "run the job", name, f"this version does not run jobs of type {section.type}",
-            "it runs those of type prune, verify and gc",
+            "it runs those of type prune, verify, gc and sync",
         )  # fmt: skip
     return section
 
@@ -127,7 +127,10 @@ async def run_job(
             use = _s3_use(endpoints, config, section, both)
             try:
                 async with repository_at(spec, config, registry, use) as repository:
-                    result = await _execute(section, spec, config, repository, both)
+                    if isinstance(section, SyncJob):
+                        result = await _sync(section, spec, config, registry, repository, use, both)
+                    else:
+                        result = await _execute(section, spec, config, repository, both)
             except FailedJobError as error:
                 error.result |= _cost(use, log)
                 raise
@@ -198,7 +201,7 @@ class FailedJobError(FleeceError):
 
 
 async def _execute(
-    section: RunnableJob, spec: str, config: "Config", repository: Repository, progress: Progress
+    section: PruneJob | VerifyJob | GcJob, spec: str, config: "Config", repository: Repository, progress: Progress
 ) -> dict[str, Any]:
     """Do what the job says; returns a few figures for its history."""
     if isinstance(section, GcJob):
@@ -210,6 +213,66 @@ async def _execute(
     levels = [level for level in (section, configured, config) if level is not None]
     keyfile = next((level.keyfile for level in levels if level.keyfile), None)
     return await _verify(section, ns, repository, keyfile, progress)
+
+
+async def _sync(
+    section: SyncJob,
+    spec: str,
+    config: "Config",
+    registry: Registry,
+    repository: Repository,
+    s3: "Callable[[], S3Use] | None",
+    progress: Progress,
+) -> dict[str, Any]:
+    from agent.places import remotes_file, secrets_dir
+    from agent.remote_hosts import RATES, RemoteRegistry
+    from agent.syncing import FarSide, Known, failure, run_sync
+    from datastore.filters import GroupFilter
+    from datastore.session import DEFAULT_OWNER
+    from repository.sync import Direction, SyncOptions
+
+    direction = Direction(section.sync_direction)
+    push = direction is Direction.PUSH
+    known = Known(config, registry, RemoteRegistry(remotes_file(), secrets_dir()), s3)
+    far = FarSide(section.remote, section.remote_store, {name: getattr(section, name) for name in RATES})
+    near_section, far_section = config.repository.get(spec), config.repository.get(section.remote)
+    here = Namespace.parse(
+        section.ns if section.ns is not None else near_section.ns if near_section is not None else ""
+    )
+    there = far.default_ns(known) if section.remote_ns is None else Namespace.parse(section.remote_ns)
+    written = far_section if push else near_section
+    owner = section.owner or (written.owner if written is not None else None) or config.owner or DEFAULT_OWNER
+    options = SyncOptions(
+        direction,
+        owner,
+        source_ns=here if push else there,
+        target_ns=there if push else here,
+        max_depth=section.max_depth,
+        filters=tuple(map(GroupFilter.parse, section.group_filter)),
+        transfer_last=section.transfer_last,
+        encrypted_only=section.encrypted_only,
+        verified_only=section.verified_only,
+        resync_corrupt=section.resync_corrupt,
+        remove_vanished=section.remove_vanished,
+        parallel=section.parallel,
+        rate=far.throttle(direction, known),
+    )
+    report = await run_sync(repository, far, options, known, progress, may_ask=False)
+    for line in report.lines(removal=options.remove_vanished):
+        progress.log(line)
+    figures = {
+        "snapshots": len(report.snapshots),
+        "bytes-sent": sum(one.sent for one in report.snapshots),
+        "chunks-sent": sum(one.chunks_sent for one in report.snapshots),
+        "skipped": report.skipped,
+        "removed-snapshots": report.removed_snapshots,
+        "removed-groups": len(report.removed_groups),
+        "removed-namespaces": len(report.removed_namespaces),
+        "failed": [f"{what}: {why}"[:500] for what, why in report.failed.items()][:100],
+    }
+    if report.failed:
+        raise FailedJobError("push to" if push else "pull from", section.remote, f"failed: {failure(report)}", figures)
+    return figures
 
 
 async def _prune(section: PruneJob, ns: Namespace, repository: Repository, progress: Progress) -> dict[str, Any]:

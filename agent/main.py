@@ -24,10 +24,12 @@ from agent import (
     cli_mount,
     cli_notes,
     cli_prune,
+    cli_remote,
     cli_restore,
     cli_s3,
     cli_serve,
     cli_snapshots,
+    cli_sync,
     cli_task,
     cli_users,
     cli_verify,
@@ -89,6 +91,8 @@ def build() -> typer.Typer:
     cli_task.add_to(application)
     cli_key.add_to(application)
     cli_login.add_to(application)
+    cli_remote.add_to(application)
+    cli_sync.add_to(application)
     cli_job.add_to(application)
     cli_host.add_to(application)
     return application

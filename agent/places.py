@@ -73,6 +73,11 @@ def s3_endpoints_file() -> Path:
     return state_dir() / "s3-endpoints.toml"
 
 
+def remotes_file() -> Path:
+    """The list that `fleece remote` writes."""
+    return state_dir() / "remotes.toml"
+
+
 def secrets_dir() -> Path:
     """The folder of secrets, a file each, for nobody else to read."""
     return state_dir() / "secrets"

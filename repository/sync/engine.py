@@ -89,17 +89,19 @@ class _Run:
         for ns in found.found:
             target_ns = mapped(ns, options)
             progress.log(f"syncing {self.source.name}, {ns_text(ns)}, into {self.target.name}, {ns_text(target_ns)}")
-            groups: list[GroupInfo] | None = None
+            listing = False
             try:
                 if not options.rights.writes(target_ns):
                     raise FleeceError("write into", ns_text(target_ns), "there is no right to")
                 await ensure_namespace(self.target, target_ns, there, options, self._created)
+                listing = True
                 groups = await self.source.groups(ns)
+                listing = False
                 await self._namespace(ns, target_ns, groups)
             except _HOPELESS:
                 raise
             except FleeceError as error:
-                if groups is None:
+                if listing:
                     doubt = "not all of the source could be listed"
                 self._fail(ns_text(target_ns), str(error))
             else:
