@@ -6,7 +6,7 @@ and length. So damage at the source, or a lie, ends in an error and not in a lis
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -129,8 +129,10 @@ async def send_file(
         writer = await session.open_index(file.filename)
     sender = _Sender(reader, session, writer, file, context, report, task)
     await sender.send(index, absent)
-    async for entries in _entries(index):
-        await session.append(writer, entries)
+    for begin in range(0, index.count, _ENTRIES):
+        numbers = range(begin, min(begin + _ENTRIES, index.count))
+        await session.append(writer, [(index.span(number)[0], index.digest(number)) for number in numbers])
+        await trio.lowlevel.checkpoint()  # an index of a million chunks must not hold up other groups
     await session.close_index(writer, index.count, index.size, index.csum)
     report.chunks += index.count
 
@@ -183,13 +185,6 @@ async def _paced(context: SyncContext, amount: int) -> None:
         await context.options.rate.take(amount)
 
 
-async def _entries(index: ArchiveIndex) -> AsyncIterator[list[tuple[int, bytes]]]:
-    for begin in range(0, index.count, _ENTRIES):
-        numbers = range(begin, min(begin + _ENTRIES, index.count))
-        yield [(index.span(number)[0], index.digest(number)) for number in numbers]
-        await trio.lowlevel.checkpoint()  # an index of a million chunks must not hold up other groups
-
-
 @dataclass(slots=True)
 class _Sender:
     """Brings the chunks of one archive over, several at a time."""
@@ -210,11 +205,12 @@ class _Sender:
             for _ in range(min(_WORKERS, -(-index.count // _BATCH))):
                 nursery.start_soon(self._work, receive.clone())
             receive.close()
-            async for batch in self._wanted(index, absent):
-                await send.send(batch)
+            await self._choose(index, absent, send)
 
-    async def _wanted(self, index: ArchiveIndex, absent: set[bytes]) -> AsyncIterator[list[Wanted]]:
-        """What has to be sent, each chunk once, in the order of the archive."""
+    async def _choose(
+        self, index: ArchiveIndex, absent: set[bytes], send: trio.MemorySendChannel[list[Wanted]]
+    ) -> None:
+        """Hand on what has to be sent, each chunk once, in the order of the archive."""
         queued = DigestSet()
         batch: list[Wanted] = []
         known = 0
@@ -228,7 +224,7 @@ class _Sender:
                 queued.add(digest, size)
                 batch.append((digest, size))
             if len(batch) == _BATCH:
-                yield batch
+                await send.send(batch)
                 batch = []
             if not number % _ENTRIES:
                 self.task.advance(known)
@@ -236,7 +232,7 @@ class _Sender:
                 await trio.lowlevel.checkpoint()
         self.task.advance(known)
         if batch:
-            yield batch
+            await send.send(batch)
 
     async def _work(self, receive: trio.MemoryReceiveChannel[list[Wanted]]) -> None:
         async with receive:

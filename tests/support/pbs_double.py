@@ -303,6 +303,22 @@ class PbsDouble:
                 done()
                 self._need_namespace(ns)
                 return [self._group(one) for one in self.owners if one[0] == ns]
+            case "DELETE", "/groups":
+                one, strict = group(), take("error-on-protected", bool, True)
+                done()
+                if one not in self.owners:
+                    raise RefusedError(400, "ENOENT: No such file or directory")
+                return self._remove_groups([one], strict)
+            case "DELETE", "/namespace":
+                ns, groups, strict = take("ns"), take("delete-groups", bool), take("error-on-protected", bool, True)
+                done()
+                gone = {other for other in self.namespaces if other == ns or other.startswith(f"{ns}/")}
+                held = [one for one in self.owners if one[0] in gone]
+                if held and not groups:
+                    raise RefusedError(400, "namespace is not empty")
+                removed = self._remove_groups(held, strict)
+                self.namespaces -= gone - {one[0] for one in self.owners}
+                return removed
             case "DELETE", "/snapshots":
                 key = (*group(), take("backup-time", int))
                 done()
@@ -423,6 +439,24 @@ class PbsDouble:
         if self.keep_running:
             self.running.add(upid)
         return upid
+
+    def _remove_groups(self, groups: list[tuple[str, str, str]], strict: bool) -> dict[str, int]:
+        keys = [key for key in self.folders if key[:3] in groups]
+        kept = [key for key in keys if self.folders[key].protected]
+        if kept and strict:
+            raise RefusedError(400, "group has protected snapshots")
+        if any(self.folders[key].locked or self.folders[key].readers for key in keys):
+            raise RefusedError(400, "unable to acquire lock on snapshot - EWOULDBLOCK")
+        for key in set(keys) - set(kept):
+            del self.folders[key]
+        gone = [one for one in groups if all(key[:3] != one for key in kept)]
+        for one in gone:
+            del self.owners[one]
+        return {
+            "removed-groups": len(gone),
+            "protected-snapshots": len(kept),
+            "removed-snapshots": len(keys) - len(kept),
+        }
 
     def _need_namespace(self, ns: str) -> None:
         if ns not in self.namespaces:
