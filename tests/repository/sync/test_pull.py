@@ -238,3 +238,18 @@ async def test_a_damaged_log_is_left_out_and_told(pair: Pair) -> None:
     assert report.failed == {}
     assert "the client log of vm/100/1970-01-01T00:16:40Z is left out" in said.warnings[0]
     assert await times(pair.target, GROUP) == [1000]
+
+
+async def test_a_snapshot_in_a_bucket_is_brought_up_to_date_and_mended(bucket_pair: Pair) -> None:
+    pair = bucket_pair
+    await pulled(pair)
+    await pair.source.set_notes(AT, "late")
+    (one,) = (await pull(pair.source, pair.target)).snapshots
+    assert one.outcome is Outcome.UPDATED
+    assert (await pair.target.snapshot(AT)).comment == "late"
+    await pair.target.record_verification(AT, "failed", "UPID:here")
+    (pair.target.store.base / AT.path / "disk.img.fidx").write_bytes(b"nothing")
+    (one,) = (await pull(pair.source, pair.target, resync_corrupt=True)).snapshots
+    assert one.outcome is Outcome.RESYNCED
+    assert await read_image(pair.target, AT, "disk.img.fidx") == IMAGE
+    assert (await pair.target.snapshot(AT)).verification is None
