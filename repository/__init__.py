@@ -19,6 +19,7 @@ findings.py    what verify says about single chunks
 users.py       `record_users`: which snapshots use the chunks that verify set aside
 locate.py      `load_manifest`, `open_archive`: an archive compared with the manifest before it is used
 report.py      `ArchiveReport`, `BackupReport`: the closing report
+sync/          `sync`: push and pull between any two repositories
 throttle.py    `Throttle`: `--bwlimit`
 buffers.py     `shared_pool`: chunk buffers that are used again, the bound on a backup's memory
 """
