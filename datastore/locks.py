@@ -170,7 +170,7 @@ class StoreLocks:
                         raise LockedError(
                             "lock",
                             what,
-                            "a backup, restore, mount or removal is using it",
+                            "another backup, restore, mount or removal is using it",
                             "try again when it has ended",
                         )
                     await trio.sleep(_POLL_S)

@@ -1,5 +1,6 @@
 """Fixtures for all rooms; docs/development.md shows how they are used."""
 
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Commands that are run in this process set up logging for themselves: undo that for the tests that follow."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:  # not those of pytest
+            root.removeHandler(handler)
+
+
 _QEMUS: dict[str, Callable[[], QemuBinary]] = {"distribution": distribution_qemu, "backports": backports_qemu}
 
 
