@@ -110,10 +110,14 @@ async def send_file(
     """Bring one archive over. Errors as `send_snapshot`."""
     report.size += file.size
     if archive_kind(file.filename) is ArchiveKind.BLOB:
-        raw = await reader.read_blob(file.filename)
-        blob = await in_cpu_thread(_checked_blob, raw, file, f"{reader.snapshot}/{file.filename}")
-        await _paced(context, len(raw))
-        await session.put_blob(file.filename, blob)
+        where = f"{reader.snapshot}/{file.filename}"
+        if file.size > MAX_ENCODED_CHUNK:
+            raise FormatError("read blob", where, f"{file.size} bytes, at most {MAX_ENCODED_CHUNK} are possible")
+        async with context.batches:  # a source may send more than it says: only so many of these at a time
+            raw = await reader.read_blob(file.filename)
+            blob = await in_cpu_thread(_checked_blob, raw, file, where)
+            await _paced(context, len(raw))
+            await session.put_blob(file.filename, blob)
         report.sent += len(raw)
         task.advance(file.size)
         return
