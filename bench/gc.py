@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -194,7 +193,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect:
         seconds = trio.run(_collect, options.collect)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        # Not ru_maxrss: that begins with what the process had that started this one.
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
         print(json.dumps({"seconds": seconds, "megabytes": peak}))
         return
     parent = options.folder or Path("/dev/shm")
