@@ -79,8 +79,13 @@ def _access() -> "AccessStore":
 
 def _password(user: str) -> str:
     from agent.keys import new_passphrase
+    from core.errors import UsageError
 
-    return new_passphrase(PASSWORD_VARIABLE, f"Password of {user}: ").decode("utf-8", "replace")
+    found = new_passphrase(PASSWORD_VARIABLE, f"Password of {user}: ", "password")
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        raise UsageError("set the password of", user, "it is no UTF-8") from None
 
 
 def _account(account: "Account", word: str) -> dict[str, Any]:

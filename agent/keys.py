@@ -261,7 +261,7 @@ def passphrase(variable: str, prompt: str, what: str, where: str, *, attended: b
     return ask(prompt)
 
 
-def new_passphrase(variable: str, prompt: str) -> bytes:
+def new_passphrase(variable: str, prompt: str, what: str = "passphrase") -> bytes:
     """A passphrase to protect something with: from the environment, else from the terminal, entered twice.
 
     Raises:
@@ -272,10 +272,10 @@ def new_passphrase(variable: str, prompt: str) -> bytes:
     if found is not None:
         return check_passphrase(found)
     if not can_ask():
-        raise PassphraseError("ask for", "the new passphrase", "there is no terminal", _ways(variable))
+        raise PassphraseError("ask for", f"the new {what}", "there is no terminal", _ways(variable))
     first = check_passphrase(ask(prompt))
     if ask("Once more: ") != first:
-        raise UsageError("use the passphrase", "given", "the two differ", "start again")
+        raise UsageError(f"use the {what}", "given", "the two differ", "start again")
     return first
 
 

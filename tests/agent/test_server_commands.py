@@ -47,6 +47,17 @@ def test_users_tokens_and_rights(state: Path, capsys: pytest.CaptureFixture[str]
     assert access.tree().entries == ()
 
 
+def test_a_password_is_text_and_has_to_come_from_somewhere(
+    state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FLEECE_USER_PASSWORD")
+    (tmp_path / "pw").write_bytes(b"long \xff enough\n")
+    monkeypatch.setenv("FLEECE_USER_PASSWORD_FILE", str(tmp_path / "pw"))
+    assert run(["user", "add", "a@pbs"]) == 2
+    assert "it is no UTF-8" in capsys.readouterr().err
+    assert "a@pbs" not in AccessStore(state).accounts()
+
+
 def test_tasks_are_listed_shown_and_stopped(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = TaskFiles(state / "tasks")
     done, going = (f"UPID:host:00000001:00000001:0000000{n}:00000001:backup:main:a@pbs:" for n in (1, 2))
