@@ -346,7 +346,10 @@ async def open_vhost_user(export: Shared, *, timeout_s: float = TIMEOUT_S) -> As
     Raises:
         VhostUserError: it cannot be used.
     """
-    pool = VhostUserPool(export, timeout_s)
+    try:
+        pool = VhostUserPool(export, timeout_s)
+    except OSError as error:  # no descriptor
+        raise VhostUserError("connect to", export.path, os_reason(error)) from error
     try:
         await in_io_thread(pool.connect)
         yield pool

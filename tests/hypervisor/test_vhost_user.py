@@ -1,5 +1,6 @@
 """Reading through shared memory: against a double that misbehaves, and against QEMU."""
 
+import errno
 import random
 import struct
 from collections.abc import Callable
@@ -103,6 +104,16 @@ async def test_an_export_of_another_kind_is_refused(change: dict[str, Any], why:
 async def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(VhostUserError, match="No such file"):
         async with open_vhost_user(Shared(str(tmp_path / "none"), 1)):
+            pass
+
+
+async def test_without_a_descriptor_it_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("hypervisor.vhost_user.socket.socket", none_left)
+    with pytest.raises(VhostUserError, match="Too many open files"):
+        async with open_vhost_user(Shared("/nowhere", 1)):
             pass
 
 
