@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 import trio
@@ -33,6 +33,8 @@ CONNECT_TIMEOUT_S: Final = 10.0
 COMMAND_TIMEOUT_S: Final = 120.0
 #: Bytes of one answer. The largest honest one, the schema, has about 250 KB; long backing chains a few MB.
 MAX_ANSWER: Final = 16 * 1024 * 1024
+#: Seconds between attempts at a session when QEMU closes the connection at once.
+_HUNG_UP_PAUSES_S: Final = (0.1, 0.3, 1.0)
 #: Seconds for saying good-bye; what is not closed by then is dropped.
 _CLOSE_TIMEOUT_S: Final = 5.0
 #: Seconds between two looks of `Qmp.poll`.
@@ -194,6 +196,9 @@ class Qmp:
 async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncIterator[Qmp]:
     """A QMP session with the QEMU that listens on the unix socket `path`.
 
+    A connection that ends before anything was asked of it is tried again, a few times within 2 s: QEMU's monitor
+    thread may close a new client in place of the former one, and a QEMU that is ending refuses the next attempt.
+
     Leaving the block, in whatever way, closes the socket within 5 s and leaves no task behind. While the block is
     being left (or cancelled), shielded code in it can still use the session.
 
@@ -201,7 +206,23 @@ async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TI
         QmpConnectError: no socket, nobody listens, no right, or no greeting within `timeout_s`.
         QmpError, QmpAnswerError: as `Qmp.execute`, from asking for version and commands.
     """
-    where = os.fspath(path)
+    async with AsyncExitStack() as stack:
+        for pause_s in _HUNG_UP_PAUSES_S:
+            try:
+                qmp = await stack.enter_async_context(_session(os.fspath(path), timeout_s))
+            except (QmpConnectError, QmpLostError) as error:
+                if not _hung_up(error):
+                    raise
+            else:
+                break
+            await trio.sleep(pause_s)
+        else:
+            qmp = await stack.enter_async_context(_session(os.fspath(path), timeout_s))
+        yield qmp
+
+
+@asynccontextmanager
+async def _session(where: str, timeout_s: float) -> AsyncIterator[Qmp]:
     failure: BaseException | None = None
     sock = None
     try:
@@ -227,6 +248,14 @@ async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TI
             nursery.cancel_scope.shield = True  # closing is bounded by itself
     if failure is not None:
         raise failure
+
+
+def _hung_up(error: QmpError) -> bool:
+    """Whether the connection was made, and then closed from the other side."""
+    cause = error.__cause__
+    return isinstance(error, QmpLostError) or (
+        isinstance(cause, ConnectError) and isinstance(cause.exc, ConnectionError | EOFError)
+    )
 
 
 def _held(where: str, timeout_s: float) -> QmpConnectError:

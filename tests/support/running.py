@@ -166,8 +166,16 @@ class RunningProcess:
     own_qmp: OwnQmp
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run one QMP command over the test's own socket."""
-        return await self.own_qmp.execute(command, arguments)
+        """Run one QMP command over the test's own socket.
+
+        Raises:
+            EOFError: QEMU ended, or only this connection; the text says which, and what it printed.
+        """
+        try:
+            return await self.own_qmp.execute(command, arguments)
+        except EOFError as error:
+            await trio.sleep(0.2)
+            raise EOFError(f"{error}; alive: {self.alive()}, printed: {self.log()[-2000:]!r}") from error
 
     def log(self) -> str:
         """All that the process has printed."""

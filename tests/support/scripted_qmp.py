@@ -108,6 +108,7 @@ class ScriptedQmp:
 
     answers: dict[str, Answer] = field(default_factory=dict)
     greeting: Answer = field(default_factory=lambda: GREETING)
+    hang_ups: list[str] = field(default_factory=list)  #: where the first connections end: "connect" or a command
     version: tuple[int, int, int] = (8, 2, 2)
     commands: list[str] = field(default_factory=lambda: list(STOCK_COMMANDS))
     seen: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)  #: commands after the negotiation
@@ -120,10 +121,11 @@ class ScriptedQmp:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
-            if await self._send(stream, self.greeting, {}):
+            end_at = self.hang_ups.pop(0) if self.hang_ups else None
+            if end_at != "connect" and await self._send(stream, self.greeting, {}):
                 async with aclosing(_requests(stream)) as requests:
                     async for request in requests:
-                        if not await self._obey(stream, request):
+                        if request["execute"] == end_at or not await self._obey(stream, request):
                             return
 
     async def _obey(self, stream: trio.SocketStream, request: dict[str, Any]) -> bool:
