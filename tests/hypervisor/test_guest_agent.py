@@ -1,5 +1,7 @@
 import contextlib
 import os
+import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,17 +20,30 @@ from tests.support.scripted_qmp import HANG_UP, SILENCE, Raw, Refusal, ScriptedA
 THAW = "guest-fsfreeze-thaw"
 FREEZE = "guest-fsfreeze-freeze"
 
+#: A time to stay frozen that is soon over, yet long enough for an answer on a busy machine.
+SHORT_S = 1.5
+
+
+def child_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, instead: str) -> None:
+    """Let the child have another constant: as a process of its own it knows nothing of a patch."""
+    script = Path(freeze_child.__file__).read_text()
+    assert script.count(f"\n{constant}\n") == 1
+    changed = tmp_path / "child.py"
+    changed.write_text(script.replace(constant, instead))
+    monkeypatch.setattr(freeze_child, "__file__", str(changed))
+
 
 async def test_the_guest_is_frozen_inside_the_block_and_only_there() -> None:
     agent = ScriptedAgent(file_systems=3)
     async with agent.serving() as path:
+        began = trio.current_time()
         async with frozen(path) as freeze:
             assert agent.frozen
             assert freeze.file_systems == 3
             await trio.sleep(0.2)
         assert not agent.frozen
         assert freeze.done
-        assert 0.2 <= freeze.frozen_s < 2
+        assert 0.2 <= freeze.frozen_s <= trio.current_time() - began
         assert freeze.warnings == []
         await agent.until("closed")
 
@@ -52,8 +67,9 @@ async def test_an_error_in_the_block_thaws_and_comes_out() -> None:
 async def test_cancellation_of_the_block_thaws_before_it_goes_on() -> None:
     agent = ScriptedAgent()
     async with agent.serving() as path:
-        with trio.move_on_after(0.3) as scope:
+        with trio.CancelScope() as scope:
             async with frozen(path):
+                scope.cancel()
                 await trio.sleep_forever()
         assert scope.cancelled_caught
         assert agent.seen.count(THAW) == 1
@@ -63,9 +79,16 @@ async def test_cancellation_of_the_block_thaws_before_it_goes_on() -> None:
 async def test_cancellation_while_the_agent_is_freezing_thaws_too() -> None:
     agent = ScriptedAgent(freeze_s=0.6)
     async with agent.serving() as path:
-        with trio.move_on_after(0.3) as scope:
-            async with frozen(path):
-                pytest.fail("the block must not run")
+        async with trio.open_nursery() as nursery:
+
+            async def cancel() -> None:
+                await agent.until(FREEZE)
+                scope.cancel()
+
+            nursery.start_soon(cancel)
+            with trio.CancelScope() as scope:
+                async with frozen(path):
+                    pytest.fail("the block must not run")
         assert scope.cancelled_caught
         assert agent.seen.count(FREEZE) == 1
         assert not agent.frozen
@@ -92,7 +115,7 @@ async def test_killed_between_freeze_and_thaw_the_child_thaws(number: signal.Sig
         parent = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=ROOT)
         assert parent.stdout is not None
         async with parent.stdout:
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 said = b""
                 while not said.endswith(b"\n"):  # in pieces, where Python's output is not buffered
                     piece = await parent.stdout.receive_some()
@@ -102,21 +125,20 @@ async def test_killed_between_freeze_and_thaw_the_child_thaws(number: signal.Sig
             assert agent.frozen
             parent.send_signal(number)
             await parent.wait()
-        await agent.until(THAW, timeout_s=5)
+        await agent.until(THAW)  # long before the time is over that it may stay frozen
         await agent.until("closed")
         assert not agent.frozen
 
 
-async def test_signals_to_the_whole_group_do_not_end_the_child() -> None:
+async def test_signals_to_the_whole_group_do_not_end_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests have children like it, at the same time.
+    monkeypatch.setenv("FLEECE_TEST_MARK", mark := secrets.token_hex(16))
     agent = ScriptedAgent()
     async with agent.serving() as path, frozen(path) as freeze:
-        await trio.sleep(0.1)  # it has set its handlers long before it freezes
-        children = [pid for pid in _processes() if str(freeze_child.__file__).encode() in _cmdline(pid)]
-        mine = [pid for pid in children if os.getsid(pid) != os.getsid(0)]
-        assert mine
-        for pid in mine:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                os.kill(pid, number)
+        (pid,) = [pid for pid in _processes() if f"FLEECE_TEST_MARK={mark}".encode() in _environment(pid)]
+        assert os.getsid(pid) != os.getsid(0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
         await trio.sleep(0.1)
         assert agent.frozen
     assert freeze.done
@@ -125,6 +147,13 @@ async def test_signals_to_the_whole_group_do_not_end_the_child() -> None:
 
 def _processes() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _cmdline(pid: int) -> bytes:
@@ -137,20 +166,21 @@ def _cmdline(pid: int) -> bytes:
 async def test_a_block_that_takes_too_long_is_thawed_under_it() -> None:
     agent = ScriptedAgent()
     async with agent.serving() as path:
-        async with frozen(path, hold_s=0.3) as freeze:
-            await agent.until(THAW, timeout_s=5)
+        began = trio.current_time()
+        async with frozen(path, hold_s=SHORT_S) as freeze:
+            await agent.until(THAW)
             await agent.until("closed")
             assert not agent.frozen
         assert freeze.done
-        assert freeze.frozen_s == pytest.approx(0.3, abs=0.2)
+        assert SHORT_S <= freeze.frozen_s <= trio.current_time() - began
         assert len(freeze.warnings) == 1
-        assert "thawed after 0.3 s, before all disks were switched" in freeze.warnings[0]
+        assert f"thawed after {SHORT_S} s, before all disks were switched" in freeze.warnings[0]
 
 
 async def test_a_thaw_after_the_instant_is_no_loss_although_the_block_goes_on() -> None:
     agent = ScriptedAgent()
     async with agent.serving() as path:
-        async with frozen(path, hold_s=0.3) as freeze:
+        async with frozen(path, hold_s=SHORT_S) as freeze:
             freeze.serve()
             await agent.until("closed")  # copies of other things take longer than the guest may wait
         assert freeze.done
@@ -160,7 +190,7 @@ async def test_a_thaw_after_the_instant_is_no_loss_although_the_block_goes_on() 
 async def test_an_instant_after_the_thaw_is_told() -> None:
     agent = ScriptedAgent()
     async with agent.serving() as path:
-        async with frozen(path, hold_s=0.3) as freeze:
+        async with frozen(path, hold_s=SHORT_S) as freeze:
             await agent.until("closed")
             freeze.serve()
         assert [warning for warning in freeze.warnings if "before all disks were switched" in warning]
@@ -253,7 +283,7 @@ async def test_no_listener_is_a_warning(tmp_path: Path) -> None:
 async def test_an_agent_that_does_not_do_as_told_is_a_warning(answers: dict[str, Any], warning: str) -> None:
     agent = ScriptedAgent(answers)
     async with agent.serving() as path:
-        async with frozen(path, hold_s=2) as freeze:
+        async with frozen(path) as freeze:
             assert not agent.frozen
         assert not freeze.done
         assert freeze.file_systems == 0
@@ -272,12 +302,14 @@ async def test_an_agent_without_status_command_still_freezes() -> None:
         assert freeze.warnings == []
 
 
-async def test_a_guest_without_agent_costs_five_seconds() -> None:
+async def test_a_guest_without_agent_costs_no_more_than_its_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_with(tmp_path, monkeypatch, "SYNC_TIMEOUT_S: Final = 5.0", "SYNC_TIMEOUT_S: Final = 0.5")
     agent = ScriptedAgent({"guest-sync-delimited": SILENCE})
     async with agent.serving() as path:
-        with trio.fail_after(8):
-            async with frozen(path) as freeze:
-                pass
+        async with frozen(path) as freeze:
+            pass
         assert "no answer from the agent in time" in freeze.warnings[0]
         assert agent.seen[0] == "guest-sync-delimited"
         assert FREEZE not in agent.seen
@@ -292,7 +324,8 @@ async def test_a_vm_that_ends_while_frozen_is_a_warning() -> None:
         assert "lost while the guest was frozen" in freeze.warnings[0]
 
 
-async def test_a_first_thaw_that_is_not_answered_is_repeated() -> None:
+async def test_a_first_thaw_that_is_not_answered_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child_with(tmp_path, monkeypatch, "THAW_TIMEOUT_S: Final = 5.0", "THAW_TIMEOUT_S: Final = 1.0")
     agent = ScriptedAgent()
     tries = iter([SILENCE])
 
@@ -308,17 +341,19 @@ async def test_a_first_thaw_that_is_not_answered_is_repeated() -> None:
             pass
         assert not agent.frozen
         assert freeze.done
-        assert freeze.frozen_s > freeze_child.THAW_TIMEOUT_S
+        assert freeze.frozen_s > 1.0
         assert agent.seen.count(THAW) == 2
 
 
 async def test_the_child_starts_quickly_and_ends_by_itself() -> None:
     agent = ScriptedAgent()
     async with agent.serving() as path:
-        began = trio.current_time()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         async with frozen(path):
-            assert trio.current_time() - began < 2  # 0.03 s on an idle machine
-        await agent.until("closed", timeout_s=2)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            # Time on the processor, whatever else the machine is doing: 0.03 s up to its detachment.
+            assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+        await agent.until("closed")
 
 
 class Chatterbox:

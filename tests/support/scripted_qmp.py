@@ -182,7 +182,7 @@ class ScriptedAgent:
         async with _listening(self._serve) as path:
             yield path
 
-    async def until(self, event: str, *, times: int = 1, timeout_s: float = 20) -> None:
+    async def until(self, event: str, *, times: int = 1, timeout_s: float = 30) -> None:
         """Wait until `event` stands in `seen` that often."""
         with trio.fail_after(timeout_s):
             while self.seen.count(event) < times:  # noqa: ASYNC110 - the list is a test's to change as well
