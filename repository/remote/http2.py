@@ -5,6 +5,7 @@ an answer's body has a limit from its request, headers have one of h2's, and con
 answer while the server does not read end the connection.
 """
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +20,7 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
+    RemoteSettingsChanged,
     ResponseReceived,
     StreamEnded,
     StreamReset,
@@ -40,6 +42,9 @@ RECEIVED_FRAME: Final = 256 << 10
 SENT_FRAME: Final = 4 << 20
 #: Bytes of one write, and of one read.
 _PIECE: Final = 256 << 10
+#: The same, and of a frame that we send, where a rate is limited: 4 MiB at 20 KiB/s would hold everything else up
+#: for minutes, pings included.
+_THROTTLED_PIECE: Final = 64 << 10
 #: Bytes of a body that goes before larger ones: index entries must not wait behind chunks.
 _SMALL: Final = 512 << 10
 #: Bytes of answers to control frames that may wait for a server that does not read.
@@ -90,6 +95,7 @@ class Http2Client:
         self._stream = stream
         self._where = where
         self._received, self._sent = received, sent
+        self._sent_frame = SENT_FRAME if sent is None else _THROTTLED_PIECE
         config = H2Configuration(client_side=True, header_encoding="utf-8")
         self._h2 = H2Connection(config)
         # As first values, not as changes: h2 would announce those only later, and download with 64 KiB until then.
@@ -107,7 +113,7 @@ class Http2Client:
         self._queue: list[int] = []  #: streams with a body to be sent, in order of arrival
         self._wake = trio.Event()  #: something may be sent
         self._slots = trio.lowlevel.ParkingLot()  #: wait for a stream to end
-        self._heard = 0.0  #: when the last byte came, on trio's clock
+        self._alive = 0.0  #: when the last byte came, or one of a body went, on trio's clock
         self._broken: RemoteError | None = None
 
     @classmethod
@@ -135,7 +141,7 @@ class Http2Client:
         client = cls(stream, where, received, sent)
         client._h2.initiate_connection()
         client._h2.increment_flow_control_window(WINDOW - 65535)
-        client._heard = trio.current_time()
+        client._alive = trio.current_time()
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(client._receive, bytes(first))
@@ -185,8 +191,7 @@ class Http2Client:
             RemoteUnavailableError: the connection was lost, or the server gave the request up.
             RemoteAnswerError: the server broke the protocol, or sent more than `limit`.
         """
-        while self._broken is None and self._h2.open_outbound_streams >= self._most_streams():
-            await self._slots.park()
+        await self._free_slot(what)
         if self._broken is not None:
             raise self._again(self._broken)
         parts = deque(memoryview(part).cast("B") for part in body if len(part))
@@ -208,8 +213,17 @@ class Http2Client:
             raise self._again(exchange.error)
         return Http2Answer(exchange.status, exchange.body)
 
-    def _most_streams(self) -> int:
-        return self._h2.remote_settings.max_concurrent_streams
+    async def _free_slot(self, what: str) -> None:
+        """Wait until the server lets one more request be made, or the connection is broken."""
+        while (
+            self._broken is None
+            and self._h2.open_outbound_streams >= self._h2.remote_settings.max_concurrent_streams
+        ):  # fmt: skip
+            # With requests under way their answers are what is waited for, and watched.
+            with trio.move_on_after(math.inf if self._exchanges else PING_S) as patience:
+                await self._slots.park()
+            if patience.cancelled_caught and not self._exchanges:
+                raise RemoteUnavailableError(what, self._where, "the server allows no request on the connection")
 
     def _again(self, error: RemoteError) -> RemoteError:
         """A fresh copy: one object must not be raised by several tasks."""
@@ -233,8 +247,9 @@ class Http2Client:
         if self._broken is None:
             self._broken = error
         for exchange in self._exchanges.values():
-            exchange.error = exchange.error or error
-            exchange.done.set()
+            if not exchange.done.is_set():  # what was answered whole is answered
+                exchange.error = error
+                exchange.done.set()
         self._slots.unpark_all()
         self._wake.set()
 
@@ -246,17 +261,22 @@ class Http2Client:
     async def _send(self) -> None:
         try:
             while self._broken is None:
-                data = self._h2.data_to_send() or self._next_frame()
+                control = self._h2.data_to_send()
+                data = control or self._next_frame()
                 if not data:
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
                 view = memoryview(data)
-                for start in range(0, len(view), _PIECE):
-                    piece = view[start : start + _PIECE]
+                step = _PIECE if self._sent is None else _THROTTLED_PIECE
+                for start in range(0, len(view), step):
+                    piece = view[start : start + step]
                     if self._sent is not None:
                         await self._sent.take(len(piece))
                     await self._stream.send_all(piece)
+                    if not control:
+                        # The system takes more only as the server does: a slow upload is no silence.
+                        self._alive = trio.current_time()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._fail(self._lost(innermost_reason(error)))
 
@@ -264,6 +284,8 @@ class Http2Client:
         """The next frame of a body that the server's windows let through; empty if there is none."""
         chosen = None
         for number in self._queue:
+            if self._exchanges[number].done.is_set():
+                continue  # refused or reset before it was sent whole: nobody reads the rest
             if self._h2.local_flow_control_window(number) > 0:
                 if self._exchanges[number].small:
                     chosen = number
@@ -274,7 +296,8 @@ class Http2Client:
             return b""
         exchange = self._exchanges[chosen]
         part = exchange.parts[0]
-        size = min(len(part), self._h2.local_flow_control_window(chosen), self._h2.max_outbound_frame_size, SENT_FRAME)
+        size = min(len(part), self._h2.local_flow_control_window(chosen), self._h2.max_outbound_frame_size)
+        size = min(size, self._sent_frame)
         if size < len(part):
             exchange.parts[0] = part[size:]
         else:
@@ -293,13 +316,13 @@ class Http2Client:
         try:
             while self._broken is None:
                 if data:
-                    self._heard = trio.current_time()
+                    self._alive = trio.current_time()
                     for event in self._h2.receive_data(data):
                         self._handle(event)
                     if len(self._h2._data_to_send) > _MAX_CONTROL:
                         raise ProtocolError("it asks for more answers than it reads")
                     self._wake.set()
-                data = await self._stream.receive_some(_PIECE)
+                data = await self._stream.receive_some(_PIECE if self._received is None else _THROTTLED_PIECE)
                 if not data:
                     self._fail(self._lost("the server closed the connection"))
                 elif self._received is not None:
@@ -331,6 +354,8 @@ class Http2Client:
                     exchange.what, self._where, f"the server gave the request up (code {event.error_code!r})"
                 )
                 exchange.done.set()
+        elif isinstance(event, RemoteSettingsChanged):
+            self._slots.unpark_all()  # it may allow more requests now
         elif isinstance(event, ConnectionTerminated):
             self._fail(self._lost(f"the server ends the connection (code {event.error_code!r})"))
 
@@ -367,13 +392,13 @@ class Http2Client:
         """Find out that a server is gone although the network says nothing."""
         while self._broken is None:
             await trio.sleep(QUIET_S / 4)
-            if not self._exchanges or trio.current_time() - self._heard < QUIET_S:
+            if not self._exchanges or trio.current_time() - self._alive < QUIET_S:
                 continue
-            asked = self._heard
+            asked = self._alive
             self._h2.ping(b"fleece??")
             self._wake.set()
             deadline = trio.current_time() + PING_S
-            while self._heard == asked and trio.current_time() < deadline:  # noqa: ASYNC110 - a byte sets no event
+            while self._alive == asked and trio.current_time() < deadline:  # noqa: ASYNC110 - a byte sets no event
                 await trio.sleep(QUIET_S / 60)
-            if self._heard == asked:
+            if self._alive == asked:
                 self._fail(self._lost(f"no sign of life for {QUIET_S + PING_S:.0f} s"))
