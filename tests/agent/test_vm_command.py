@@ -249,7 +249,7 @@ async def test_a_socket_with_too_many_waiting_clients_belongs_to_a_running_vm(tm
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.setblocking(False)
             full = client.connect_ex(str(path)) == errno.EAGAIN
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             assert await is_running(resolve_vm(Config(), VmOptions(qmp=path, id="web")))
 
 

@@ -127,7 +127,7 @@ async def test_a_run_killed_between_freeze_and_thaw_leaves_no_frozen_guest(qemu:
     async with two_disks(qemu, tmpfs) as (vm, bench), agent.serving() as path:
         before = await facts(vm, bench)
         await killed(vm, bench, "frozen", path)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await agent.until("closed")
         assert not agent.frozen
         await bench.backup(vm, guest_agent=path)

@@ -65,7 +65,7 @@ async def test_a_server_that_takes_sigterm_for_nothing_is_killed(monkeypatch: py
     )
     assert process.stdout is not None
     async with process.stdout:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await process.stdout.receive_some() == b"ready\n"
         await qemu_tools._stop(process)
     assert process.returncode == -signal.SIGKILL

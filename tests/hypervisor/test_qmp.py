@@ -110,7 +110,7 @@ async def test_shielded_clean_up_can_use_the_session_of_a_cancelled_block(vm: Ru
             try:
                 await trio.sleep_forever()
             finally:
-                with trio.fail_after(5, shield=True):
+                with trio.fail_after(60, shield=True):
                     await qmp.execute("query-status")
                     answered = True
     assert answered

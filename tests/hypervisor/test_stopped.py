@@ -91,7 +91,7 @@ async def test_while_held_no_vm_starts_and_qemu_nbd_reads(qemu: QemuBinary, raw:
         await trio.run_process([qemu.nbd, *options, str(path.parent / "pid"), str(path)])
         server = int((path.parent / "pid").read_text())
         await trio.run_process(["nbdinfo", f"nbd+unix:///?socket={path.parent / 's'}"], capture_stdout=True)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while Path(f"/proc/{server}/exe").exists():  # noqa: ASYNC110 - another process
                 await trio.sleep(0.02)
     async with RunningQemu.start(qemu, [disk]):

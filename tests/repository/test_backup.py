@@ -179,7 +179,7 @@ async def test_two_reads_per_disk_and_sixteen_puts_are_in_flight() -> None:
     disk = MemoryDisk(IMG, chunks_of("abcdefghijklmnopqrstuvwxyz0123"), delay_s=0.001)
     async with repository.backup(GROUP.at(1000)) as session, trio.open_nursery() as nursery:
         nursery.start_soon(SnapshotWriter(session, ChunkCodec()).add_disk, disk)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while session.in_flight < pipeline.PUTS_IN_FLIGHT:  # noqa: ASYNC110 - a count is no event
                 await trio.sleep(0.005)
         await trio.sleep(0.05)

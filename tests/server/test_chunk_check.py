@@ -13,6 +13,7 @@ from datastore.blob import Blob
 from datastore.codec import ChunkCodec
 from server import chunk_check
 from server.chunk_check import ChunkChecker, _Item
+from tests.support.waiting import PATIENCE_S, until
 
 
 def chunk(number: int) -> tuple[Blob, bytes, int]:
@@ -31,13 +32,11 @@ class Gates:
     def __call__(self, batch: list[_Item]) -> None:
         gate = threading.Event()
         self.batches.append((len(batch), gate))
-        assert gate.wait(10)
+        assert gate.wait(PATIENCE_S)
         self._run(batch)
 
     async def begun(self, count: int) -> None:
-        with trio.fail_after(10):
-            while len(self.batches) < count:  # noqa: ASYNC110 - they come from threads
-                await trio.sleep(0.005)
+        await until(lambda: len(self.batches) >= count)
 
 
 @pytest.fixture
@@ -71,6 +70,7 @@ async def test_a_chunk_in_another_batch_is_waited_for(checker: ChunkChecker) -> 
         gates.batches[0][1].set()
         await gates.begun(3)
         gates.batches[1][1].set()
+        await until(lambda: len(done) >= 2)
         await settle()
         assert sorted(done) == [0, 1]
         assert [size for size, _ in gates.batches] == [1, 1, 3]
@@ -102,7 +102,7 @@ async def test_what_a_cancelled_one_took_is_done_by_others(
     workers = trio.Semaphore(1)
     monkeypatch.setattr(checker, "_workers", workers)
     scopes = [trio.CancelScope() for _ in range(4)]
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         await workers.acquire()
         async with trio.open_nursery() as nursery:
             for number in range(4):

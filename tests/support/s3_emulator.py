@@ -186,13 +186,13 @@ class S3Emulator(S3Service):
         fault = self.faults.meet(request.operation, request.key)
         kind = fault.kind if fault is not None else ""
         if fault is not None and kind == "delay":
-            self._ending.wait(fault.seconds)
+            self._pause(fault)
         if fault is not None and kind in ("reset", "late", "deaf"):
             self._note(request, number, at, 0, kind)
             if kind == "deaf":
                 _wait_for_hangup(connection)
             elif kind == "late":
-                self._start(self._later, request, fault.seconds)
+                self._start(self._later, request, fault)
             _reset(connection)
             return False
         if fault is not None and kind == "answer":
@@ -217,8 +217,14 @@ class S3Emulator(S3Service):
                 self._at_once[request.operation] -= 1
         return self._send(connection, request, answer, fault, number, at)
 
-    def _later(self, request: Request, seconds: float) -> None:
-        self._ending.wait(seconds)
+    def _pause(self, fault: Fault) -> None:
+        end = time.monotonic() + fault.seconds
+        while time.monotonic() < end and not self._ending.is_set():
+            if fault.released.wait(min(0.02, max(0.0, end - time.monotonic()))):
+                return
+
+    def _later(self, request: Request, fault: Fault) -> None:
+        self._pause(fault)
         self.do(request, {})
 
     def _planned(self, request: Request, fault: Fault) -> Answer:

@@ -13,13 +13,13 @@ Kind = Literal[
     "lie",  # carried out; `status` and `code` are told
     "reset",  # not carried out; the connection is reset before an answer
     "lost",  # carried out; the connection is reset before an answer
-    "late",  # reset like "reset"; carried out `seconds` later
+    "late",  # reset like "reset"; carried out `seconds` later, or when `released`
     "cut",  # carried out; the connection is reset inside the answer's body
     "truncate",  # the body is a byte shorter, and content-length says so
     "corrupt",  # a byte of the body is another one
     "stall",  # carried out; half of the answer's body, then nothing, until the client hangs up
     "deaf",  # not carried out; no answer at all, until the client hangs up
-    "delay",  # as always, after `seconds`
+    "delay",  # as always, after `seconds`, or when `released`
     "headers",  # as always, but `headers` are replaced (None: left out)
     "date",  # as always, but the Date header is off by `seconds`
     "damage",  # the body of the request arrives with one byte changed
@@ -44,6 +44,7 @@ class Fault:
     headers: Mapping[str, str | None] = field(default_factory=dict)
     details: Mapping[str, str] = field(default_factory=dict)  #: more fields of the error's body
     seconds: float = 0.0
+    released: threading.Event = field(default_factory=threading.Event)
     failed_keys: Mapping[str, str] = field(default_factory=dict)  #: POST: key -> code, with kind "answer", status 200
     seen: int = 0
     met: int = 0

@@ -140,7 +140,7 @@ async def test_quarantine(store_folder: Path, s3_emulator: S3Emulator) -> None:
             copies = [bucket.objects.get(store.keys.bad_chunk(DIGEST, number)) for number in range(10)]
             there = [*copies, bucket.objects.get(key)]
             assert other in [stored.data for stored in there if stored is not None]
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await store.chunks.quarantine(DIGEST, wrong)
             await store.chunks.insert(DIGEST, BLOB)
             assert bucket.objects[key].data == bytes(BLOB)

@@ -68,7 +68,7 @@ async def test_a_store_counts_while_it_is_open_and_when_it_ends(
         file = store.s3.counter_file
         await write_snapshot(LocalRepository(store, "test"), group, 1000, {"disk.img.fidx": bytes(CHUNK)})
         puts = len(s3_emulator.requests("PUT"))
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while file.read().counts["s3-put"] != puts:  # noqa: ASYNC110 - a file tells nobody
                 await trio.sleep(0.02)
         await store.client.head_bucket()

@@ -27,6 +27,7 @@ from tests.datastore.s3.conftest import IMPATIENT, Told
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS, Kind
 from tests.support.s3_service import BUCKET
+from tests.support.waiting import PATIENCE_S, cancelled_when, until
 
 KEY = "st1/a"
 
@@ -504,21 +505,21 @@ async def test_a_truncated_object_is_never_taken_for_whole(emulated: S3Client, s
 async def test_a_cancelled_change_has_an_unknown_outcome(
     emulated: S3Client, s3_emulator: S3Emulator, told: Told, operation: str, kind: Kind
 ) -> None:
-    s3_emulator.plan(operation, kind, seconds=5)
+    fault = s3_emulator.plan(operation, kind, seconds=60)
     call = {"PUT": put, "DELETE": delete, "POST": delete_many, "COPY": copy}[operation]
-    with trio.move_on_after(0.3) as scope:
+    async with cancelled_when(lambda: fault.met) as scope:
         await call(emulated)
     assert scope.cancelled_caught
     keys = {"PUT": [KEY], "DELETE": [KEY], "POST": [KEY, "st1/b"], "COPY": ["st1/copy"]}[operation]
     assert [(outcome.method, list(outcome.keys)) for outcome in told] == [(CHANGING[operation], keys)]
     s3_emulator.cut_connections()
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE_S):
         await emulated.head(KEY)  # its place in the gate and its connection are free
 
 
 async def test_a_cancelled_read_is_nothing_to_tell(emulated: S3Client, s3_emulator: S3Emulator, told: Told) -> None:
-    s3_emulator.plan("GET", "deaf")
-    with trio.move_on_after(0.3) as scope:
+    fault = s3_emulator.plan("GET", "deaf")
+    async with cancelled_when(lambda: fault.met) as scope:
         await emulated.get(KEY)
     assert scope.cancelled_caught
     assert told == []
@@ -527,13 +528,14 @@ async def test_a_cancelled_read_is_nothing_to_tell(emulated: S3Client, s3_emulat
 async def test_a_delete_that_comes_late_was_told_of_although_its_retry_succeeded(
     emulated: S3Client, s3_emulator: S3Emulator, told: Told
 ) -> None:
-    s3_emulator.plan("POST", "late", seconds=0.4)
+    fault = s3_emulator.plan("POST", "late", seconds=300)
     assert await emulated.delete_many([KEY]) == []
     assert [(outcome.method, list(outcome.keys)) for outcome in told] == [(Method.POST, [KEY])]
     assert (await emulated.put(KEY, [b"again"], if_absent=True)).outcome is Outcome.NEW
-    with trio.fail_after(30):
-        while await emulated.head(KEY) is not None:  # noqa: ASYNC110 - nobody tells us
-            await trio.sleep(0.05)
+    assert await emulated.head(KEY) is not None
+    fault.released.set()
+    await until(lambda: KEY not in s3_emulator.bucket.objects)
+    assert await emulated.head(KEY) is None
 
 
 async def test_the_secret_is_in_no_log_and_no_error(

@@ -19,6 +19,7 @@ from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS
 from tests.support.s3_stores import s3_store
 from tests.support.snapshots import CHUNK, CODEC, put_all, read_image, write_snapshot
+from tests.support.waiting import PATIENCE_S
 
 GROUP = Group.parse("vm/100")
 IMAGE = os.urandom(12 * CHUNK)
@@ -39,7 +40,7 @@ async def test_a_cancelled_backup_does_not_wait_for_a_bucket_that_is_away(
     async with s3_store(store_folder, s3_emulator.endpoint(), policy=patient) as store:
         repo = LocalRepository(store, "test")
         await write_snapshot(repo, GROUP, 500, {"disk.img.fidx": IMAGE})
-        with trio.fail_after(20), trio.CancelScope() as scope:
+        with trio.fail_after(60), trio.CancelScope() as scope:
             async with repo.backup(GROUP.at(1000)) as session:
                 await put_all(session, {"disk.img.fidx": IMAGE})
                 s3_emulator.plan("*", "reset", times=ALWAYS)
@@ -156,7 +157,7 @@ async def test_a_connection_that_stalls_is_replaced(
             await store.s3.chunks.cache.drop(CODEC.digest(IMAGE[offset : offset + CHUNK]))
         if operation == "GET":
             s3_emulator.plan("GET", "stall", skip=2, key=".chunks")
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             assert await read_image(repo, snapshot, "disk.img.fidx") == IMAGE
 
 
@@ -189,7 +190,7 @@ async def test_an_endpoint_that_is_away_fails_a_backup_once(store_folder: Path, 
         repo = LocalRepository(store, "test")
         await write_snapshot(repo, GROUP, 500, {"disk.img.fidx": IMAGE})
         s3_emulator.plan("*", "reset", times=ALWAYS)
-        with trio.fail_after(10), pytest.raises(S3UnavailableError, match="emulator:bucket"):
+        with trio.fail_after(60), pytest.raises(S3UnavailableError, match="emulator:bucket"):
             await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": os.urandom(20 * CHUNK)})
         assert [info.snapshot for info in await repo.snapshots(unfinished=True)] == [GROUP.at(500)]
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import trio
 
 from core.errors import UsageError
 from datastore.s3.endpoint import Quirk
@@ -14,6 +13,7 @@ from tests.support.s3_bucket import FakeBucket
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS
 from tests.support.s3_service import BUCKET
+from tests.support.waiting import cancelled_when
 
 QUICK = RetryPolicy(attempts=2, patience_s=2.0, base_s=0.01, cap_s=0.02)
 
@@ -166,8 +166,8 @@ async def test_a_listing_that_lags_is_a_failure(s3_emulator: S3Emulator, monkeyp
 
 
 async def test_a_probe_that_is_cancelled_leaves_nothing(s3_emulator: S3Emulator) -> None:
-    s3_emulator.plan("COPY", "deaf")
-    with trio.move_on_after(0.5) as scope:
+    fault = s3_emulator.plan("COPY", "deaf")
+    async with cancelled_when(lambda: fault.met) as scope:
         await probe(s3_emulator.endpoint(), BUCKET, policy=QUICK)
     assert scope.cancelled_caught
     assert s3_emulator.bucket.objects == {}

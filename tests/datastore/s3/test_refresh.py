@@ -26,6 +26,7 @@ from repository.verify import verify
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_stores import IMPATIENT, NAME, adopt_folder, s3_store, settings
 from tests.support.snapshots import CHUNK, CODEC, read_image, write_snapshot
+from tests.support.waiting import until
 
 GROUP = Group.parse("vm/100")
 IMAGE = b"".join(bytes([number]) * CHUNK for number in range(1, 6))
@@ -175,15 +176,16 @@ async def test_nobody_writes_during_a_refresh_and_reading_goes_on(store_folder: 
     async with s3_store(store_folder, s3_emulator.endpoint()) as store:
         repo = LocalRepository(store, "test")
         snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
-        s3_emulator.plan("LIST", "delay", seconds=0.5)
+        fault = s3_emulator.plan("LIST", "delay", seconds=60)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(refresh, store)
-            await trio.sleep(0.2)
+            await until(lambda: fault.met)
             with pytest.raises(StoreError, match="being refreshed"):
                 await write_snapshot(repo, GROUP, 2000, FILES)
             with pytest.raises(LockedError, match="being refreshed already"):
                 await refresh(store)
             assert await read_image(repo, snapshot, "disk.img.fidx") == IMAGE
+            fault.released.set()
         await write_snapshot(repo, GROUP, 2000, FILES)
 
 
