@@ -44,15 +44,22 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str = "bytes") -> Iterator[Task]:
-        """A task that lasts as long as the block; it counts as failed if the block raises."""
+        """A task that lasts as long as the block; it counts as failed if the block raises.
+
+        Figures that come later, from a worker thread that was waited for longer than the block, are not shown.
+        """
         task = Task(name, total, unit, _owner=self)
         self.started(task)
         try:
             yield task
         except BaseException:
-            self.ended(task, ok=False)
+            self._end(task, ok=False)
             raise
-        self.ended(task, ok=True)
+        self._end(task, ok=True)
+
+    def _end(self, task: Task, *, ok: bool) -> None:
+        task._owner = None
+        self.ended(task, ok=ok)
 
     def log(self, text: str) -> None:
         """One line for people that is no problem."""

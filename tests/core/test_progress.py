@@ -38,6 +38,15 @@ def test_a_task_that_raises_counts_as_failed_and_the_error_goes_on() -> None:
     assert progress.events[-1][0] == "failed"
 
 
+def test_figures_that_come_after_the_end_are_not_shown() -> None:
+    progress = Recorder()
+    with pytest.raises(KeyError), progress.task("disk", None) as task:
+        raise KeyError("x")
+    task.advance(1)
+    task.update(note="late")
+    assert [event[0] for event in progress.events] == ["started", "failed"]
+
+
 def test_warnings_are_kept_in_their_order() -> None:
     progress = Progress()
     progress.warn("first")

@@ -1,22 +1,26 @@
 """Streams that a thread writes, over a real datastore."""
 
 import hashlib
+import os
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import trio
+import trio.testing
 
 from core.errors import FleeceError, NotFoundError
+from core.progress import Progress, Task
 from datastore.chunker import Cutter
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.names import BackupType, Group, Snapshot
 from repository.archive import open_archive_reader, open_cache
 from repository.backup import SnapshotWriter
-from repository.interface import BackupSession
+from repository.interface import BackupSession, BlockingPuts
 from repository.local import LocalRepository, open_local
 from repository.restore import load_manifest
 from repository.stored_bytes import open_streams
@@ -246,6 +250,44 @@ async def test_cancelled_backup_ends_the_thread(repo: LocalRepository) -> None:
         await back_up(repo, 1_700_000_000, write)
     assert scope.cancelled_caught
     assert await repo.snapshots() == []
+
+
+async def test_chunk_that_is_stored_after_the_cancellation_shows_no_progress(
+    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, over, scope = threading.Event(), threading.Event(), trio.CancelScope()
+    token = trio.lowlevel.current_trio_token()
+    events: list[str] = []
+
+    class Watched(Progress):
+        def changed(self, task: Task) -> None:
+            events.append("changed")
+
+        def ended(self, task: Task, *, ok: bool) -> None:
+            events.append("ended")
+            over.set()
+
+    def put(*arguments: Any) -> Any:
+        token.run_sync_soon(scope.cancel)
+        assert over.wait(60)  # the thread is waited for, so what it tells comes later
+        stored.set()
+        return put_chunk(*arguments)
+
+    def write(streams: Sequence[StreamBackup]) -> None:
+        while True:
+            streams[0].write(os.urandom(100_000))
+
+    with scope:
+        async with repo.backup(GROUP.at(1_700_000_000)) as session:
+            assert isinstance(session, BlockingPuts)
+            put_chunk = session.put_chunk_blocking
+            monkeypatch.setattr(type(session), "put_chunk_blocking", lambda _, *arguments: put(*arguments))
+            writer = SnapshotWriter(session, ChunkCodec(), progress=Watched())
+            await writer.add_streams("root", [StreamSpec(PAYLOAD, AVERAGE)], write)
+    await trio.testing.wait_all_tasks_blocked()
+    assert scope.cancelled_caught
+    assert stored.is_set()
+    assert events[-1] == "ended"
 
 
 @pytest.mark.parametrize("name", CODECS)
