@@ -17,6 +17,7 @@ from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution
 from tests.support.rgw import RunningRgw, ceph, running_rgw
 from tests.support.s3_emulator import S3Emulator
 from tests.support.stores import StorePool
+from tests.support.warm_command import WarmCommand
 
 # A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals cannot use.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,6 +98,14 @@ def backports() -> QemuBinary:
 def guest() -> SmallGuest:
     """Kernel and initramfs of the small guest."""
     return _or_skip(small_guest)
+
+
+@pytest.fixture(scope="session")
+def warm_command() -> Iterator[WarmCommand]:
+    """Runs `fleece` in a process of its own, but without its start."""
+    command = WarmCommand()
+    yield command
+    command.close()
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.warm_command import WarmCommand
+
 Popen = subprocess.Popen[str]
 #: Seconds for any command of these tests on a busy machine.
 PATIENCE_S = 120
@@ -45,6 +47,7 @@ class Fleece:
     """Runs `fleece`; `repo` is used unless the arguments name another."""
 
     home: Path
+    warm: WarmCommand
     repo: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -63,12 +66,10 @@ class Fleece:
 
     def __call__(self, *arguments: str | Path, stdin: str = "") -> Answer:
         """Run it to the end."""
-        done = subprocess.run(
-            [sys.executable, "-m", "agent.main", *map(str, arguments)],
-            env=self._environment(), input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr, done.stderr
-        return Answer(done.returncode, done.stdout, done.stderr)
+        done = self.warm.run([*map(str, arguments)], self._environment(), stdin=stdin.encode(), timeout_s=PATIENCE_S)
+        out, err = done.stdout.decode(), done.stderr.decode()
+        assert "Traceback" not in err, err
+        return Answer(done.returncode, out, err)
 
     def json(self, *arguments: str | Path) -> Any:
         """Run it with `--output json`; it must succeed and say nothing on standard error."""
@@ -86,10 +87,10 @@ class Fleece:
 
 
 @pytest.fixture
-def fleece(tmp_path: Path) -> Fleece:
+def fleece(tmp_path: Path, warm_command: WarmCommand) -> Fleece:
     """The command, without a repository."""
     (tmp_path / "fleece.toml").touch()
-    return Fleece(tmp_path)
+    return Fleece(tmp_path, warm_command)
 
 
 @pytest.fixture

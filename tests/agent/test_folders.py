@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.support.fleece_command import FleeceCommand
+from tests.support.warm_command import WarmCommand
 
 FILES = {
     "etc/hosts": b"127.0.0.1 localhost\n",
@@ -34,8 +35,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fleece(store_folder: Path, tmp_path: Path) -> FleeceCommand:
-    return FleeceCommand(tmp_path / "h", store_folder)
+def fleece(store_folder: Path, tmp_path: Path, warm_command: WarmCommand) -> FleeceCommand:
+    return FleeceCommand(tmp_path / "h", store_folder, warm=warm_command)
 
 
 async def back_up(fleece: FleeceCommand, tree: Path, *options: str, code: int = 0) -> Any:
@@ -144,12 +145,12 @@ async def test_killed_and_interrupted_backups_leave_no_snapshot(fleece: FleeceCo
     line = ["backup", f"root.pxar:{tree}", "--backup-id", "web", "--bwlimit", "2M"]
     for which in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         async with fleece.start(*line) as running:
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 while not list(Path(fleece.repo).glob("host/web/*/*.tmp_didx")):  # noqa: ASYNC110
                     await trio.sleep(0.05)
             await trio.sleep(0.3)
             os.kill(running.pid, which)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await running.process.wait()
         assert await fleece.json("list") == []
     await back_up(fleece, tree)

@@ -7,11 +7,12 @@ import pytest
 import trio
 
 from tests.support.fleece_command import FleeceCommand
+from tests.support.warm_command import WarmCommand
 
 
 @pytest.fixture
-def fleece(store_folder: Path, tmp_path: Path) -> FleeceCommand:
-    return FleeceCommand(tmp_path / "h", store_folder)
+def fleece(store_folder: Path, tmp_path: Path, warm_command: WarmCommand) -> FleeceCommand:
+    return FleeceCommand(tmp_path / "h", store_folder, warm=warm_command)
 
 
 @pytest.fixture
@@ -73,11 +74,11 @@ async def test_mount_of_an_encrypted_archive(fleece: FleeceCommand, tree: Path, 
         "backup", f"root.pxar:{tree}", "--backup-id", "web", "--change-detection-mode", "data", "--keyfile", key
     )
     async with fleece.start("mount", str(point), "--foreground", "--keyfile", key) as running:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not point.is_mount():  # noqa: ASYNC110 - nobody tells
                 await trio.sleep(0.05)
         read = await trio.to_thread.run_sync((point / "host/web/latest/root.pxar/big").read_bytes)
         assert read == (tree / "big").read_bytes()
         running.process.terminate()
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await running.process.wait()

@@ -10,6 +10,7 @@ import trio
 from tests.support.certificates import Certificate, make_certificate
 from tests.support.fleece_command import FleeceCommand
 from tests.support.pbs_double import PbsDouble
+from tests.support.warm_command import WarmCommand
 
 CHUNK = 4 << 20
 
@@ -30,7 +31,7 @@ async def double(certificate: Certificate) -> AsyncIterator[PbsDouble]:
 
 
 @pytest.fixture
-def fleece(double: PbsDouble, certificate: Certificate, tmp_path: Path) -> FleeceCommand:
+def fleece(double: PbsDouble, certificate: Certificate, tmp_path: Path, warm_command: WarmCommand) -> FleeceCommand:
     environment = {
         "FLEECE_REPOSITORY": f"root@pam!tok@127.0.0.1:{double.port}:store",
         "PBS_PASSWORD": double.secrets["root@pam!tok"],
@@ -38,7 +39,7 @@ def fleece(double: PbsDouble, certificate: Certificate, tmp_path: Path) -> Fleec
         "HOME": str(tmp_path),
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
     }
-    return FleeceCommand(tmp_path / "f", tmp_path, environment)
+    return FleeceCommand(tmp_path / "f", tmp_path, environment, warm_command)
 
 
 async def test_folders_images_and_files_go_to_a_server_and_come_back(

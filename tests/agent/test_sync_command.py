@@ -14,6 +14,7 @@ from tests.support.fleece_command import FleeceCommand
 from tests.support.pbs_double import PbsDouble
 from tests.support.stores import StorePool
 from tests.support.syncs import write
+from tests.support.warm_command import WarmCommand
 
 from .test_remote_command import certificate as certificate
 
@@ -42,14 +43,14 @@ async def stores(store_pool: StorePool) -> AsyncIterator[tuple[Path, Path]]:
 
 
 @pytest.fixture
-def fleece(stores: tuple[Path, Path], tmp_path: Path) -> FleeceCommand:
+def fleece(stores: tuple[Path, Path], tmp_path: Path, warm_command: WarmCommand) -> FleeceCommand:
     environment = {
         "FLEECE_REPOSITORY": str(stores[0]),
         "FLEECE_STATE_DIR": str(tmp_path / "state"),
         "HOME": str(tmp_path),
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
     }
-    return FleeceCommand(tmp_path / "f", tmp_path, environment)
+    return FleeceCommand(tmp_path / "f", tmp_path, environment, warm_command)
 
 
 async def test_push_to_a_folder_reports_and_pull_takes_it_back(

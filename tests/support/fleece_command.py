@@ -21,6 +21,7 @@ from typing import Any, Final
 import trio
 
 from tests.support.cache import ROOT
+from tests.support.warm_command import WarmCommand
 
 #: Seconds for one command, or for a started one to get where it is to stop, on a busy machine.
 PATIENCE_S: Final = 60.0
@@ -117,6 +118,7 @@ class FleeceCommand:
     home: Path  #: folder of state, run-time files and configuration; a short path, since sockets lie in it
     repo: Path
     environment: Mapping[str, str] = field(default_factory=dict)  #: more variables
+    warm: WarmCommand | None = None  #: quicker, for what runs to its end
     _number: int = 0
 
     @property
@@ -130,9 +132,25 @@ class FleeceCommand:
         return self.home / "fleece.toml"
 
     async def run(self, *arguments: str | Path, timeout_s: float = PATIENCE_S) -> Outcome:
-        """Run it to its end, with `--output json`."""
-        async with self.start(*arguments) as running:
-            return await running.ended(timeout_s)
+        """Run it to its end, with `--output json`.
+
+        Raises:
+            subprocess.TimeoutExpired: not within `timeout_s`; its text has standard error, which says where it hangs.
+        """
+        if self.warm is None:
+            async with self.start(*arguments) as running:
+                return await running.ended(timeout_s)
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.config.touch()
+        line = [*map(str, arguments), "--output", "json"]
+        started = self.warm.start(line, self._environment())
+        try:
+            done = await trio.to_thread.run_sync(started.wait, timeout_s, abandon_on_cancel=True)
+        finally:
+            started.end()
+        outcome = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+        assert "Traceback" not in outcome.err, outcome.err
+        return outcome
 
     async def json(self, *arguments: str | Path, code: int = 0) -> Any:
         """The document it prints; the exit code must be `code`."""

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleece_command import FleeceCommand
+from tests.support.warm_command import WarmCommand
 from tests.vm.lab import Lab, NothingLeft
 
 
 @pytest.fixture
-def fleece(tmpfs: Path, store_folder: Path) -> FleeceCommand:
+def fleece(tmpfs: Path, store_folder: Path, warm_command: WarmCommand) -> FleeceCommand:
     """The command with an empty datastore as its repository."""
-    return FleeceCommand(tmpfs / "h", store_folder)
+    return FleeceCommand(tmpfs / "h", store_folder, warm=warm_command)
 
 
 @pytest.fixture
