@@ -73,26 +73,27 @@ class Export:
 
     def __init__(
         self, accessor: ArchiveAccessor, options: ExtractOptions, start: Directory | None, prefix: bytes,
-        report: ExtractReport, progress: Progress | None,
+        report: ExtractReport, progress: Progress | None, folder: bytes = b"",
     ) -> None:  # fmt: skip
-        """`start`: a folder at the path `prefix` that is exported instead of all."""
+        """`start`: a folder at the path `prefix` that is exported instead of all; `folder`: what it is called there."""
         self.accessor, self.options, self.report = accessor, options, report
         self._start = start or accessor.root
         self._prefix = prefix.strip(b"/")
         self._progress = progress
+        self._folder = folder
         self._selection = Selection(options.patterns)
         self._positions = array("Q")  # of the files that were exported under their own names
         self._copies: dict[int, bytes] = {}  # where a file is that was exported under a hard link's name
 
     def each(self, add: Callable[[bytes, Node], None]) -> None:
-        """Call `add` with path and node of each of `entries`; one that cannot be read is complained about.
+        """Call `add` with name and node of each of `entries`; one that cannot be read is complained about.
 
         Raises:
             FormatError: `add` raised CutOffError: what follows would be taken for the rest of that file.
         """
         for path, node in self.entries():
             try:
-                add(path, node)
+                add(self.named(path), node)
             except CutOffError as error:
                 whole = b"/".join(part for part in (self._prefix, path) if part)
                 hint = "a --pattern with ! leaves the file out, and a restore to a folder leaves out what is damaged"
@@ -179,7 +180,11 @@ class Export:
         found = self.accessor.lookup(path)
         if not isinstance(found, FileNode) or found.filename_position != position:
             return None
-        return path.removeprefix(prefix)
+        return self.named(path.removeprefix(prefix))
+
+    def named(self, path: bytes) -> bytes:
+        """What the entry at `path` is called in the output."""
+        return b"/".join(part for part in (self._folder, path) if part)
 
     def complain(self, path: bytes, what: str, error: Exception) -> None:
         """The entry at `path` could not be read."""

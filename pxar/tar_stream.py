@@ -54,10 +54,11 @@ def write_tar(
     *,
     start: Directory | None = None,
     prefix: bytes = b"",
+    folder: bytes = b"",
     report: ExtractReport | None = None,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the archive, or its folder `start` at the path `prefix`, as tar.
+    """Write the archive, or its folder `start` at the path `prefix`, as tar; its entries in a folder called `folder`.
 
     A hard link whose file is not among the entries becomes that file. Of `options` the patterns count, the kinds that
     are wanted, XATTRS, ACL and FCAPS, and `drop_setuid`. An entry that cannot be read is left out with a warning.
@@ -67,7 +68,7 @@ def write_tar(
             begun. The output is of no use then, and does not end as a tar archive does.
     """
     report = report or ExtractReport()
-    export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress)
+    export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress, folder)
     out = Output(write)
     export.each(lambda path, node: _entry(export, out, path, node))
     out.write(bytes(2 * _BLOCK))

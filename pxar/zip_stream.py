@@ -52,10 +52,11 @@ def write_zip(
     *,
     start: Directory | None = None,
     prefix: bytes = b"",
+    folder: bytes = b"",
     report: ExtractReport | None = None,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the archive, or its folder `start` at the path `prefix`, as zip.
+    """Write the archive, or its folder `start` at the path `prefix`, as zip; its entries in a folder called `folder`.
 
     Of `options` the patterns and `drop_setuid` count. An entry that cannot be read is left out with a warning.
 
@@ -63,7 +64,7 @@ def write_zip(
         FleeceError: as `tar_stream.write_tar`.
     """
     report = report or ExtractReport()
-    export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress)
+    export = Export(accessor, options or ExtractOptions(), start, prefix, report, progress, folder)
     with SpooledTemporaryFile(max_size=_IN_MEMORY) as central:
         archive = _Zip(export, Output(write), central)
         export.each(archive.add)

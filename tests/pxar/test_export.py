@@ -154,6 +154,24 @@ def test_patterns_and_folders_choose(write: Exporter) -> None:
     assert names(accessor, start=start, prefix=b"home", options=chosen) == {"me", "me/same"}
 
 
+@BOTH
+def test_entries_lie_in_a_folder_if_it_has_a_name(write: Exporter) -> None:
+    root = folder({b"home": folder({b"a": file(b"1"), b"b": hardlink(b"home/a"), b"c": folder({})})})
+    accessor = opened(root)
+    start = accessor.lookup(b"home")
+    assert isinstance(start, Directory)
+    data, report = exported(write, accessor, start=start, prefix=b"home", folder=b"home")
+    assert report.warnings == []
+    if write is write_tar:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            assert archive.getnames() == ["home", "home/a", "home/b", "home/c"]
+            assert archive.getmember("home/b").linkname == "home/a"
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as packed:
+        assert packed.namelist() == ["home/", "home/a", "home/b", "home/c/"]
+        assert packed.read("home/b") == b"1"
+
+
 def test_hard_links_lead_to_what_is_in_the_archive_or_become_files() -> None:
     root = folder(
         {b"a": file(b"1", ids=(7, 8)), b"b": hardlink(b"a"), b"c": hardlink(b"a"), b"d": folder({b"e": hardlink(b"a")})}
