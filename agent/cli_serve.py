@@ -71,7 +71,7 @@ def serve(
     """
     import trio
 
-    from agent.serving import RegisteredStores, server_folder
+    from agent.serving import RegisteredRemotes, RegisteredStores, server_folder
     from server.certificate import Certificate, own_certificate
     from server.service import Service, Settings, run_until_signal, systemd_listeners
     from server.service import listen as listen_at
@@ -83,7 +83,7 @@ def serve(
     folder = server_folder()
     certificate = own_certificate(folder) if cert is None or key is None else Certificate(cert, key)
     settings = Settings(certificate, drain, to_stderr)
-    state = ServerState(folder, RegisteredStores(invocation))
+    state = ServerState(folder, RegisteredStores(invocation), RegisteredRemotes(invocation.remotes))
 
     async def run() -> None:
         listeners = systemd_listeners() or await listen_at(address, port)

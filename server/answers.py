@@ -1,5 +1,6 @@
 """What handlers return, and what goes to the client."""
 
+import hashlib
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,3 +65,8 @@ def refusal(error: ApiError, *, extjs: bool = False) -> Answer:
 def as_json(document: object) -> bytes:
     """Compact JSON; what is no Unicode becomes replacement characters."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def digest_of(document: object) -> str:
+    """What a client may give back to see to it that a configuration is still the same."""
+    return hashlib.sha256(as_json(document)).hexdigest()

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 from server.access.auth_ids import AuthId
 from server.answers import Answer, refusal
-from server.api import access, contents, snapshots, stores, tasks, upkeep
+from server.api import access, browse, contents, remotes, snapshots, stores, sync, sync_jobs, tasks, upkeep
 from server.backup_protocol import PROTOCOL as BACKUP
 from server.backup_protocol import backup
 from server.errors import ApiError, UnauthorizedError
@@ -35,8 +35,12 @@ ENDPOINTS: Final = (
     *stores.ENDPOINTS,
     *snapshots.ENDPOINTS,
     *contents.ENDPOINTS,
+    *browse.ENDPOINTS,
     *upkeep.ENDPOINTS,
     *tasks.ENDPOINTS,
+    *remotes.ENDPOINTS,
+    *sync.ENDPOINTS,
+    *sync_jobs.ENDPOINTS,
     Endpoint("GET", "/backup", schema=_BACKUP, upgrade=backup, raw=True),
     Endpoint("GET", "/reader", schema=_READER, upgrade=reader, raw=True),
 )

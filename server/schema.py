@@ -251,6 +251,26 @@ def _complete(schema: Schema, values: dict[str, Any], faults: list[tuple[str, st
     return values
 
 
+def from_stored(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that a file holds, checked as JSON is.
+
+    Raises:
+        ValueError: an unknown or missing one, or one of another type.
+    """
+    found = {}
+    for key, value in values.items():
+        if key not in schema:
+            raise ValueError(f"{key} is unknown")
+        try:
+            found[key] = schema[key].type.from_json(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    for key, parameter in schema.items():
+        if key not in found and not parameter.optional:
+            raise ValueError(f"{key} is missing")
+    return found
+
+
 def parameter_error(faults: Sequence[tuple[str, str]]) -> ApiError:
     """The answer that names wrong parameters."""
     shown = faults[:100]
@@ -264,6 +284,7 @@ def parameter_error(faults: Sequence[tuple[str, str]]) -> ApiError:
 # The types that several calls share (spec 4).
 SAFE: Final = re.compile(SAFE_ID)
 STORE: Final = Text(SAFE, 3, 32)
+REMOTE: Final = Text(SAFE, 3, 32)
 NAMESPACE: Final = Text(re.compile(rf"(?:(?:{SAFE_ID}/){{0,7}}{SAFE_ID})?"), 0, 256)
 NAMESPACE_COMPONENT: Final = Text(SAFE, 1, 32)
 BACKUP_TYPE: Final = Text(choices=("vm", "ct", "host"))
@@ -272,6 +293,7 @@ BACKUP_TIME: Final = Integer(least=1, most=253_402_300_799)
 ARCHIVE: Final = Text(SAFE, 1, 200)
 DIGEST: Final = Text(re.compile(r"[a-f0-9]{64}"))
 CSUM: Final = Text(re.compile(r"[A-Fa-f0-9]{64}"))
+CONFIG_DIGEST: Final = CSUM
 USER: Final = Text(USER_ID, 3, 64)
 AUTH: Final = Text(AUTH_ID, 3, 64)
 TOKEN_NAME: Final = Text(SAFE, 3, 32)

@@ -1,6 +1,6 @@
 """What the whole server shares: users and rights, tickets, tasks, datastores."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,14 @@ from server.access.roles import NAMES, NONE, Privilege
 from server.access.store import AccessStore
 from server.access.tickets import Tickets
 from server.errors import ApiError
+from server.remotes import NoRemotes, Remotes
 from server.tasks import Tasks
 
 #: The PBS whose behaviour this server has; clients derive from it what they may ask for (spec 6.1).
 VERSION: Final = "4.1"
 RELEASE: Final = "1"
+#: Requests at a time that walk through archives, each with a cache of chunks and a thread; further ones wait.
+MAX_WALKS: Final = 8
 
 
 class StoreProvider(Protocol):
@@ -129,18 +132,38 @@ class StorePool:
 class ServerState:
     """Everything that requests have in common."""
 
-    def __init__(self, folder: Path, stores: StoreProvider) -> None:
-        """`folder`: of the server's own files, made if it is missing."""
+    def __init__(self, folder: Path, stores: StoreProvider, remotes: Remotes | None = None) -> None:
+        """`folder`: of the server's own files, made if it is missing; `remotes`: None: there are none."""
+        self.folder: Final = folder
+        self.remotes: Final = NoRemotes() if remotes is None else remotes
         self.access: Final = AccessStore(folder)
         self.tickets: Final = Tickets(folder)
         self.tasks: Final = Tasks(folder / "tasks")
         self.stores: Final = StorePool(stores)
+        self.walks: Final = trio.CapacityLimiter(MAX_WALKS)
+        self._nursery: trio.Nursery | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Requests can be answered while the block runs."""
-        async with self.stores.running(), self.tasks.running():
-            yield
+        async with self.stores.running(), self.tasks.running(), open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                self._nursery = None
+                nursery.cancel_scope.cancel()
+
+    async def background(self, work: Callable[..., Awaitable[None]]) -> None:
+        """Start `work`, which outlives the request that starts it, and wait for its `task_status.started()`.
+
+        Raises:
+            ApiError: the server is going down.
+            Exception: what `work` raises before it has started; what it raises later ends the server.
+        """
+        if self._nursery is None:
+            raise ApiError("the server is going down")
+        await self._nursery.start(work)
 
     # Rights.
 

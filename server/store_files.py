@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from core.buffers import Buffer
-from core.errors import UsageError
+from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
 from datastore.index import ArchiveIndex
 from datastore.names import ArchiveKind, Snapshot, archive_kind
@@ -69,3 +69,13 @@ async def download(store: Datastore, snapshot: Snapshot, name: str) -> tuple[Ans
     why = "No such file or directory (os error 2)"
     answer = await file_answer(path, ApiError(f'Unable to open {_WORDS[kind]} index "{path}" - {why}'))
     return answer, await in_io_thread(open_snapshot_index, store, snapshot, name)
+
+
+def unreadable(store: Datastore, snapshot: Snapshot, name: str, error: FleeceError) -> ApiError:
+    """The refusal for an index that cannot be opened."""
+    path = store.base / snapshot.path / name
+    why = str(error)
+    word = _WORDS.get(archive_kind(name), "dynamic")
+    if isinstance(error, LookupError):
+        why = f'Unable to open {word} index "{path}" - No such file or directory (os error 2)'
+    return ApiError(f"unable to read {word} index '\"{path}\"' - {why}")

@@ -1,6 +1,5 @@
 """Version, login, users, tokens, roles and rights (spec 6.1)."""
 
-import hashlib
 from typing import Any, Final
 
 import trio
@@ -12,7 +11,7 @@ from server.access.auth_ids import ROOT_USER, AuthId
 from server.access.roles import ROLES, Privilege, names
 from server.access.store import Account
 from server.access.tickets import LIFETIME_S, unsigned
-from server.answers import Answer, Result, as_json
+from server.answers import Answer, Result, as_json, digest_of
 from server.errors import ApiError, UnauthorizedError, forbidden
 from server.routing import Call, Endpoint, Open
 from server.schema import AUTH, BOOL, COMMENT, ROLE, TOKEN_NAME, USER, Integer, Parameter, Text, optional
@@ -110,7 +109,7 @@ async def users(call: Call) -> object:
             if tokens:
                 entry["tokens"] = [{"tokenid": str(one.auth_id), **_details(one)} for one in tokens]
         found.append(entry)
-    return Result(found, {"digest": _digest(found)})
+    return Result(found, {"digest": digest_of(found)})
 
 
 def _details(account: Account) -> dict[str, Any]:
@@ -122,10 +121,6 @@ def _details(account: Account) -> dict[str, Any]:
     if account.expire:
         details["expire"] = account.expire
     return details
-
-
-def _digest(document: object) -> str:
-    return hashlib.sha256(as_json(document)).hexdigest()
 
 
 def _may_change_tokens(call: Call) -> None:
@@ -179,7 +174,7 @@ async def acl(call: Call) -> object:
                 "ugid_type": "user",
             }
         )
-    return Result(found, {"digest": _digest(found)})
+    return Result(found, {"digest": digest_of(found)})
 
 
 async def change_acl(call: Call) -> None:

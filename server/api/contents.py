@@ -20,7 +20,7 @@ from server.errors import ApiError
 from server.routing import Call, Endpoint
 from server.schema import ARCHIVE, SNAPSHOT, Parameter
 from server.state import snapshot
-from server.store_files import file_answer
+from server.store_files import file_answer, unreadable
 
 _P = Privilege
 
@@ -61,7 +61,7 @@ async def download_decoded(call: Call) -> object:
     try:
         index = await in_io_thread(open_snapshot_index, repository.store, wanted, name)
     except FleeceError as error:
-        raise ApiError(f"unable to read index '{name}' - {error}") from error
+        raise unreadable(repository.store, wanted, name, error) from error
     return Answer(content_type=RAW, stream=_decoded(repository, wanted, index, codec, where))
 
 

@@ -216,6 +216,10 @@ async def remove_snapshot(call: Call) -> None:
         await repository.forget(wanted)
     except ProtectedError:
         raise ApiError('failed to delete snapshot - "cannot remove protected snapshot"') from None
+    except SnapshotNotFoundError:
+        path = repository.store.base / wanted.path
+        why = f'removing backup snapshot \\"{path}\\" failed - No such file or directory (os error 2)'
+        raise ApiError(f'failed to delete snapshot - "{why}"') from None
     except FleeceError as error:
         raise ApiError(f"failed to delete snapshot - {error}") from error
 
@@ -231,9 +235,13 @@ async def manifest_entry(repository: LocalRepository, wanted: Snapshot) -> Snaps
         raise ApiError(MISSING)
     entry = await in_io_thread(store.entry, wanted)
     if entry.manifest is None:
-        path = store.base / wanted.path / "index.json.blob"
-        raise ApiError(f"unable to load blob '\"{path}\"' - No such file or directory (os error 2)")
+        raise _no_manifest(repository, wanted)
     return entry
+
+
+def _no_manifest(repository: LocalRepository, wanted: Snapshot) -> ApiError:
+    path = repository.store.base / wanted.path / "index.json.blob"
+    return ApiError(f"unable to load blob '\"{path}\"' - No such file or directory (os error 2)")
 
 
 async def files(call: Call) -> object:
@@ -254,6 +262,8 @@ async def notes(call: Call) -> object:
     """`GET /admin/datastore/{store}/notes`."""
     wanted = snapshot(call.values)
     repository, _ = await opened(call, full=_P.DATASTORE_AUDIT, own=_P.DATASTORE_BACKUP, checked=wanted.group)
+    if not await in_io_thread(repository.store.is_finished, wanted):
+        raise _no_manifest(repository, wanted)
     entry = await manifest_entry(repository, wanted)
     assert entry.manifest is not None
     return entry.manifest.notes or ""

@@ -15,6 +15,7 @@ GOOD = {
     "store": "main", "ns": "a/b", "parent": "a", "backup-type": "vm", "backup-id": "100", "username": "u@pbs",
     "userid": "u@pbs", "new-owner": "u@pbs", "auth-id": "u@pbs", "path": "/datastore/main", "digest": "0" * 64,
     "reuse-csum": "0" * 64, "csum": "0" * 64, "role": "Audit", "file-name": "a.blob", "archive-name": "a.fidx",
+    "owner": "u@pbs", "fingerprint": ":".join(["00"] * 32),
     "upid": "UPID:vm:00000001:00000001:00000001:00000001:backup:main:u@pbs:",
 }  # fmt: skip
 PATHS = ["../x", "a/../b", "/etc/passwd", ".hidden", "a\x00b", "a\nb", "ä", "%2e%2e", "a b"]

@@ -17,6 +17,7 @@ from repository.remote.repository import RemoteRepository
 from server.access.acl import AclEntry
 from server.access.auth_ids import AuthId
 from server.certificate import Certificate, own_certificate
+from server.remotes import Remotes
 from server.service import Service, Settings, listen
 from server.state import ServerState
 from tests.support.remote import Known
@@ -148,9 +149,11 @@ async def exchange(
 
 
 @asynccontextmanager
-async def wire_server(folder: Path, stores: Mapping[str, LocalRepository]) -> AsyncIterator[WireServer]:
+async def wire_server(
+    folder: Path, stores: Mapping[str, LocalRepository], remotes: Remotes | None = None
+) -> AsyncIterator[WireServer]:
     """A server of `stores` with its state in `folder` while the block runs."""
-    state = ServerState(folder, Stores(stores))
+    state = ServerState(folder, Stores(stores), remotes)
     certificate = own_certificate(folder)
     settings = Settings(certificate, drain_s=0)
     service = Service(state, settings)
