@@ -16,6 +16,7 @@ from datastore.manifest import Manifest
 from datastore.names import Snapshot
 from repository.archive import open_archive_reader, open_cache
 from repository.interface import Repository
+from repository.locate import check_index
 from repository.stored_bytes import StoredBytes
 
 #: Bytes of decoded metadata chunks kept: the one being read, and some read ahead.
@@ -47,7 +48,8 @@ async def open_reference(
         repository: where `base` is.
         base: the newest finished snapshot of the group that is not known bad.
         manifest: its manifest blob as stored.
-        previous_index: gives one of its indexes and makes the chunks known to the session, or None.
+        previous_index: gives one of its indexes and makes the chunks known to the session, or None. It need not compare
+            it with the manifest.
         codec: mode and key of the new backup; they must be those of the old one.
         name: without extension.
     """
@@ -61,9 +63,14 @@ async def open_reference(
         yield f"index {payload} of the previous snapshot is missing or damaged"
         return
     async with AsyncExitStack() as stack:
+        parsed = Manifest.parse(manifest, where=str(base), key=codec.key)
+        try:
+            await check_index(index, parsed.file(payload))
+        except FleeceError:
+            yield f"index {payload} of the previous snapshot is missing or damaged"
+            return
         try:
             reader = await stack.enter_async_context(repository.reader(base))
-            parsed = Manifest.parse(manifest, where=str(base), key=codec.key)
             cache = await stack.enter_async_context(open_cache(_CACHE_SIZE))
             archive = StoredBytes(await open_archive_reader(reader, codec, parsed, metadata, cache))
         except FleeceError as error:

@@ -17,6 +17,7 @@ from core.progress import Progress, Task
 from datastore.chunker import Cutter
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
+from datastore.index import ArchiveIndex
 from datastore.names import BackupType, Group, Snapshot
 from repository.archive import open_archive_reader, open_cache
 from repository.backup import SnapshotWriter
@@ -344,6 +345,27 @@ async def test_reason_for_no_reference(repo: LocalRepository) -> None:
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert path != newest
     assert await reason(ChunkCodec()) == f"index {PAYLOAD} of the previous snapshot is missing or damaged"
+
+
+async def test_payload_index_that_is_not_the_manifests_is_no_reference(repo: LocalRepository) -> None:
+    def write(streams: Sequence[StreamBackup]) -> None:
+        for stream in streams:
+            stream.write(stream.filename.encode())
+
+    await back_up(repo, 1_700_000_000, write)
+    base = GROUP.at(1_700_000_000)
+    async with repo.reader(base) as reader:
+        manifest = await reader.manifest()
+
+        async def index(name: str) -> ArchiveIndex | None:
+            return await reader.open_index({PAYLOAD: given}.get(name, name))
+
+        found = {}
+        for given in (PAYLOAD, META):  # whole, but another one
+            async with open_reference(repo, base, manifest, index, ChunkCodec(), "root") as reference:
+                found[given] = reference
+    assert isinstance(found[PAYLOAD], StreamReference)
+    assert found[META] == f"index {PAYLOAD} of the previous snapshot is missing or damaged"
 
 
 async def test_streams_of_an_archive_are_read_by_a_thread(repo: LocalRepository) -> None:
