@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from datastore.names import parse_time
+from tests.support.stores import chunk_files
 
 from .conftest import Fleece
 
@@ -262,7 +263,7 @@ def test_verify_tells_damaged_snapshots_from_whole_ones(stored: Fleece, image: P
     bad = stored.json("backup", f"disk.img:{image}", "--backup-id", "bad")["snapshot"]
     assert [(result["state"], result["skipped"]) for result in stored.json("verify")] == [("ok", None)] * 2
     assert stored.repo is not None
-    chunk = max((stored.repo / ".chunks").glob("*/*"), key=lambda path: path.stat().st_size)
+    chunk = max(chunk_files(stored.repo), key=lambda path: path.stat().st_size)
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datastore.files import Owner
 from datastore.locks import ProcessLocker
+from tests.support.stores import chunk_files
 
 from .conftest import Fleece
 
@@ -21,7 +22,7 @@ def test_removed_snapshots_give_their_space_back_after_a_day(stored: Fleece, tmp
     report = stored.json("gc")
     assert (report["pending-chunks"], report["removed-chunks"], report["dry-run"]) == (2, 0, False)
     assert stored.repo is not None
-    for path in stored.repo.glob(".chunks/*/*"):
+    for path in chunk_files(stored.repo):
         os.utime(path, (time.time() - 2 * 86_400,) * 2)
     rehearsal = stored.json("garbage-collect", "--dry-run")
     assert (rehearsal["removed-chunks"], rehearsal["dry-run"]) == (2, True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.stores import chunk_files
+
 from .conftest import PATIENCE_S, Fleece
 
 T0 = 1_700_000_000
@@ -203,7 +205,7 @@ def test_no_contents_are_read_to_find(look: Look, tree: Path, mode: str) -> None
         if index.name.startswith(("catalog", "root.mpxar")):
             data = index.read_bytes()[4096:]
             keep |= {data[at + 8 : at + 40].hex() for at in range(0, len(data), 40)}
-    gone = [chunk for chunk in look.fleece.repo.glob(".chunks/*/*") if chunk.name not in keep]
+    gone = [chunk for chunk in chunk_files(look.fleece.repo) if chunk.name not in keep]
     assert gone
     for chunk in gone:
         chunk.unlink()

@@ -20,6 +20,7 @@ import pytest
 
 from tests.pxar.backups import ext4
 from tests.pxar.restored import AS_ROOT, described, names_below
+from tests.support.stores import chunk_files
 
 from .conftest import Fleece
 
@@ -255,7 +256,7 @@ def test_a_damaged_chunk_costs_the_files_in_it_and_is_told(stored: Fleece, tree:
     (tree / "a file before").write_bytes(os.urandom(20 * MIB))
     back_up(stored, tree)
     assert stored.repo is not None
-    chunks = [path for path in (stored.repo / ".chunks").rglob("*") if path.is_file()]
+    chunks = chunk_files(stored.repo)
     # A large one is of contents that cannot be compressed, in the middle of that file.
     victim = max(chunks, key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())

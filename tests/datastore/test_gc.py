@@ -27,6 +27,7 @@ from datastore.names import Snapshot
 from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
 from tests.support.snapshots import CHUNK, write_snapshot
+from tests.support.stores import chunk_files
 
 CODEC = ChunkCodec()
 DAY = 86_400
@@ -56,14 +57,14 @@ def chunk_path(base: Path, digest: bytes) -> Path:
 
 def age(base: Path, seconds: float, *digests: bytes) -> None:
     """Set the last use of chunks (default: all there are) back: the virtual clock of these tests."""
-    paths = [chunk_path(base, digest) for digest in digests] or list(base.glob(".chunks/*/*"))
+    paths = [chunk_path(base, digest) for digest in digests] or chunk_files(base)
     for path in paths:
         found = path.lstat()
         os.utime(path, (time.time() - seconds, found.st_mtime), follow_symlinks=False)
 
 
 def chunks(base: Path) -> set[str]:
-    return {path.name for path in base.glob(".chunks/*/*")}
+    return {path.name for path in chunk_files(base)}
 
 
 async def write(repo: LocalRepository, ctime: int, data: bytes, group: str = "vm/100") -> Snapshot:
@@ -153,8 +154,8 @@ async def test_every_counter_agrees_with_a_computed_model(repo: LocalRepository)
     report = await collect_garbage(repo.store)
     assert replace(report.status, upid=None) == expected
     assert report.missing == [bytes.fromhex(lost)]
-    assert not list(base.glob(".chunks/*/*.using"))
-    assert len(list(base.glob(".chunks/*/*.tmp_Ab12Cd"))) > 0, "other names are left alone"
+    assert not [path for path in chunk_files(base) if path.suffix == ".using"]
+    assert any(path.suffix == ".tmp_Ab12Cd" for path in chunk_files(base)), "other names are left alone"
 
 
 async def test_links_and_folders_among_the_chunks_are_left_alone(repo: LocalRepository, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from datastore.prune import KeepOptions, Mark
 from datastore.sweep import Sweep
 from repository.local import LocalRepository, open_local
 from tests.support.snapshots import CHUNK, write_snapshot
+from tests.support.stores import chunk_files
 
 CODEC = ChunkCodec()
 DAY = 86_400
@@ -50,7 +51,7 @@ async def write(repo: LocalRepository, ctime: int, data: bytes, group: str = "vm
 
 
 def names(base: Path) -> set[str]:
-    return {path.name for path in base.glob(".chunks/*/*")}
+    return {path.name for path in chunk_files(base)}
 
 
 def hexes(data: bytes) -> set[str]:
@@ -58,7 +59,7 @@ def hexes(data: bytes) -> set[str]:
 
 
 def age(base: Path, seconds: float) -> None:
-    for path in base.glob(".chunks/*/*"):
+    for path in chunk_files(base):
         os.utime(path, (time.time() - seconds, path.stat().st_mtime))
 
 
@@ -73,7 +74,7 @@ class TestClocks:
         def backup_and_clock(self: Sweep, *arguments: Any) -> None:
             if not moved[0]:
                 moved[0] = -2 * DAY
-                for path in (base / ".chunks").glob("*/*"):
+                for path in chunk_files(base):
                     if path.name in hexes(data):
                         os.utime(path, (real_time() - 2 * DAY,) * 2)
             real_folders(self, *arguments)

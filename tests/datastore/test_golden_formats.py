@@ -19,6 +19,7 @@ from datastore.fixed_index import FixedIndex, FixedIndexWriter
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest
 from datastore.names import MANIFEST_NAME, MASTER_KEY_NAME, ArchiveKind, archive_kind
+from tests.support.stores import chunk_files
 
 Expected = dict[str, dict[str, Any]]
 
@@ -137,7 +138,7 @@ def test_every_chunk_in_the_store_belongs_to_its_name(golden_store: Path, golden
     """Each chunk passes with one of the keys or without; encrypted and plain ones are never taken for each other."""
     codecs = [ChunkCodec(key) for key in {key.fingerprint: key for key in golden_keys.values()}.values()]
     encrypted = 0
-    for path in (golden_store / ".chunks").glob("*/*"):
+    for path in chunk_files(golden_store):
         digest = bytes.fromhex(path.name)
         blob = Blob.parse(path.read_bytes(), where=path.name)
         encrypted += blob.kind.encrypted

@@ -19,6 +19,7 @@ from datastore.session import open_session
 from datastore.store import Datastore, SnapshotEntry
 from repository.local import open_local
 from tests.support.snapshots import read_image, write_snapshot
+from tests.support.stores import chunk_files
 
 FILES = {"disk.img.fidx": b"x" * 1000}
 
@@ -362,7 +363,7 @@ async def test_everything_belongs_to_the_owner_of_the_store(store_folder: Path) 
     await write_snapshot(repo, Group.parse("vm/100", Namespace.parse("a")), 1000, FILES)
     owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / "ns").rglob("*")}
     owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / ".fleece").rglob("*")}
-    owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in (store_folder / ".chunks").glob("*/*")}
+    owners |= {(path.lstat().st_uid, path.lstat().st_gid) for path in chunk_files(store_folder)}
     assert owners == {(1234, 2345)}
     repo.close()
 

@@ -21,6 +21,7 @@ from repository.backup import SnapshotWriter
 from repository.local import LocalRepository, open_local
 from repository.restore import restore_blob, restore_disk
 from repository.verify import verify
+from tests.support.stores import chunk_files
 
 DEEP = Namespace.parse("a/b")
 VM = Group.parse("vm/100")
@@ -110,8 +111,8 @@ async def test_the_same_disks_give_the_same_chunks_and_index_checksums(
                 theirs = (repo.store.base / snapshot.path / name).read_bytes()
                 mine = (base / snapshot.path / name).read_bytes()
                 assert (mine[:8], mine[32:]) == (theirs[:8], theirs[32:])
-        chunks = {path.name for path in (base / ".chunks").glob("*/*")}
-        assert chunks <= {path.name for path in (repo.store.base / ".chunks").glob("*/*")}
+        chunks = {path.name for path in chunk_files(base)}
+        assert chunks <= {path.name for path in chunk_files(repo.store.base)}
         results = await verify(ours, [info.snapshot for info in await ours.snapshots()], codec, Progress())
         assert [result.state for result in results] == ["ok", "ok"]
         ours.close()

@@ -24,6 +24,7 @@ from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, VerifyResult, choose, verify
 from tests.support.snapshots import CHUNK, write_snapshot
+from tests.support.stores import chunk_files
 from tests.support.upkeep import run_and_kill
 
 CODEC = ChunkCodec()
@@ -184,7 +185,7 @@ class TestCorruptChunks:
         results = await run(repo, progress=heard)
         assert [result.state for result in results] == ["ok"]
         assert "right at the second" in heard.warnings[0]
-        assert not list(repo.store.base.glob(".chunks/*/*.bad"))
+        assert not [path for path in chunk_files(repo.store.base) if path.suffix == ".bad"]
 
     async def test_chunk_that_is_stored_anew_between_look_and_rename_stays(
         self, repo: LocalRepository, monkeypatch: pytest.MonkeyPatch
@@ -218,7 +219,7 @@ class TestCorruptChunks:
         monkeypatch.setattr("datastore.local_chunks.read_file", refuse)
         with pytest.raises(FleeceError, match="20 chunks in a row could not be read"):
             await run(repo)
-        assert not list(repo.store.base.glob(".chunks/*/*.bad"))
+        assert not [path for path in chunk_files(repo.store.base) if path.suffix == ".bad"]
         assert await states(repo) == {few: "failed", many: None}
 
     async def test_no_record_changes_nothing(self, repo: LocalRepository) -> None:

@@ -14,6 +14,7 @@ from agent.keys import (
 )
 from datastore.crypt_mode import CryptMode
 from datastore.manifest import Manifest
+from tests.support.stores import chunk_files
 
 from ..conftest import Answer, Fleece
 from .conftest import KEY, MIB, OTHER, OTHER_SHORT, PASSPHRASE, SHORT, failed, files
@@ -34,11 +35,11 @@ def test_an_encrypted_backup_comes_back_with_its_key_only(
     assert stored.repo is not None
     chunk = image.read_bytes()[: 4 * MIB]
     digest, keyed = hashlib.sha256(chunk), hashlib.sha256(chunk + KEY.id_key)
-    chunks = {path.name for path in (stored.repo / ".chunks").glob("*/*")}
+    chunks = {path.name for path in chunk_files(stored.repo)}
     assert keyed.hexdigest() in chunks
     assert digest.hexdigest() not in chunks
     assert len(chunks) == 3
-    for path in [*(stored.repo / ".chunks").glob("*/*"), stored.repo / snapshot / "vm.conf.blob"]:
+    for path in [*chunk_files(stored.repo), stored.repo / snapshot / "vm.conf.blob"]:
         assert path.read_bytes()[:8].hex() in ("7b6785be222d4cf0", "e6591bbf0bbfd80b")
         assert chunk[:64] not in path.read_bytes()
     assert b"very secret" not in (stored.repo / snapshot / "vm.conf.blob").read_bytes()
@@ -159,7 +160,7 @@ def test_verify_with_the_key_finds_what_a_crc_cannot(stored: Fleece, image: Path
 
     stored.json("backup", f"disk.img:{image}", "--backup-id", "web", "--keyfile", key)
     assert stored.repo is not None
-    victim = max((stored.repo / ".chunks").glob("*/*"), key=lambda path: path.stat().st_size)
+    victim = max(chunk_files(stored.repo), key=lambda path: path.stat().st_size)
     # Well encrypted, of the right length, but other data.
     forged = ChunkCodec(KEY, CryptMode.ENCRYPT).encode(os.urandom(4 * MIB))
     victim.write_bytes(bytes(forged))

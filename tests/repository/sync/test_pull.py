@@ -14,6 +14,7 @@ from datastore.names import CLIENT_LOG_NAME, Group
 from repository.sync import Outcome
 from tests.repository.sync.conftest import Pair
 from tests.support.snapshots import CHUNK, CODEC, read_image, write_snapshot
+from tests.support.stores import chunk_files
 from tests.support.syncs import Faults, Faulty, Said, pull, times, write
 
 IMAGE = os.urandom(3 * CHUNK + 100)
@@ -223,7 +224,7 @@ async def test_a_source_that_lies_leaves_no_snapshot(pair: Pair, lie: str, funct
     assert await times(pair.target, GROUP, unfinished=True) == []
     assert await times(pair.target, "vm/2") == [1000]
     # No chunk came in under a name that is not its own.
-    for path in (pair.target.store.base / ".chunks").glob("*/*"):
+    for path in chunk_files(pair.target.store.base):
         blob = Blob.parse(path.read_bytes(), where="x")
         assert CODEC.digest(CODEC.decode_blob(bytes(blob), crypt_mode=None, where="x")).hex() == path.name
 
