@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import trio
 
 from agent.beside import lend_threads
+from agent.listing_output import put
 from agent.specifications import Specification
 from core.errors import FleeceError
 from core.nursery import open_nursery
@@ -25,7 +26,7 @@ from datastore.index import ArchiveIndex
 from datastore.names import Group, Snapshot
 from pxar.behind import Beside
 from pxar.create import CreateOptions, create_archive, measure_archive
-from pxar.create_report import CreateReport
+from pxar.create_report import CreateReport, shown_path
 from pxar.reference import Reference
 from repository.backup import SnapshotWriter
 from repository.interface import Repository
@@ -75,6 +76,7 @@ class FileArchiveReport:
             "hardlinks": figures.hardlinks,
             "directories": figures.folders,
             "excluded": figures.excluded,
+            "mount-points": [_path_document(path) for path in figures.skipped_mounts],
             "size": figures.size,
             "read": figures.read,
             "files-reused": figures.reused_files,
@@ -96,14 +98,25 @@ class FileArchiveReport:
             f"{self.name}: {figures.entries} entries of {self.source}, {format_size(figures.size)} in files, "
             f"mode {self.mode}{why}, {read} {format_size(figures.read)}"
         )
-        if self.reason is not None:
-            return [text]
-        return [
-            text,
-            f"{self.name}: {figures.reused_files} unchanged files ({format_size(figures.reused_size)}), "
-            f"{figures.changed_files} new or changed ({format_size(figures.changed_size)}), "
-            f"{format_size(figures.padding)} padding in {figures.partial_chunks} chunks",
-        ]
+        lines = [text]
+        if self.reason is None:
+            lines.append(
+                f"{self.name}: {figures.reused_files} unchanged files ({format_size(figures.reused_size)}), "
+                f"{figures.changed_files} new or changed ({format_size(figures.changed_size)}), "
+                f"{format_size(figures.padding)} padding in {figures.partial_chunks} chunks"
+            )
+        if mounts := figures.skipped_mounts:
+            more = f" and {figures.more_mounts} more" if figures.more_mounts else ""
+            lines.append(
+                f"{self.name}: mount points stored as empty folders: {', '.join(map(shown_path, mounts))}{more}"
+            )
+        return lines
+
+
+def _path_document(path: bytes) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    put(document, "path", b"/" + path)
+    return document
 
 
 def stem_of(specification: Specification) -> str:

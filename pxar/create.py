@@ -18,7 +18,7 @@ from typing import Final
 from core.errors import SourceError, os_reason
 from pxar.ahead import Ahead, SeenFolder
 from pxar.behind import Beside
-from pxar.create_report import MAX_WARNINGS, CreateReport, Progress, Trouble, shown_path
+from pxar.create_report import CreateReport, Progress, Trouble, shown_path
 from pxar.detection import Lookahead
 from pxar.encoder import ArchiveEncoder
 from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter, Measuring
@@ -431,9 +431,7 @@ class _Walk:
             self._source.folders.add(folder, fd)
         else:
             os.close(fd)
-            self._report.excluded += 1
-            if len(self._report.skipped_mounts) < MAX_WARNINGS:
-                self._report.skipped_mounts.append(shown_path(folder.path))
+            self._report.skip_mount(folder.path)
         if lookahead is not None:
             lookahead.start_folder(folder, meta)
         else:

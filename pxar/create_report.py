@@ -10,6 +10,8 @@ from pxar.format import escaped
 
 #: Warnings that are kept as texts; further ones are counted.
 MAX_WARNINGS: Final = 1000
+#: Mount points that are named.
+MAX_MOUNTS: Final = 100
 
 
 class Trouble(Enum):
@@ -17,6 +19,7 @@ class Trouble(Enum):
 
     VANISHED = "vanished while it was read"
     UNREADABLE = "cannot be read and was left out"
+    UNREADABLE_REST = "cannot be read to its end, and what is missing was filled up with zeros"
     GROWN = "grew while it was read; what was added is left out"
     SHRUNK = "shrank while it was read and was filled up with zeros"
     CHANGED = "changed while it was read; its parts may be of different times"
@@ -51,11 +54,20 @@ class CreateReport:
     padding: int = 0  #: of these, bytes that no file refers to
     partial_chunks: int = 0  #: injected chunks with padding
 
-    #: Mount points that are stored as empty folders, at most `MAX_WARNINGS`.
-    skipped_mounts: list[str] = field(default_factory=list)
+    #: Paths of mount points that are stored as empty folders, at most `MAX_MOUNTS`.
+    skipped_mounts: list[bytes] = field(default_factory=list)
+    more_mounts: int = 0  #: how many are not in the list
     troubles: Counter[Trouble] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)  #: at most `MAX_WARNINGS`
     more_warnings: int = 0  #: how many are not in the list
+
+    def skip_mount(self, path: bytes) -> None:
+        """The mount point at `path` (from the root) is stored as an empty folder."""
+        self.excluded += 1
+        if len(self.skipped_mounts) < MAX_MOUNTS:
+            self.skipped_mounts.append(path)
+        else:
+            self.more_mounts += 1
 
     @property
     def entries(self) -> int:

@@ -161,6 +161,11 @@ class ArchiveEncoder:
         self._records = None
         return position
 
+    @property
+    def missing(self) -> int:
+        """Bytes of content that the file that is open still needs."""
+        return self._content_end - self._content.position
+
     def end_file(self) -> None:
         """The content is complete.
 
@@ -168,7 +173,7 @@ class ArchiveEncoder:
             EncodeError: it is shorter or longer than announced, or no file is open.
         """
         name, entry, position, size = self._open_file()
-        missing = self._content_end - self._content.position
+        missing = self.missing
         if missing:
             why = f"{size} bytes were announced, {missing} are missing"
             raise EncodeError("write", shown(name), why if missing > 0 else f"{-missing} bytes more than {size}")

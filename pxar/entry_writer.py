@@ -5,8 +5,8 @@ from stat import S_IFBLK, S_IFCHR, S_IFIFO, S_IFLNK, S_IFSOCK
 from struct import Struct
 from typing import Final
 
-from core.errors import SourceError, os_reason
-from pxar.create_report import CreateReport, Progress, Trouble, shown_path
+from core.errors import os_reason
+from pxar.create_report import CreateReport, Progress, Trouble
 from pxar.encoder import ArchiveEncoder
 from pxar.errors import EncodeError
 from pxar.filesystem import Opened, Scanned
@@ -28,7 +28,7 @@ class EntryWriter:
     """Encodes entries in archive order and counts them.
 
     A file that cannot be read to its end is left out of a split archive (what was read of it stays in the payload
-    stream, where nothing refers to it). In a self-contained one its size has been announced, so that ends the backup.
+    stream, where nothing refers to it). In a self-contained one its size has been announced, so zeros fill it up.
     """
 
     def __init__(
@@ -89,9 +89,6 @@ class EntryWriter:
 
         Returns:
             False if it was left out.
-
-        Raises:
-            SourceError: its content cannot be read, and the archive is self-contained.
         """
         _, meta, size, dev, ino, nlink, _, _, _, fd = found
         try:
@@ -103,8 +100,11 @@ class EntryWriter:
                 try:
                     self._copy(fd, folder, name, size, meta)
                 except OSError as error:
-                    self._give_up(folder.path_of(name), error)
-                    return False
+                    if self._split:
+                        self.encoder.abandon_file()
+                        self.report.warn(Trouble.UNREADABLE, folder.path_of(name), os_reason(error))
+                        return False
+                    self._fill_up(folder.path_of(name), size, error)
             self.encoder.end_file()
             if nlink > 1:
                 self.remember(folder, name, (dev, ino), position)
@@ -181,16 +181,16 @@ class EntryWriter:
         elif size > PIECE and os.fstat(fd).st_mtime_ns != _mtime_ns(meta):
             report.warn(Trouble.CHANGED, folder.path_of(name))
 
-    def _give_up(self, path: bytes, error: OSError) -> None:
-        if not self._split:
-            raise SourceError(
-                "read",
-                shown_path(path),
-                os_reason(error),
-                "a self-contained archive cannot leave it out any more: exclude it, or use change detection mode data",
-            ) from error
-        self.encoder.abandon_file()
-        self.report.warn(Trouble.UNREADABLE, path, os_reason(error))
+    def _fill_up(self, path: bytes, size: int, error: OSError) -> None:
+        """A self-contained archive has the beginning of a file already, and cannot leave it out any more."""
+        missing = left = self.encoder.missing
+        while left:
+            count = min(PIECE, left)
+            self._content.reserve(count)[:count] = bytes(count)
+            self._content.commit(count)
+            left -= count
+        why = f"{os_reason(error)} at or behind byte {size - missing} of {size}"
+        self.report.warn(Trouble.UNREADABLE_REST, path, why)
 
 
 class Measuring:

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import trio
 
+from agent.file_archives import FileArchiveReport
+from pxar.create_report import MAX_MOUNTS, CreateReport
+from tests.support.file_systems import mounted
 from tests.support.fleece_command import FleeceCommand
 from tests.support.warm_command import WarmCommand
 
@@ -98,6 +101,59 @@ async def test_what_the_options_leave_out(fleece: FleeceCommand, tree: Path, tmp
     patterns.write_text("fine\n[bad\n")
     outcome = await fleece.run("backup", f"root.pxar:{tree}", "--exclude-from", str(patterns))
     assert (outcome.code, outcome.error["where"]) == (2, f"{patterns}:2")
+
+
+async def test_other_file_systems_are_entered_as_the_options_say(fleece: FleeceCommand, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "b").mkdir(parents=True)
+    first, second, inner = 1, 2, 4  # the sizes of their files, so that a sum tells which ones are stored
+    with mounted("ext4", tree) as one:
+        (one / "file").write_bytes(bytes(first))
+        with mounted("ext4", one) as three, mounted("ext4", tree / "b") as two:
+            (two / "file").write_bytes(bytes(second))
+            (three / "file").write_bytes(bytes(inner))
+
+            async def stored(*options: str) -> tuple[int, list[str]]:
+                (figures,) = (await back_up(fleece, tree, *options, "--exclude", "*.img"))["file-archives"]
+                return figures["size"], [mount["path"] for mount in figures["mount-points"]]
+
+            assert await stored() == (0, ["/b/ext4", "/ext4"])
+            assert await stored("--include-dev", str(two)) == (second, ["/ext4"])
+            # What is below a mount point that is not entered is not reached.
+            assert await stored("--include-dev", str(three)) == (0, ["/b/ext4", "/ext4"])
+            both = ["--include-dev", str(three), "--include-dev", str(one)]
+            assert await stored(*both) == (first + inner, ["/b/ext4"])
+            assert await stored("--all-file-systems") == (first + inner + second, [])
+
+
+def test_mount_points_that_are_not_entered_are_named() -> None:
+    figures = CreateReport()
+    for number in range(MAX_MOUNTS + 2):
+        figures.skip_mount(b"mnt/\n%d" % number)
+    report = FileArchiveReport("root.pxar", "/", "data", "mode data reads every file", figures)
+    assert figures.excluded == MAX_MOUNTS + 2
+    line = report.lines()[-1]
+    assert line.startswith(r"root.pxar: mount points stored as empty folders: 'mnt/\n0', 'mnt/\n1', ")
+    assert line.endswith(" and 2 more")
+    assert report.to_json()["mount-points"][0] == {"path": "/mnt/\n0"}
+    assert len(report.to_json()["mount-points"]) == MAX_MOUNTS
+
+
+async def test_attributes_that_the_kernel_does_not_return_are_left_out_on_demand(
+    fleece: FleeceCommand, tmp_path: Path
+) -> None:
+    with mounted("btrfs", tmp_path) as tree:
+        (tree / "file").write_bytes(b"content")
+        for number in range(300):  # more than 64 KiB of names
+            os.setxattr(tree / "file", f"trusted.{number:03}{'x' * 240}", b"")
+        outcome = await fleece.run("backup", f"root.pxar:{tree}", "--backup-id", "web")
+        assert outcome.code == 1
+        assert outcome.error["hint"] == "--skip-e2big-xattr leaves them out"
+        assert await fleece.json("list") == []
+        document = await back_up(fleece, tree, "--skip-e2big-xattr", code=3)
+        why = "has extended attributes that are too large; they were left out"
+        assert document["warnings"] == [f"root.pxar: 'file' {why}"]
+        assert document["file-archives"][0]["files"] == 1
 
 
 async def test_dry_run_reads_and_writes_nothing(fleece: FleeceCommand, tree: Path) -> None:
