@@ -16,7 +16,7 @@ from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink, Node
 from pxar.extract import pieces
 from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.format import Kind, shown
-from pxar.selection import Selection
+from pxar.selection import TAKEN, Selection
 
 Write = Callable[[Buffer], object]
 Progress = Callable[[ExtractReport], None]
@@ -61,7 +61,7 @@ class _Level(NamedTuple):
     length: int  #: of its path
     node: Directory | None  #: None once it has been given out
     children: Iterator[Node]
-    taken: bool
+    fate: int  #: as `Selection.fate`
 
 
 class CutOffError(Exception):
@@ -108,28 +108,28 @@ class Export:
         """
         selection = self._selection
         before = b"/" + self._prefix if self._prefix else b""
-        taken = selection.takes(before or b"/", True, selection.root) if selection else True
+        fate = selection.fate(before or b"/", True, selection.root) if selection else TAKEN
         path = b""  # of the last level
-        levels = [_Level(0, None, _distinct(self._start), taken)]
+        levels = [_Level(0, None, _distinct(self._start), fate)]
         yield b"", self._start
         while levels:
-            length, _, children, taken = levels[-1]
+            length, _, children, above = levels[-1]
             path = path[:length]
             below = None
             try:
                 for node in children:
                     here = path + b"/" + node.name if path else node.name
-                    chosen = taken
+                    fate = above
                     if selection:
                         kind = node.kind
                         is_folder = None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY
-                        chosen = selection.takes(before + b"/" + here, is_folder, taken)
+                        fate = selection.fate(before + b"/" + here, is_folder, above)
                     if not isinstance(node, Directory):
-                        if chosen:
+                        if fate == TAKEN:
                             yield from self._given_out(levels, path)
                             yield here, node
-                    elif chosen or selection.may_hold(before + b"/" + here):
-                        below, path = _Level(len(here), node, _distinct(node), chosen), here
+                    elif fate == TAKEN or selection.may_hold(before + b"/" + here, fate):
+                        below, path = _Level(len(here), node, _distinct(node), fate), here
                         break
             except UNREADABLE as error:
                 self.complain(path, "not all of the folder could be read", error)
@@ -137,7 +137,7 @@ class Export:
                 levels.pop()
                 continue
             levels.append(below)
-            if chosen:
+            if fate == TAKEN:
                 yield from self._given_out(levels, path)
             self.tick()
 

@@ -22,7 +22,7 @@ from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.features import CHATTR_FLAGS, FAT_FLAGS, Features
 from pxar.format import ENTRY, ENTRY_CONTENT, ENTRY_SIZE, HEADER, HEADER_SIZE, Kind
 from pxar.metadata import Metadata
-from pxar.selection import Selection
+from pxar.selection import TAKEN, Selection
 from pxar.target import Target
 
 Progress = Callable[[ExtractReport], None]
@@ -127,12 +127,12 @@ def pieces(accessor: ArchiveAccessor, node: FileNode) -> Iterator[Buffer]:
 class _Level:
     """A folder that is gone through."""
 
-    __slots__ = ("entered", "links", "metadata", "name", "stream", "taken")
+    __slots__ = ("entered", "fate", "links", "metadata", "name", "stream")
 
-    def __init__(self, node: Directory, metadata: Metadata, taken: bool, entered: bool) -> None:
+    def __init__(self, node: Directory, metadata: Metadata, fate: int, entered: bool) -> None:
         self.name, self.metadata = node.name, metadata
         self.stream = node.stream()
-        self.taken = taken
+        self.fate = fate
         self.entered = entered  #: the target is told
         self.links = False  #: there were hard links in it
 
@@ -164,14 +164,14 @@ class _Run:
             self._target, self._behind, self._prefix = target, behind, prefix
             selection = self._selection
             shown = b"/" + prefix if prefix else b""
-            taken = selection.takes(shown or b"/", True, selection.root) if selection else True
+            fate = selection.fate(shown or b"/", True, selection.root) if selection else TAKEN
             metadata = start.metadata
             self._path = shown
-            self._levels.append(_Level(start, metadata, taken, True))
+            self._levels.append(_Level(start, metadata, fate, True))
             while self._levels:
                 self._go_on()
             behind.drain()
-            target.finish(metadata if taken or target.made else None)
+            target.finish(metadata if fate == TAKEN or target.made else None)
         self._report.settle()
         return self._report
 
@@ -193,25 +193,25 @@ class _Run:
         selection, is_choosing = self._selection, bool(self._selection)
         try:
             for node in level.stream:
-                taken, path = level.taken, b""
+                fate, path = level.fate, b""
                 if is_choosing:
                     path = self._path + b"/" + node.name
                     kind = node.kind
-                    taken = selection.takes(path, None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY, taken)
+                    fate = selection.fate(path, None if kind is Kind.HARDLINK else kind is Kind.DIRECTORY, fate)
                 if isinstance(node, Directory):
-                    if not taken and not selection.may_hold(path):
+                    if fate != TAKEN and not selection.may_hold(path, fate):
                         continue
-                    if self._push(node, path, taken):
+                    if self._push(node, path, fate):
                         return
                     continue
-                if taken:
+                if fate == TAKEN:
                     self._enter()
                     self._leaf(node, node.name)
         except _UNREADABLE as error:
             self._lose(None, "not all of the folder could be read", error)
         self._leave(level)
 
-    def _push(self, node: Directory, path: bytes, taken: bool) -> bool:
+    def _push(self, node: Directory, path: bytes, fate: int) -> bool:
         """Go into a folder; False if it cannot be read."""
         try:
             metadata = node.metadata
@@ -219,8 +219,8 @@ class _Run:
             self._lose(node.name, "the folder, with all that is in it, is missing", error)
             return False
         self._path = path
-        self._levels.append(_Level(node, metadata, taken, False))
-        if taken:
+        self._levels.append(_Level(node, metadata, fate, False))
+        if fate == TAKEN:
             self._enter()
         if self._progress is not None:
             self._progress(self._report)
@@ -234,7 +234,7 @@ class _Run:
         for level in self._levels:
             if not level.entered:
                 level.entered = True
-                self._behind.put(0, self._target.enter, level.name, level.metadata, level.taken)
+                self._behind.put(0, self._target.enter, level.name, level.metadata, level.fate == TAKEN)
 
     def _leave(self, level: _Level) -> None:
         if level.entered:

@@ -134,15 +134,21 @@ class MatchList:
 
         See `MatchPattern.matches` for the parameters.
         """
+        number = self.last(path, is_dir)
+        return None if number < 0 else not self._patterns[number].inverted
+
+    def last(self, path: bytes, is_dir: bool | None) -> int:
+        """The number of the last pattern that matches, from 0; -1 without any. Parameters as those of `decide`."""
         for matches in self._any:
             if matches(path):
                 break
         else:
-            return None
-        for pattern in reversed(self._patterns):
-            if pattern.matches(path, is_dir):
-                return not pattern.inverted
-        return None
+            return -1
+        patterns = self._patterns
+        for number in range(len(patterns) - 1, -1, -1):
+            if patterns[number].matches(path, is_dir):
+                return number
+        return -1
 
     def _prepare(self) -> None:
         """One expression for all, since most paths match none of them."""

@@ -152,6 +152,10 @@ def test_patterns_and_folders_choose(write: Exporter) -> None:
     assert names(accessor, start=start, prefix=b"/home/") == {"me", "me/a.tmp", "me/a.txt", "me/same"}
     chosen = ExtractOptions(patterns(b"!/home/me/*.t*"))
     assert names(accessor, start=start, prefix=b"home", options=chosen) == {"me", "me/same"}
+    # A folder that is left out takes with it what patterns before it match below.
+    pruned = ExtractOptions(patterns(b"*", b"!/etc/", b"!/home/", b"key"))
+    var = {"var", "var/log", "var/log/messages"}
+    assert names(accessor, options=pruned) == {"etc", "etc/ssh", "etc/ssh/key", *var}
 
 
 @BOTH

@@ -28,6 +28,8 @@ from tests.pxar.restored import (
     sample,
 )
 
+VAR = ("var", "var/log", "var/log/messages")
+
 
 @pytest.mark.parametrize(
     ("texts", "expected"),
@@ -43,6 +45,12 @@ from tests.pxar.restored import (
         ([b"/home/me/same"], {"home", "home/me", "home/me/same"}),
         ([b"nothing"], set()),
         ([b"!/etc", b"!/home"], {"var", "var/log", "var/log/messages"}),
+        # What is left out takes with it what patterns before it match below.
+        ([b"*", b"!/etc/", b"!home"], {"var", "var/log", "var/log/messages"}),
+        ([b"!/etc/", b"*", b"!/home"], {"etc", "etc/passwd", "etc/ssh", "etc/ssh/key", "etc/ssh/key.pub", *VAR}),
+        ([b"*", b"!/etc/", b"!/home", b"key"], {"etc", "etc/ssh", "etc/ssh/key", *VAR}),
+        ([b"*", b"!/etc/", b"!/home", b"ssh/", b"!key"], {"etc", "etc/ssh", "etc/ssh/key.pub", *VAR}),
+        ([b"key*", b"!/etc", b"ssh/key.pub", b"!/etc/ssh"], set()),
     ],
 )
 def test_patterns_choose_and_folders_on_the_way_are_made(
