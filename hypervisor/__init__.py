@@ -4,6 +4,9 @@ Knows nothing of datastores: it implements the protocols of `core.disks` and han
 tells what happens in a QEMU during a backup, and why.
 
     vm.py           `frozen_view`, `preview`, `cleanup`: all disks of a running VM at one instant
+    flavours.py     `Flavour`: who makes that view, `stock.py` or `proxmox.py`; the disks it is made of
+    provided.py     `provided_view`: a view that somebody else has made
+    view.py         `FrozenView`: what a backup gets of all of them
     files.py        `open_source`: image files, block devices and NBD exports to back up
     targets.py      `open_target`, `StreamTarget`: what an image is restored to
     nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd (by `nbd_connection.py`)

@@ -89,15 +89,29 @@ class Bitmap:
     busy: bool  #: exported, or used by a job
     inconsistent: bool  #: QEMU died without saving it; it can only be removed
 
+    @classmethod
+    def parse(cls, node: str, name: BitmapName, entry: Mapping[str, Any]) -> "Bitmap":
+        """The bitmap that QEMU describes as `entry` of the block node `node`.
+
+        Raises:
+            QmpAnswerError: it describes none.
+        """
+        where = f"node {node}, dirty bitmap"
+        fields = dict(entry)
+        return cls(
+            node,
+            name,
+            checked.field(fields, "count", int, where),
+            checked.field(fields, "granularity", int, where),
+            checked.field(fields, "recording", bool, where),
+            checked.field(fields, "busy", bool, where),
+            bool(checked.optional(fields, "inconsistent", bool, where)),
+        )
+
 
 def recording(bitmap: Bitmap, count: int) -> Bitmap:
     """`bitmap` recording `count` dirty bytes."""
     return replace(bitmap, count=count, recording=True)
-
-
-def released(bitmap: Bitmap) -> Bitmap:
-    """`bitmap` as it is when nobody uses it."""
-    return replace(bitmap, busy=False)
 
 
 def our_bitmaps(nodes: Iterable[BlockNode], target: str | None) -> list[Bitmap]:
@@ -107,22 +121,8 @@ def our_bitmaps(nodes: Iterable[BlockNode], target: str | None) -> list[Bitmap]:
         for entry in node.bitmaps:
             name = BitmapName.parse(str(entry.get("name")))
             if name is not None and target in (None, name.target):
-                found.append(_bitmap(node.name, name, entry))
+                found.append(Bitmap.parse(node.name, name, entry))
     return found
-
-
-def _bitmap(node: str, name: BitmapName, entry: Mapping[str, Any]) -> Bitmap:
-    where = f"node {node}, dirty bitmap"
-    fields = dict(entry)
-    return Bitmap(
-        node,
-        name,
-        checked.field(fields, "count", int, where),
-        checked.field(fields, "granularity", int, where),
-        checked.field(fields, "recording", bool, where),
-        checked.field(fields, "busy", bool, where),
-        bool(checked.optional(fields, "inconsistent", bool, where)),
-    )
 
 
 # -- what an interrupted run has left ---------------------------------------------------------------------------------
@@ -277,8 +277,8 @@ async def choose(disk: Disk, situation: Situation) -> Choice:
     """
     here = [bitmap for bitmap in situation.bitmaps if bitmap.node == disk.node]
     useless = tuple(bitmap for bitmap in here if not bitmap.busy)
-    if situation.mode is BitmapMode.NONE:
-        return Choice(None, None, "dirty bitmaps are switched off", useless)
+    if situation.mode is BitmapMode.NONE or disk.written_past:
+        return Choice(None, None, disk.written_past or "dirty bitmaps are switched off", useless)
     base = situation.base_of(disk.name)
     if isinstance(base, str):
         return Choice(None, None, base, useless)

@@ -5,7 +5,7 @@ docs/hypervisor.md, "Clean-up". Everything here comes from QEMU and is checked w
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from hypervisor import checked
@@ -13,11 +13,14 @@ from hypervisor.disk_names import image_path
 from hypervisor.qmp import Qmp
 
 #: Nodes of ours: `fleece-`, the kind, and the number of the disk.
-_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcs])(?P<number>[0-9]{1,4})")
+_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcst])(?P<number>[0-9]{1,4})")
 
 
 class OurNode(NamedTuple):
-    """A block node that Fleece has added: `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view."""
+    """A block node that Fleece has added.
+
+    `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view, `t` state of a TPM.
+    """
 
     kind: str
     number: int
@@ -47,6 +50,11 @@ class BlockNode:
     def ours(self) -> OurNode | None:
         """What it is for Fleece; None for somebody else's."""
         return OurNode.parse(self.name)
+
+
+def released(node: BlockNode) -> BlockNode:
+    """`node` with its bitmaps as they are when nobody uses them."""
+    return replace(node, bitmaps=[{**bitmap, "busy": False} for bitmap in node.bitmaps])
 
 
 async def block_nodes(qmp: Qmp) -> dict[str, BlockNode]:

@@ -75,6 +75,7 @@ class Disk:
     `inconsistent`, which is False where QEMU leaves it out."""
     backend: str = ""  #: name of the `-drive`, else empty
     aliases: frozenset[str] = field(default=frozenset(), repr=False)  #: what the configuration may call it
+    written_past: str = ""  #: why dirty bitmaps cannot tell what changed, in words; mostly empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +170,16 @@ async def survey(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     instead: Mapping[str, str] | None = None,
+    flash: bool = False,
+    also: Sequence[Disk] = (),
 ) -> Survey:
     """Find the disks of a VM.
 
     `names` gives disks another name (`{"virtio0": "system"}` makes `drive-system.img`), `include` (None: all) and
     `exclude` choose. All three call a disk by its device id, device path, `-drive` name, node name, image path or
     archive name; include and exclude also by a pattern (`scsi*`). Exclude wins. `instead` names the node that counts as
-    the root where a device uses another one (`{"fleece-p0": "fmt0"}`).
+    the root where a device uses another one (`{"fleece-p0": "fmt0"}`). With `flash` writable flash memory is a disk;
+    `also` are disks that no device uses, chosen by the same rules.
 
     Raises:
         DiskNameError: two disks of one name, a name that cannot be used, or an `include` that chooses no disk.
@@ -195,7 +199,7 @@ async def survey(
             continue
         device = replace(device, inserted=nodes.get(device.node, device.inserted))
         aliases = frozenset(device.aliases())
-        reason = device.no_disk()
+        reason = device.no_disk(flash=flash)
         name = ""
         if reason is None:
             name = device.archive(names, aliases)
@@ -207,6 +211,11 @@ async def survey(
             left_out.append(LeftOut(device.label, reason, aliases))
             continue
         found.append(await device.disk(qmp, name, aliases))
+    for disk in also:
+        if (wanted is None or _matches(disk.aliases, wanted)) and not _matches(disk.aliases, unwanted):
+            found.append(disk)
+        else:
+            left_out.append(LeftOut(disk.device, "excluded", disk.aliases))
     _check_wanted(qmp, wanted or (), found, left_out)
     _check_clashes(qmp, found)
     return Survey(tuple(found), tuple(left_out))
@@ -304,9 +313,9 @@ class _BlockDevice:
         """QEMU's name of the image: a path, a URL, or `json:{...}`."""
         return (checked.optional(dict(self.inserted), "file", str, self.where) or "") if self.inserted else ""
 
-    def no_disk(self) -> str | None:
+    def no_disk(self, *, flash: bool = False) -> str | None:
         """Why this is no disk to be backed up; None if it is one."""
-        if self.qdev.startswith(_FLASH):
+        if self.qdev.startswith(_FLASH) and not flash:
             return "flash memory"
         if self.removable:
             return "a removable medium"
@@ -319,6 +328,8 @@ class _BlockDevice:
     def own_name(self) -> str:
         """The name the archive gets unless the configuration gives one."""
         user_node = "" if self.node.startswith(("#", OUR_PREFIX)) else self.node
+        if self.qdev.startswith(_FLASH):  # `drive-efidisk0` of Proxmox VE
+            return (self.backend or user_node).removeprefix("drive-") or base_name(self.image_name) or self.qdev
         return self.device_id or self.backend or user_node or base_name(self.image_name) or self.qdev
 
     def aliases(self) -> Iterator[str]:

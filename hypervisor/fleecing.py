@@ -1,11 +1,9 @@
-"""Fleecing: a frozen view of the disks of a running VM, set up in stock QEMU and taken down again.
+"""Fleecing: a frozen view of the disks of a running VM, set up in QEMU and taken down again.
 
-    device -> fleece-p<n> -> fleece-c<n> -> the disk's node        after the instant T; before it p leads to the node
-                  fleece-s<n> -> fleece-c<n> -> fleece-f<n>        the frozen view; f holds what the guest overwrote
-
-T is one `blockdev-reopen` that switches the pass-through nodes of all disks to their copy-before-write filters. The
-steps, their order and the reasons: docs/hypervisor.md, "A backup step by step". What has gone wrong at any step is
-undone by `leftovers.undo`, which looks at QEMU alone.
+What all flavours share: the state that is written down before each step, the exports, reading the old bitmaps, and the
+order of the end. `stock.StockFleecing` and `proxmox.ProxmoxFleecing` are the two that change a QEMU. The steps, their
+order and the reasons: docs/hypervisor.md, "A backup step by step". What has gone wrong at any step is undone by looking
+at QEMU alone (`leftovers.py`).
 """
 
 import contextlib
@@ -13,31 +11,34 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple, TypeVar
 
 import trio
 
-from core.disks import Extent
+from core.disks import Extent, ReadPlan
 from core.errors import os_reason
 from core.limits import in_io_thread
-from hypervisor import bitmaps
-from hypervisor.bitmaps import BitmapMode, BitmapName, Choice
+from hypervisor.bitmaps import BitmapName, Choice
 from hypervisor.block_graph import block_nodes
 from hypervisor.discovery import Capabilities, Disk
 from hypervisor.errors import FleecingError, QmpCommandError, QmpConnectError, QmpError, QmpTimeoutError
+from hypervisor.flavours import Order
 from hypervisor.guest_agent import frozen
-from hypervisor.leftovers import HANGS, Undone, none_ours, remove_files, undo
+from hypervisor.leftovers import HANGS, Undone, none_ours, remove_files
 from hypervisor.live_source import read_dirty_map
 from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.qmp import Qmp, connect
-from hypervisor.scratch import Scratch, hanging, image_name
+from hypervisor.scratch import Scratch, hanging
 from hypervisor.state import DiskState, Run, RunState
 from hypervisor.vhost_user import Shared, queues_for
 from hypervisor.vhost_user import usable as shared_memory_usable
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,17 +64,16 @@ class FleecedDisk:
     number: int  #: of its nodes and exports
     new: BitmapName | None  #: the bitmap that starts with this backup, None without one
     image: Path  #: the fleecing image
+    export: str  #: name of its export for reading
+    view: str  #: the node that shows the disk as it was; empty as long as QEMU has not named it
     changed: list[Extent] | None = None  #: what the old bitmap says, None for a full read
     persistent: bool = False  #: the new bitmap is kept in the image
     shared: Shared | None = None  #: the export through shared memory, None without one
 
-    def pass_through(self, below: str) -> Mapping[str, object]:
-        """The pass-through node over the node `below`.
-
-        Of fixed size: QEMU refuses `block_resize` then, where it would abort while the map is exported, or as soon as
-        the view is read beyond the end of a disk that became smaller.
-        """
-        return {"driver": "raw", "node-name": f"fleece-p{self.number}", "file": below, "size": self.disk.size}
+    @property
+    def plan(self) -> ReadPlan:
+        """What is read, and why."""
+        return ReadPlan(self.choice.base, self.choice.reason)
 
     @property
     def state(self) -> DiskState:
@@ -90,8 +90,22 @@ class FleecedDisk:
         )
 
 
+def run_state(order: Order, disks: Sequence[FleecedDisk]) -> RunState:
+    """What is written down of a run before its first step."""
+    own = os.getpid()
+    return RunState(order.qmp_path, "begin", order.target, order.new_id, own, disks=[disk.state for disk in disks])
+
+
+class DirtyMap(NamedTuple):
+    """A bitmap that says what to read of a disk."""
+
+    disk: FleecedDisk
+    node: str  #: the block node that has it
+    name: str
+
+
 @dataclass(slots=True, kw_only=True)
-class Fleecing:
+class Fleecing(ABC):
     """One backup's changes to one QEMU: made by `set_up`, undone by `tear_down`, which is armed before it."""
 
     qmp_path: str
@@ -110,7 +124,7 @@ class Fleecing:
 
     def address(self, disk: FleecedDisk) -> NbdAddress:
         """Where the data export of `disk` is."""
-        return NbdAddress.unix(self.run.socket, f"drive-{disk.number}")
+        return NbdAddress.unix(self.run.socket, disk.export)
 
     @contextlib.contextmanager
     def telling_of_a_crash(self) -> Iterator[None]:
@@ -128,53 +142,23 @@ class Fleecing:
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     async def set_up(self, qmp: Qmp) -> None:
-        """Steps 1 to 12. After an error or cancellation `tear_down` undoes whatever was done.
+        """Make the views. After an error or cancellation `tear_down` undoes whatever was done.
 
         Raises:
             FleecingError: QEMU refused a step, or the state cannot be written down.
+            VmStateError: another backup is under way.
             SourceError: a map cannot be read.
             QmpError, QmpAnswerError: as `Qmp.execute`.
         """
-        try:
-            await self._step("add the new bitmaps")
-            await self._add_bitmaps(qmp)
-            await self._step("add the fleecing images")
-            for disk in self.disks:
-                await self._add_image(qmp, disk)
-            await self._step("add the pass-through nodes")
-            for disk in self.disks:
-                await qmp.execute("blockdev-add", disk.pass_through(disk.disk.node))
-            await self._step("switch the devices to them")
-            for disk in self.disks:
-                await qmp.qom_set(disk.disk.qom_path, "drive", f"fleece-p{disk.number}")
-            await self._step("add the copy-before-write filters")
-            for disk in self.disks:
-                await self._add_filter(qmp, disk)
-            await self._step("freeze the guest, switch to the filters")
-            await self._set_instant(qmp)
-            await self._step("disable the old bitmaps")
-            old = [(disk.disk.node, disk.choice.bitmap) for disk in self.disks if disk.choice.bitmap is not None]
-            await qmp.transaction([bitmaps.disable(node, name) for node, name in old])
-            await self._step("add the frozen views")
-            for disk in self.disks:
-                await self._blockdev_add(
-                    qmp,
-                    driver="snapshot-access",
-                    node_name=f"fleece-s{disk.number}",
-                    file=f"fleece-c{disk.number}",
-                    discard="unmap",
-                )
-            await self._step("start the NBD server", nbd_server=True)
-            await self._start_server(qmp)
-            await self._read_maps(qmp)
-            await self._step("export the frozen views")
-            for disk in self.disks:
-                await self._export(qmp, disk, f"fleece-e{disk.number}", f"drive-{disk.number}", writable=True)
-                await self._share(qmp, disk)
-            await self._step("read")
-        except QmpCommandError as error:
-            raise FleecingError("freeze the disks of", self.qmp_path, str(error)) from error
+
+    def distrust(self, archive: str) -> None:  # noqa: B027 - mostly there is nothing to be done
+        """The snapshot that the bitmap of `archive` counts from is of no use: without success it is not used again."""
+
+    @abstractmethod
+    async def _undo(self, qmp: Qmp, undone: Undone, *, success: bool) -> None:
+        """Undo everything in QEMU and hand the bitmaps over; what could not be done goes to `undone`."""
 
     async def _step(self, phase: str, *, nbd_server: bool = False) -> None:
         self.state.phase = phase
@@ -182,37 +166,29 @@ class Fleecing:
         await self.run.save(self.state)
         self.on_step(phase)
 
-    async def _add_bitmaps(self, qmp: Qmp) -> None:
-        for disk in self.disks:
-            self.warnings += await bitmaps.remove(qmp, disk.choice.remove)
-        new = [(disk, disk.new) for disk in self.disks if disk.new is not None]
-        try:
-            await qmp.transaction([bitmaps.add(disk.disk.node, name, persistent=disk.persistent) for disk, name in new])
-        except QmpCommandError as error:
-            if not any(disk.persistent for disk, _ in new):
-                raise
-            self.warnings.append(f"the dirty bitmaps will not outlive the VM's QEMU: {error.desc}")
-            await qmp.transaction([bitmaps.add(disk.disk.node, name, persistent=False) for disk, name in new])
-
-    async def _add_image(self, qmp: Qmp, disk: FleecedDisk) -> None:
+    async def _add_image(
+        self, qmp: Qmp, disk: FleecedDisk, name: str, options: Callable[[str], Mapping[str, object]]
+    ) -> None:
+        """Make the fleecing image of `disk` and the node `name` over it; `options` are the node's, by file name."""
         path = await self.scratch.create(disk.image.name, disk.disk.size)
-        options = {"driver": "file", "node_name": f"fleece-f{disk.number}", "discard": "unmap"}
         try:
-            await self._blockdev_add(qmp, **options, filename=str(path))
+            await qmp.execute("blockdev-add", options(str(path)))
         except QmpCommandError as refused:
             # Another user, a container, a security module: it may take an open file all the same.
             await self._add_open_image(qmp, path, options, refused)
-        node = (await block_nodes(qmp)).get(f"fleece-f{disk.number}")
+        node = (await block_nodes(qmp)).get(name)
         if node is None or node.size != disk.disk.size:
             size = "missing" if node is None else f"{node.size} B"
             raise FleecingError("make a fleecing image for", disk.disk.device, f"it is {size}, not {disk.disk.size} B")
 
-    async def _add_open_image(self, qmp: Qmp, path: Path, options: Mapping[str, Any], refused: QmpCommandError) -> None:
+    async def _add_open_image(
+        self, qmp: Qmp, path: Path, options: Callable[[str], Mapping[str, object]], refused: QmpCommandError
+    ) -> None:
         descriptor = await in_io_thread(lambda: os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
         try:
             filename = await qmp.add_fd(descriptor)
             try:
-                await self._blockdev_add(qmp, **options, filename=filename)
+                await qmp.execute("blockdev-add", options(filename))
             finally:
                 with trio.CancelScope(shield=True), contextlib.suppress(QmpError):
                     await qmp.remove_fd_set(filename)
@@ -226,31 +202,17 @@ class Fleecing:
         finally:
             os.close(descriptor)
 
-    async def _add_filter(self, qmp: Qmp, disk: FleecedDisk) -> None:
-        await qmp.execute(
-            "blockdev-add",
-            {
-                "driver": "copy-before-write",
-                "node-name": f"fleece-c{disk.number}",
-                "file": disk.disk.node,
-                "target": f"fleece-f{disk.number}",
-                # Whatever becomes of the fleecing image, the guest must not notice.
-                "on-cbw-error": "break-snapshot",
-                "cbw-timeout": min(self.cbw_timeout_s, self.able.cbw_timeout_s),
-            },
-        )
-
-    async def _set_instant(self, qmp: Qmp) -> None:
-        """Step 6: one command switches all disks, at one instant and without a pause."""
-        options = [disk.pass_through(f"fleece-c{disk.number}") for disk in self.disks]
+    async def _set_instant(self, qmp: Qmp, switch: Callable[[], Awaitable[T]]) -> T:
+        """Await `switch`, which puts the disks under their filters, while the guest's file systems stand still."""
         freeze = None
         try:
             async with frozen(self.guest_agent) as freeze:
-                await qmp.execute("blockdev-reopen", {"options": options})
+                answer = await switch()
                 freeze.serve()
                 self.instant = time.time()
                 if self.at_instant is not None:
                     await self.at_instant(qmp)
+                return answer
         finally:
             if freeze is not None:
                 self.frozen_s = freeze.frozen_s
@@ -291,21 +253,21 @@ class Fleecing:
             except QmpCommandError as error:
                 raise FleecingError("start the NBD server of", self.qmp_path, refused.desc) from error
 
-    async def _read_maps(self, qmp: Qmp) -> None:
-        """Steps 10 and 11. The bitmap must not stay exported: a resize of the disk would abort QEMU meanwhile."""
-        dirty = [(disk, disk.choice.bitmap) for disk in self.disks if disk.choice.bitmap is not None]
-        if not dirty:
+    async def _read_maps(self, qmp: Qmp, maps: Iterable[DirtyMap]) -> None:
+        """Read what changed. A bitmap must not stay exported: a resize of the disk would abort QEMU meanwhile."""
+        maps = list(maps)
+        if not maps:
             return
         await self._step("read the maps")
         async with AsyncExitStack() as stack:
-            for disk, name in dirty:
+            for disk, node, name in maps:
                 export = f"fleece-m{disk.number}"
                 stack.push_async_callback(_end_export, qmp, export)
-                bitmap = {"node": disk.disk.node, "name": str(name)}
+                bitmap = {"node": node, "name": name}
                 await self._export(qmp, disk, export, f"map{disk.number}", writable=False, bitmaps=[bitmap])
                 address = NbdAddress.unix(self.run.socket, f"map{disk.number}")
                 with self.telling_of_a_crash():
-                    disk.changed = await read_dirty_map(address, str(name), disk.disk.size, disk.disk.device)
+                    disk.changed = await read_dirty_map(address, name, disk.disk.size, disk.disk.device)
         try:
             # The maps are the only exports so far.
             await qmp.poll("query-block-exports", none_ours, timeout_s=_MAP_TIMEOUT_S)
@@ -315,8 +277,7 @@ class Fleecing:
     async def _export(
         self, qmp: Qmp, disk: FleecedDisk, export: str, name: str, *, writable: bool, **more: object
     ) -> None:
-        view = f"fleece-s{disk.number}"
-        options = {"type": "nbd", "id": export, "node-name": view, "name": name, "writable": writable, **more}
+        options = {"type": "nbd", "id": export, "node-name": disk.view, "name": name, "writable": writable, **more}
         await qmp.execute("block-export-add", options)
 
     async def _share(self, qmp: Qmp, disk: FleecedDisk) -> None:
@@ -328,7 +289,7 @@ class Fleecing:
         options = {
             "type": "vhost-user-blk",
             "id": f"fleece-v{disk.number}",
-            "node-name": f"fleece-s{disk.number}",
+            "node-name": disk.view,
             "addr": {"type": "unix", "path": str(path)},
             "num-queues": queues,
             "writable": False,
@@ -339,9 +300,6 @@ class Fleecing:
             _LOG.info("%s: no export through shared memory: %s", disk.disk.device, error.desc)
         else:
             disk.shared = Shared(str(path), queues)
-
-    async def _blockdev_add(self, qmp: Qmp, *, node_name: str, **options: object) -> None:
-        await qmp.execute("blockdev-add", {"node-name": node_name, **options})
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -385,17 +343,6 @@ class Fleecing:
         await remove_files(self.run, self.state, self.scratch.folder, undone)
         return False
 
-    async def _undo(self, qmp: Qmp, undone: Undone, *, success: bool) -> None:
-        result = await undo(qmp, server=self.state.nbd_server)
-        undone.problems += result.problems
-        undone.kept += result.kept
-        # The bitmaps are of the disks' own nodes: what is left in the way above them does not matter here.
-        names = [(disk.disk.node, disk.choice.bitmap, disk.new) for disk in self.disks if disk.new is not None]
-        self.on_step("hand the bitmaps over")
-        self.warnings += await bitmaps.hand_over(qmp, names, success=success)
-        if result.images:
-            await remove_files(self.run, self.state, self.scratch.folder, undone)
-
 
 def _unix(path: Path) -> dict[str, object]:
     return {"type": "unix", "data": {"path": str(path)}}
@@ -408,31 +355,3 @@ def _unreachable(path: str, error: OSError) -> QmpConnectError:
 async def _end_export(qmp: Qmp, export: str) -> None:
     with trio.move_on_after(_MAP_TIMEOUT_S, shield=True), contextlib.suppress(QmpError):
         await qmp.execute("block-export-del", {"id": export, "mode": "hard"})
-
-
-def fleeced(
-    disks: Sequence[tuple[Disk, Choice]],
-    *,
-    taken: set[int],
-    run: Run,
-    scratch: Scratch,
-    target: str,
-    new_id: int,
-    mode: BitmapMode,
-) -> list[FleecedDisk]:
-    """The disks of a backup with the names of everything that is added for them; numbers in `taken` are not used."""
-    numbers = (number for number in range(len(disks) + len(taken) + 1) if number not in taken)
-    result = []
-    for (disk, choice), number in zip(disks, numbers, strict=False):
-        new = None if mode is BitmapMode.NONE else BitmapName(target, bitmaps.disk_id(disk.name), new_id)
-        result.append(
-            FleecedDisk(
-                disk,
-                choice,
-                number,
-                new,
-                scratch.folder / image_name(run.peer, number),
-                persistent=mode is BitmapMode.PERSISTENT and disk.persistent_bitmaps_possible,
-            )
-        )
-    return result

@@ -2,18 +2,19 @@
 
 The end of a backup, the undoing of a half-done set-up and the removal of what a killed run has left are one and the
 same work, so there is one function for it. Its order is that of docs/hypervisor.md, "Clean-up": exports, NBD server,
-frozen views, then the guest is freed, then devices are set back and nodes deleted.
+frozen views (or QEMU's own backup access), then the guest is freed, then devices are set back and nodes deleted.
 """
 
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
 from core.errors import os_reason
 from core.limits import in_io_thread
+from hypervisor import access
 from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
@@ -48,11 +49,24 @@ class Undone:
         return True
 
 
-async def undo(qmp: Qmp, *, server: bool, exports_timeout_s: float = EXPORTS_TIMEOUT_S) -> Undone:
+class EndOfAccess(NamedTuple):
+    """How QEMU's backup access is to end; of a killed run it is always without success."""
+
+    target: str  #: 8 hex digits
+    success: bool  #: the bitmaps count from its setup
+
+
+async def undo(
+    qmp: Qmp,
+    *,
+    server: bool,
+    access_ends: EndOfAccess | None = None,
+    exports_timeout_s: float = EXPORTS_TIMEOUT_S,
+) -> Undone:
     """Remove every export and block node of ours and set the devices back; the caller holds the lock of this QEMU.
 
-    `server` says that a run of ours started the NBD server. Own NBD connections must be closed before. Bitmaps are left
-    alone. Cancelled, it can be run again.
+    `server` says that a run of ours started the NBD server, `access_ends` that it set up an access. Own NBD connections
+    must be closed before. Bitmaps are left alone, but for those of an access. Cancelled, it can be run again.
 
     Raises:
         QmpError, QmpAnswerError: QEMU is gone, does not answer, or answers nonsense; refusals are in the result.
@@ -60,6 +74,8 @@ async def undo(qmp: Qmp, *, server: bool, exports_timeout_s: float = EXPORTS_TIM
     undone = Undone(images=False)
     if not await _remove_exports(qmp, undone, server, exports_timeout_s):
         return undone
+    if access.TEARDOWN in qmp.commands:
+        await _end_access(qmp, undone, access_ends)
     # A view must go before the guest can be freed: QEMU refuses the other order.
     for node in await _ours(qmp, "s"):
         await undone.attempt(f"remove the frozen view {node}", _delete(qmp, node))
@@ -91,6 +107,22 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: flo
             if "not running" not in error.desc:
                 undone.problems.append(f"could not stop the NBD server: {error.desc}")
     return True
+
+
+async def _end_access(qmp: Qmp, undone: Undone, ends: EndOfAccess | None) -> None:
+    """End a backup access of ours, and remove the nodes that it has used."""
+    nodes = await block_nodes(qmp)
+    used = access.fleecing_nodes(nodes, await children(qmp))
+    if ends is not None:
+        await undone.attempt("end QEMU's backup access", access.tear_down(qmp, ends.target, success=ends.success))
+    elif used:
+        for target in access.targets(nodes.values()):
+            # Refused where the access is another one's. If it was ours and goes on, the nodes cannot go.
+            await Undone().attempt("", access.tear_down(qmp, target, success=False))
+    for node in used:
+        await undone.attempt(f"remove the block node {node}", qmp.execute("blockdev-del", {"node-name": node}))
+    if used and not undone.problems:
+        undone.actions.append("ended QEMU's backup access")
 
 
 def none_ours(answer: object) -> bool:
@@ -153,7 +185,7 @@ async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) 
 
 
 async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
-    there = await _ours(qmp, "pcf")
+    there = await _ours(qmp, "pcft")
     used = {root for _, root in await device_roots(qmp)}
     for node in (node for node in there if node.kind == "p"):
         if str(node) in used:
@@ -166,10 +198,10 @@ async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> N
                 )
             else:
                 undone.problems.append(f"could not remove {node}: {node_error}")
-    for kind, what in (("c", "filter"), ("f", "fleecing image")):
+    for kind, what in (("c", "filter"), ("f", "fleecing image"), ("t", "TPM's state")):
         for node in (node for node in there if node.kind == kind):
             await undone.attempt(f"remove the {what} {node}", _delete(qmp, node))
-    left = await _ours(qmp, "pcfs")
+    left = await _ours(qmp, "pcfst")
     undone.images = not any(node.kind == "f" for node in left)
     if there and not left:
         undone.actions.append("removed the block nodes")
@@ -202,7 +234,7 @@ class Left:
     """What a killed run has left in a QEMU and of its files, as `clean_killed` would find it."""
 
     things: Sequence[str]  #: in words, empty if there is nothing
-    roots: Mapping[str, str]  #: the node on which a pass-through node stands, by the latter
+    roots: Mapping[str, str]  #: the node on which a node stands that was put under a device, by the latter
     bitmaps_free: bool  #: a bitmap that is busy is so because of an export that clean-up removes
 
 
@@ -215,13 +247,26 @@ async def look_for_left(qmp: Qmp, run_dir: Path) -> Left:
     """
     state = await left_state(run_dir, qmp.peer)
     exports, _ = await our_exports(qmp)
-    nodes = await _ours(qmp, "pcfs")
+    nodes = [str(node) for node in await _ours(qmp, "pcfst")]
     images = [] if state is None else [disk.image for disk in state.disks]
     there = await in_io_thread(lambda: [image for image in images if Path(image).exists()])
     below, _ = await _standing_on(qmp)
-    found = (("export", sorted(exports)), ("block node", [str(node) for node in nodes]), ("fleecing image", there))
+    if access.TEARDOWN in qmp.commands:
+        graph = await children(qmp)
+        used = access.fleecing_nodes(graph, graph)
+        nodes += used
+        below |= await _below_access(qmp, graph) if used else {}
+    found = (("export", sorted(exports)), ("block node", nodes), ("fleecing image", there))
     things = [f"the {kind}{'s' if len(names) > 1 else ''} {', '.join(names)}" for kind, names in found if names]
     return Left(things, below, bool(exports))
+
+
+async def _below_access(qmp: Qmp, graph: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What the filters that QEMU's access has put under devices stand on."""
+    nodes = await block_nodes(qmp)
+    roots = [root for _, root in await device_roots(qmp)]
+    filters = [root for root in roots if root in nodes and nodes[root].driver == "copy-before-write"]
+    return {root: graph[root]["file"] for root in filters if "file" in graph.get(root, {})}
 
 
 async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:

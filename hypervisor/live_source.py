@@ -68,8 +68,12 @@ class LiveSource:
         pool: NbdPool,
         able: Capabilities,
         shared: VhostUserPool | None = None,
+        only_changed: bool = False,
     ) -> None:
-        """`shared`: the same through shared memory, used for what it can read as long as it works."""
+        """`shared`: the same through shared memory, used for what it can read as long as it works.
+
+        `only_changed`: of an incremental view nothing but what `changed` calls DATA can be read.
+        """
         _check_size(pool, size, name)
         self.name: Final = name  #: the archive's, without its type extension
         self.size: Final = size  #: bytes; does not change, even if the guest's disk is resized
@@ -78,6 +82,9 @@ class LiveSource:
         self._pool = pool
         self._shared = shared if shared is not None and shared.size == size // SECTOR * SECTOR else None
         self._able = able
+        self._only_changed = only_changed and changed is not None
+        #: All of the disk was wanted, and could not be had.
+        self.distrusted = False
         #: ZERO extents, sorted; QEMU was told to forget them, so they are never read from it.
         self._zeros: list[Extent] = []
 
@@ -87,8 +94,16 @@ class LiveSource:
         What is CLEAN or ZERO is given up: from then on the guest overwrites it without a copy being made first.
 
         Raises:
-            SourceError: the map cannot be read.
+            SourceError: the map cannot be read, or all is wanted of a view that has only what changed.
         """
+        if self._only_changed and not incremental:
+            self.distrusted = True
+            raise FleecingError(
+                "read all of disk",
+                self.name,
+                "QEMU shows only what changed since the previous backup, and that backup is of no use",
+                "try again: the next backup reads everything",
+            )
         whole = [Extent(0, self.size, ExtentState.DATA)]
         known = list(self._changed) if incremental and self._changed is not None else whole
         if self._able.allocation_map:

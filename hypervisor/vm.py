@@ -5,31 +5,34 @@ docs/hypervisor.md describes what happens in QEMU.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from core.disks import ReadPlan
 from core.errors import FleeceError
 from core.limits import in_io_thread
 from core.nursery import open_nursery
-from hypervisor import bitmaps
+from hypervisor import access, bitmaps
 from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Choice, Finished, Situation, choose, our_bitmaps, target_id
-from hypervisor.block_graph import block_nodes
-from hypervisor.discovery import OUR_PREFIX, Capabilities, Disk, LeftOut, Survey, capabilities, check_vm, survey
-from hypervisor.errors import FleecingError, VmStateError
-from hypervisor.fleecing import Fleecing, fleeced
+from hypervisor.block_graph import block_nodes, released
+from hypervisor.discovery import OUR_PREFIX, Disk, capabilities, check_vm
+from hypervisor.errors import FleecingError, VmStateError, VmUnsupportedError
+from hypervisor.flavours import DiskSelection, Flavour, FlavourName, Order
+from hypervisor.fleecing import Fleecing
 from hypervisor.guest_agent import thaw_leftover
 from hypervisor.leftovers import Undone, clean_killed
 from hypervisor.live_source import LiveSource
 from hypervisor.nbd_client import open_nbd
+from hypervisor.proxmox import Proxmox
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, remove_stale
-from hypervisor.state import Run, RunState, clean_dead, exclusive, started
+from hypervisor.state import Run, clean_dead, exclusive, started
+from hypervisor.stock import Stock
 from hypervisor.vhost_user import Shared, VhostUserError, VhostUserPool, open_vhost_user
+from hypervisor.view import FrozenView
 
 __all__ = [
     "BaseInfo",
@@ -51,49 +54,6 @@ _LOG = logging.getLogger(__name__)
 _CLEANUP_HINT: Final = "'fleece vm cleanup' removes it, and so does the next backup"
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSelection:
-    """Which disks, and what their archives are called; as the arguments of `discovery.survey`."""
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    include: Sequence[str] | None = None  #: None: all
-    exclude: Sequence[str] = ()
-
-    async def survey(self, qmp: Qmp, *, instead: Mapping[str, str] | None = None) -> Survey:
-        """Find the disks. `instead` and errors as those of `discovery.survey`."""
-        return await survey(qmp, names=self.names, include=self.include, exclude=self.exclude, instead=instead)
-
-
-class FrozenView:
-    """All chosen disks of a VM as of one instant."""
-
-    def __init__(self, fleecing: Fleecing, left_out: Sequence[LeftOut], able: Capabilities) -> None:
-        self._fleecing = fleecing
-        self.sources: list[LiveSource] = []  #: in QEMU's order
-        self.left_out = left_out  #: block devices that are not part of the view, with the reason
-        self.capabilities = able
-        self.instant = fleecing.instant  #: Unix seconds of the instant
-        self.frozen_s = fleecing.frozen_s  #: seconds from freeze sent to thaw answered, 0 without a freeze
-        self._committed = False
-
-    @property
-    def warnings(self) -> list[str]:
-        """Sentences for the report; complete when the block has been left."""
-        return self._fleecing.warnings
-
-    @property
-    def committed(self) -> bool:
-        """Whether `commit` was called."""
-        return self._committed
-
-    def commit(self) -> None:
-        """The snapshot is finished in the datastore: the new bitmaps take over when the block is left.
-
-        Without this the old ones go on, whatever else happened.
-        """
-        self._committed = True
-
-
 @asynccontextmanager
 async def frozen_view(
     qmp_path: str | os.PathLike[str],
@@ -108,7 +68,10 @@ async def frozen_view(
     bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
     guest_agent: Path | None = None,
     cbw_timeout_s: int = 45,
+    flavour: FlavourName | None = None,
+    tpm_state: Path | None = None,
     at_instant: Callable[[Qmp], Awaitable[None]] | None = None,
+    on_flavour: Callable[[FlavourName], None] = lambda _flavour: None,
     on_step: Callable[[str], None] = lambda _step: None,
     on_warning: Callable[[str], None] = lambda _warning: None,
 ) -> AsyncIterator[FrozenView]:
@@ -132,13 +95,16 @@ async def frozen_view(
         bitmap_mode: whether dirty bitmaps are kept, and where.
         guest_agent: socket of the guest agent, for freezing the file systems at the instant.
         cbw_timeout_s: seconds a guest write may wait for the fleecing image before the view is given up.
+        flavour: STOCK or PROXMOX; None: what this QEMU offers.
+        tpm_state: file or device with the state of the VM's TPM; used by the flavour PROXMOX.
         at_instant: called right after the instant, while the guest is frozen.
+        on_flavour: called as soon as the flavour is known, before any change.
         on_step: called with a few words before each change.
         on_warning: called at the end with each sentence for the report, also if the block, or the set-up, failed.
 
     Raises:
         VmStateError: another run works on this QEMU, or the VM's state allows no backup.
-        VmUnsupportedError, DiskNameError: as `discovery.survey` and `capabilities`.
+        VmUnsupportedError, DiskNameError: as `discovery.survey`, `capabilities` and `flavour_of`.
         FleecingError: QEMU refused a step, or something could not be undone.
         SourceError: the sources' own.
         QmpError, QmpAnswerError: QEMU cannot be talked to.
@@ -152,8 +118,10 @@ async def frozen_view(
             able = await capabilities(qmp)
             undone = await clean_killed(qmp, run, scratch.folder)
             _check_clean(undone, path)
-            lost = await bitmaps.settle_interrupted(qmp, target, finished)
-            found = await (disks or DiskSelection()).survey(qmp)
+            kind = await flavour_of(qmp, flavour, tpm_state=tpm_state)
+            on_flavour(kind.name)
+            settled = await kind.settle(qmp, target, finished)
+            found = await kind.survey(qmp, disks or DiskSelection())
             if not found.disks:
                 raise FleecingError("back up the VM at", path, "it has no disk to be backed up")
             await check_vm(qmp, found.disks)
@@ -163,49 +131,52 @@ async def frozen_view(
                 target=target,
                 mode=bitmap_mode,
                 disks=found.disks,
-                bitmaps=our_bitmaps(nodes.values(), target),
-                lost=lost,
+                bitmaps=settled.bitmaps,
+                lost=settled.lost,
                 started=started(qmp.peer),
                 base_of=base_of,
                 finished=finished,
             )
             chosen = [(disk, await choose(disk, situation)) for disk in found.disks]
-            prepared = fleeced(
-                chosen,
-                taken={ours.number for node in nodes.values() if (ours := node.ours) is not None},
-                run=run,
-                scratch=scratch,
+            order = Order(
+                qmp_path=path,
                 target=target,
                 new_id=new_id,
-                mode=bitmap_mode,
-            )
-            fleecing = Fleecing(
-                qmp_path=path,
-                run=run,
-                able=able,
                 scratch=scratch,
-                state=RunState(path, "begin", target, new_id, os.getpid(), disks=[disk.state for disk in prepared]),
-                disks=prepared,
+                bitmap_mode=bitmap_mode,
                 guest_agent=guest_agent,
                 cbw_timeout_s=cbw_timeout_s,
                 at_instant=at_instant,
                 on_step=on_step,
-                warnings=[f"another run was killed; done for it: {', '.join(undone.actions)}"]
-                if undone.actions
-                else [],
             )
+            fleecing = kind.fleecing(order, chosen, able=able, run=run, nodes=nodes.values())
+            if undone.actions:
+                fleecing.warnings.append(f"another run was killed; done for it: {', '.join(undone.actions)}")
             teardown = _Teardown(fleecing, on_warning)
             # Armed before the first change, so that a set-up whose answer got lost is undone too.
             stack.push_async_exit(teardown)
             await fleecing.set_up(qmp)
-        view = teardown.view = FrozenView(fleecing, found.left_out, able)
-        for disk in prepared:
+        view = teardown.view = FrozenView(
+            kind.name,
+            able,
+            instant=fleecing.instant,
+            frozen_s=fleecing.frozen_s,
+            left_out=found.left_out,
+            warnings=fleecing.warnings,
+        )
+        for disk in fleecing.disks:
             with fleecing.telling_of_a_crash():
                 pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
             shared = await stack.enter_async_context(_shared_memory(disk.shared))
-            plan = ReadPlan(disk.choice.base, disk.choice.reason)
             source = LiveSource(
-                disk.disk.name, disk.disk.size, plan, changed=disk.changed, pool=pool, able=able, shared=shared
+                disk.disk.name,
+                disk.disk.size,
+                disk.plan,
+                changed=disk.changed,
+                pool=pool,
+                able=able,
+                shared=shared,
+                only_changed=kind.name is FlavourName.PROXMOX,
             )
             view.sources.append(source)
         async with open_nursery() as nursery:
@@ -238,6 +209,9 @@ class _Teardown:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         success = self.view is not None and self.view.committed
+        for source in self.view.sources if self.view is not None else ():
+            if source.distrusted:
+                self._fleecing.distrust(source.name)
         problems = await self._fleecing.tear_down(success=success)
         for warning in self._fleecing.warnings:
             self._on_warning(warning)
@@ -248,6 +222,21 @@ class _Teardown:
             raise FleecingError("take the frozen view down of", self._fleecing.qmp_path, text, _CLEANUP_HINT)
         error.add_note(f"afterwards the frozen view could not be taken down: {text}; {_CLEANUP_HINT}")
         return False
+
+
+async def flavour_of(qmp: Qmp, wanted: FlavourName | None = None, *, tpm_state: Path | None = None) -> Flavour:
+    """The flavour for this QEMU: PROXMOX if it has all that needs, else STOCK; or the one that is `wanted`.
+
+    Raises:
+        VmUnsupportedError: it has not what the flavour that is wanted needs.
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    if wanted is FlavourName.STOCK:
+        return Stock()
+    lacking = await access.supported(qmp)
+    if lacking and wanted is not None:
+        raise VmUnsupportedError("back up the VM at", qmp.where, f"no QEMU of Proxmox VE: {lacking}", "--flavour stock")
+    return Stock() if lacking else Proxmox(tpm_state)
 
 
 def _check_clean(undone: Undone, path: str) -> None:
@@ -286,6 +275,7 @@ async def preview(
     *,
     bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
     bitmaps_free: bool = False,
+    flavour: Flavour | None = None,
 ) -> list[DiskPreview]:
     """What the next backup to `target` would read of `disks`, and why; changes nothing.
 
@@ -296,16 +286,16 @@ async def preview(
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
     nodes = await block_nodes(qmp)
-    there = our_bitmaps(nodes.values(), target)
     if bitmaps_free:
-        there = [bitmaps.released(bitmap) for bitmap in there]
-    settled, lost = await _as_settled(there, finished)
+        nodes = {name: released(node) for name, node in nodes.items()}
+    flavour = flavour or await flavour_of(qmp)
+    settled = await flavour.as_settled(nodes.values(), target, finished)
     situation = Situation(
         target=target,
         mode=bitmap_mode,
         disks=disks,
-        bitmaps=settled,
-        lost=lost,
+        bitmaps=settled.bitmaps,
+        lost=settled.lost,
         started=started(qmp.peer),
         base_of=base_of,
         finished=finished,
@@ -316,14 +306,16 @@ async def preview(
             choice = Choice(None, None, "another backup runs, or one was killed")
         else:
             choice = await choose(disk, situation)
-        dirty = [bitmap.count for bitmap in settled if bitmap.node == disk.node and bitmap.name == choice.bitmap]
+        dirty = [
+            bitmap.count for bitmap in settled.bitmaps if bitmap.node == disk.node and bitmap.name == choice.bitmap
+        ]
         result.append(
             DiskPreview(
                 name=disk.name,
                 device=disk.device,
                 node=disk.node,
                 size=disk.size,
-                bitmap=None if choice.bitmap is None else str(choice.bitmap),
+                bitmap=None if choice.bitmap is None else flavour.bitmap_name(choice.bitmap),
                 mode="full" if choice.bitmap is None else "incremental",
                 reason=choice.reason,
                 # The last granule may reach beyond the end of the disk.
@@ -331,24 +323,6 @@ async def preview(
             )
         )
     return result
-
-
-async def _as_settled(
-    found: Iterable[bitmaps.Bitmap], finished: Finished
-) -> tuple[list[bitmaps.Bitmap], dict[tuple[str, str], str]]:
-    """The bitmaps as `settle_interrupted` would leave them, and why others would be gone."""
-    settled: list[bitmaps.Bitmap] = []
-    lost = {}
-    for place, group in bitmaps.by_disk(found).items():
-        number = bitmaps.undecided(group)
-        settlement = bitmaps.settle(group, None if number is None else await finished(number))
-        if settlement.lost:
-            lost[place] = settlement.lost
-        for bitmap in group:
-            if bitmap.busy or bitmap.name == settlement.kept:
-                count = settlement.count if bitmap.name == settlement.kept else bitmap.count
-                settled.append(bitmaps.recording(bitmap, count))
-    return settled, lost
 
 
 async def cleanup(
@@ -379,7 +353,8 @@ async def cleanup(
                 if remove_bitmaps:
                     found = our_bitmaps((await block_nodes(qmp)).values(), target)
                     problems = await bitmaps.remove(qmp, found)
-                    done += [f"removed {len(found) - len(problems)} dirty bitmaps"] if found else []
+                    removed = len(found) - len(problems) + await access.forget(qmp, target)
+                    done += [f"removed {removed} dirty bitmaps"] if removed or found else []
                     done += problems
     except FleeceError as error:
         for line in done:

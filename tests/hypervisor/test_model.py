@@ -1,18 +1,25 @@
 """The model test: a backup holds the state of its instant T, byte for byte, full or incremental.
 
 Whatever a guest writes, zeroes or discards before, between and after its steps, over successes and failures in any
-order.
+order, and whichever flavour makes the view.
 """
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.errors import FleeceError
+from hypervisor.errors import QmpCommandError, QmpLostError
 from hypervisor.fleecing import Fleecing
+from hypervisor.qmp import Qmp
+from hypervisor.vm import cleanup
 from tests.hypervisor.fleecing_bench import MIB, Bench, facts, make_qcow2, read_disk
+from tests.support.proxmox_qemu import ProxmoxQemu
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 
@@ -27,6 +34,7 @@ class GuestModel:
         self.vm, self.rng = vm, rng
         self.now = {name: bytearray(size) for name, size in sizes.items()}
         self.filtered = False  #: discards of the guest are dropped while a backup runs
+        self.discards = True  #: there are any
 
     async def some(self, count: int) -> None:
         for _ in range(self.rng.randint(0, count)):
@@ -35,7 +43,8 @@ class GuestModel:
     async def one(self) -> None:
         name = self.rng.choice(sorted(self.now))
         image = self.now[name]
-        kind = self.rng.choice(["write", "write", "write", "write -z", "write -z -u", "discard"])
+        kinds = ["write", "write", "write", "write -z", "write -z -u", "discard"]
+        kind = self.rng.choice(kinds if self.discards else kinds[:-1])
         unit = CLUSTER if kind == "discard" else SECTOR
         blocks = len(image) // unit
         longest = max(1, min(blocks, self.rng.choice([SECTOR, 4096, CLUSTER, MIB, 5 * MIB]) // unit))
@@ -56,10 +65,59 @@ class GuestModel:
         return {f"drive-{name}.img": bytes(image) for name, image in self.now.items()}
 
 
+@dataclass
+class Faults:
+    """Has QEMU refuse a command now and then, or go away before or after it."""
+
+    rng: random.Random
+    at: int | None = None  #: number of the command at fault, counted down; None: no fault
+    kind: str = ""
+    met: int = 0
+
+    def plan(self, *, set_up: bool) -> None:
+        """A fault somewhere in the set-up that begins now, or in the end."""
+        self.at = self.rng.randint(0, 60 if set_up else 25)
+        self.kind = self.rng.choice(["refuse", "lose", "lose-after"])
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand between Fleece and QEMU."""
+        execute, lost = Qmp.execute, set[Qmp]()
+
+        async def faulty(qmp: Qmp, command: str, *arguments: Any, **more: Any) -> Any:
+            if command in ("query-version", "query-commands"):
+                return await execute(qmp, command, *arguments, **more)
+            here = self.at == 0
+            self.at = None if self.at in (None, 0) else self.at - 1
+            self.met += here
+            if here and self.kind == "refuse":
+                raise QmpCommandError(qmp.where, command, "GenericError", "planned by the test")
+            if here and self.kind == "lose":
+                lost.add(qmp)
+            if qmp in lost:
+                raise QmpLostError(f"run {command} in", qmp.where, "planned by the test")
+            answer = await execute(qmp, command, *arguments, **more)
+            if here:
+                lost.add(qmp)
+                raise QmpLostError(f"run {command} in", qmp.where, "planned by the test, after it was done")
+            return answer
+
+        monkeypatch.setattr(Qmp, "execute", faulty)
+
+
 async def run_model(
-    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int
+    qemu: QemuBinary,
+    tmpfs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int,
+    seed: int,
+    *,
+    proxmox: bool = False,
+    faulty: bool = False,
 ) -> dict[str, int]:
-    """`rounds` backups; returns how often what was seen."""
+    """`rounds` backups, by the double of Proxmox VE's QEMU or the stock one; returns how often what was seen.
+
+    With `faulty` commands fail at random, in the set-up and at the end.
+    """
     rng = random.Random(seed)
     sizes = {"d0": 61 * MIB + 512 * rng.randint(0, 300), "d1": 13 * MIB + 512 * rng.randint(0, 300), "d2": 8 * MIB}
     await make_qcow2(qemu, tmpfs / "d0", sizes["d0"])
@@ -73,10 +131,17 @@ async def run_model(
     ]
     bench = Bench(tmpfs / "w")
     bench.folder.mkdir()
-    seen = {"full": 0, "incremental": 0, "committed": 0, "failed": 0, "clean": 0, "zeros": 0}
+    seen = {"full": 0, "incremental": 0, "committed": 0, "failed": 0, "clean": 0, "zeros": 0, "faults": 0}
     step = Fleecing._step
-    async with RunningQemu.start(qemu, disks, lifetime_s=1500) as vm:
+    faults = Faults(rng)
+    faults.install(monkeypatch)
+    async with (
+        RunningQemu.start(qemu, disks, lifetime_s=1500) as vm,
+        ProxmoxQemu.before(vm) if proxmox else nullcontext(),
+    ):
         model = GuestModel(vm, sizes, rng)
+        # What a fault leaves drops discards until the next backup has removed it.
+        model.discards = not faulty
         before = await facts(vm, bench)
         at_t: dict[str, bytes] = {}
 
@@ -88,6 +153,7 @@ async def run_model(
                 await model.some(2)
 
         async def at_instant(_qmp: object) -> None:
+            model.filtered = True
             at_t.update(model.copy())
             await model.some(3)
 
@@ -96,6 +162,9 @@ async def run_model(
             await model.some(5)
             new_id = bench.store.next_id()
             commit = rng.random() < 0.6
+            committed = False
+            if faulty and rng.random() < 0.4:
+                faults.plan(set_up=True)
             with monkeypatch.context() as patch:
                 patch.setattr(model, "filtered", False)
                 try:
@@ -119,11 +188,22 @@ async def run_model(
                         bench.store.base = new_id
                         bench.store.finished.add(new_id)
                         view.commit()
+                        committed = True
                         seen["committed"] += 1
+                        if faulty and rng.random() < 0.3:
+                            faults.plan(set_up=False)
                 except Interrupted:
                     seen["failed"] += 1
-                assert view.warnings == []
+                except FleeceError as error:
+                    if "planned by the test" not in "".join([str(error), *getattr(error, "__notes__", ())]):
+                        raise
+                    seen["failed"] += not committed
+                else:
+                    assert faulty or view.warnings == []
+                seen["faults"], faults.at = faults.met, None
         monkeypatch.setattr(Fleecing, "_step", step)
+        if faulty:
+            await cleanup(vm.qmp, run_dir=bench.run_dir, scratch=bench.folder / "scratch")
         after = await facts(vm, bench)
         assert {**after, "files": []} == {**before, "files": []}
         assert list(bench.run_dir.iterdir()) == []
@@ -151,10 +231,41 @@ async def test_every_backup_holds_the_state_of_its_instant(
     assert (seen["zeros"] > 0) == (qemu.version >= (8, 2, 0))
 
 
+async def test_every_backup_by_the_commands_of_proxmox_holds_the_state_of_its_instant(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, rounds: Callable[[int], int]
+) -> None:
+    seen = await run_model(qemu, tmpfs, monkeypatch, rounds(12), seed=3, proxmox=True)
+    assert seen["committed"]
+    assert seen["failed"]
+    assert seen["incremental"]
+    assert seen["clean"]
+
+
+@pytest.mark.parametrize("proxmox", [False, True])
+async def test_backups_hold_the_state_of_their_instants_whatever_step_fails(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, proxmox: bool
+) -> None:
+    seen = await run_model(qemu, tmpfs, monkeypatch, 10, seed=1, proxmox=proxmox, faulty=True)
+    assert seen["faults"]
+    assert seen["committed"]
+    assert seen["incremental"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
 async def test_hundreds_of_backups_hold_the_state_of_their_instants(
     qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     seen = await run_model(qemu, tmpfs, monkeypatch, 40, seed)
+    assert seen["incremental"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("proxmox", [False, True])
+async def test_hundreds_of_backups_of_each_flavour_with_and_without_faults(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, seed: int, proxmox: bool, faulty: bool
+) -> None:
+    seen = await run_model(qemu, tmpfs, monkeypatch, 40, 100 + seed, proxmox=proxmox, faulty=faulty)
     assert seen["incremental"]

@@ -126,6 +126,17 @@ class OwnQmp:
             QmpRefused: QEMU answered with an error.
             EOFError: QEMU ended.
         """
+        message = await self.ask(command, arguments)
+        if "error" in message:
+            raise QmpRefused(f"{command}: {message['error']['desc']}")
+        return message["return"]
+
+    async def ask(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The whole answer, `return` or `error`; events that come meanwhile are added to `events`.
+
+        Raises:
+            EOFError: QEMU ended.
+        """
         async with self._one_at_a_time:
             self._number += 1
             request = {"execute": command, "id": self._number, **({"arguments": arguments} if arguments else {})}
@@ -136,9 +147,7 @@ class OwnQmp:
                         self.events.append(message)
                 except trio.BrokenResourceError as error:
                     raise EOFError("QEMU ended") from error
-        if "error" in message:
-            raise QmpRefused(f"{command}: {message['error']['desc']}")
-        return message["return"]
+        return message
 
     async def aclose(self) -> None:
         """Hang up."""
