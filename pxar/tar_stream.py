@@ -201,6 +201,9 @@ def _header(
     if drop_setuid and kind is not Kind.DIRECTORY:
         mode &= 0o1777
     blocks = b""
+    if not (_is_text(path) and _is_text(target)):
+        # Records hold UTF-8 unless they say so. bsdtar insists on that, GNU tar says that it does not know the word.
+        records.insert(0, (b"hdrcharset", b"BINARY"))
     if records:
         data = b"".join(_record(keyword, value) for keyword, value in records)
         name = b"PaxHeaders/" + path.rstrip(b"/").rpartition(b"/")[2][:80]
@@ -208,6 +211,14 @@ def _header(
         blocks += data + bytes(-len(data) % _BLOCK)
     mtime = found.mtime_s if 0 <= found.mtime_s <= _MAX_11 else 0
     return blocks + _block(path, mode, found.uid, found.gid, size, mtime, _TYPES[kind], target, device)
+
+
+def _is_text(path: bytes) -> bool:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _block(

@@ -101,6 +101,20 @@ def test_headers_hold_what_does_not_fit_into_old_fields() -> None:
     assert (found["dev"].devmajor, found["dev"].devminor) == (4000, 1_000_000)
 
 
+def test_bsdtar_unpacks_names_that_are_no_text(tmp_path: Path) -> None:
+    if shutil.which("bsdtar") is None:
+        pytest.skip("no bsdtar")
+    root = folder({b"\xff": file(b"raw"), b"link": item(0o120777, target=b"\xfe"), "ü".encode(): file(b"text")})
+    data, _ = exported(write_tar, opened(root))
+    headers = {name: member.pax_headers for name, member in members(data).items()}
+    assert "hdrcharset" not in headers["ü"]
+    assert headers["link"]["hdrcharset"] == headers["\udcff"]["hdrcharset"] == "BINARY"
+    done = subprocess.run(["bsdtar", "-x", "-C", tmp_path], input=data, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / os.fsdecode(b"\xff")).read_bytes() == b"raw"
+    assert os.readlink(os.fsencode(tmp_path / "link")) == b"\xfe"  # noqa: PTH115 - bytes
+
+
 def test_files_of_gigabytes_have_their_size_in_a_record() -> None:
     class Huge(MemoryBytes):
         """A payload stream whose content is zeros."""
