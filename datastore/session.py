@@ -67,6 +67,7 @@ class LocalBackupSession:
     snapshot: Snapshot
     base: Snapshot | None
     warnings: list[str] = field(default_factory=list)  #: for people, for example about a foreign owner
+    cache_chunks: bool = True  #: False asks a store with a cache in front not to keep uploaded chunks there
     _set_aside: int = 0  #: `ChunkStore.times_set_aside` when it began, or when it looked last
     _known: DigestSet = field(default_factory=DigestSet)
     _writers: dict[int, _OpenIndex] = field(default_factory=dict)
@@ -155,7 +156,7 @@ class LocalBackupSession:
     async def put_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> PutResult:
         """See `BackupSession.put_chunk`."""
         self._check_chunk(writer, size, blob)
-        result = await self.store.chunks.insert(digest, blob, folder=self.snapshot.path)
+        result = await self.store.chunks.insert(digest, blob, cache=self.cache_chunks, folder=self.snapshot.path)
         self._known.add(digest, size)
         return result
 
@@ -345,6 +346,7 @@ async def open_session(
     owner: str | None = None,
     lock_wait_s: float = 60.0,
     for_client: bool = False,
+    cache_chunks: bool = True,
 ) -> AsyncIterator[LocalBackupSession]:
     """Write `snapshot` while the block runs; without `finish` everything of it is removed at the end.
 
@@ -360,6 +362,7 @@ async def open_session(
         lock_wait_s: how long to wait for a garbage collection that excludes writers.
         for_client: a server's: nobody but the owner may write, whoever runs the server; and, as PBS's server has it,
             the time need not be newer than that of a snapshot whose verification failed.
+        cache_chunks: see `LocalBackupSession.cache_chunks`.
 
     Raises:
         LockedError: another backup of the group is running, or the store stays locked.
@@ -389,7 +392,7 @@ async def open_session(
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            session = LocalBackupSession(store, snapshot, usable, warnings, set_aside)
+            session = LocalBackupSession(store, snapshot, usable, warnings, cache_chunks, set_aside)
         except BaseException as error:
             if new_group:
                 async with _cleaning(snapshot, error):
