@@ -140,6 +140,8 @@ class Dialer:
             return await self._connect_tls(host, port)
         except trio.TooSlowError as error:
             raise DialError(f"no connection within {CONNECT_TIMEOUT_S:.0f} s") from error
+        except UnicodeError as error:
+            raise DialError(f"{host[:80]!r} is no host name") from error
         except (OSError, trio.BrokenResourceError) as error:
             raise DialError(innermost_reason(error)) from error
 

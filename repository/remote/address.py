@@ -52,7 +52,7 @@ class RemoteAddress:
         if not 1 <= port <= 65535:
             raise UsageError("use the repository", repr(text), f"{port} is no port")
         auth_id = check_auth_id(match["auth"]) if match["auth"] is not None else DEFAULT_USER
-        return cls(check_store_name(match["store"]), match["host"].strip("[]"), port, auth_id)
+        return cls(check_store_name(match["store"]), _host_name(match["host"]), port, auth_id)
 
     @property
     def is_token(self) -> bool:
@@ -68,6 +68,16 @@ class RemoteAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         return f"{self.auth_id}@{host}{port}:{self.store}"
+
+
+def _host_name(text: str) -> str:
+    """A name or address as it is looked up and sent; names beyond ASCII in the form of the domain name system."""
+    if text.startswith("["):
+        return text.strip("[]")
+    try:
+        return text.encode("idna").decode("ascii")
+    except UnicodeError:
+        raise UsageError("use the host", repr(text[:80]), "it is no host name") from None
 
 
 def is_remote(text: str) -> bool:

@@ -134,7 +134,7 @@ class RemoteServer:
                 return stream, rest
             await close_now(stream)
             expired = is_login_failure(status, clean_text(rest))
-            if expired and not renewed and await self.credentials.refused():
+            if expired and not renewed and await self.credentials.refused(credentials):
                 renewed = True
                 continue
             if 200 <= status < 400:

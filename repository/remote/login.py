@@ -1,7 +1,7 @@
 """Who we are for a server: API tokens, and tickets that are got with a password, kept, renewed and given up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final, Protocol, TypeGuard
@@ -96,7 +96,7 @@ class TokenCredentials:
                 self._header = ("Authorization", f"PBSAPIToken={text}")
             return [self._header]
 
-    async def refused(self) -> bool:
+    async def refused(self, headers: Sequence[tuple[str, str]]) -> bool:
         """See `Credentials.refused`: a token does not change."""
         return False
 
@@ -128,17 +128,18 @@ class TicketCredentials:
         """
         async with self._asking:
             ticket = await self._current()
-        headers = [("Cookie", f"{ticket.cookie}={quote(ticket.ticket, safe='')}")]
+        headers = [_cookie_header(ticket)]
         if method != "GET":
             headers.append(("CSRFPreventionToken", ticket.csrf))
         return headers
 
-    async def refused(self) -> bool:
+    async def refused(self, headers: Sequence[tuple[str, str]]) -> bool:
         """See `Credentials.refused`: the ticket is given up; a new one needs a password."""
         async with self._asking:
-            had_one = self._ticket is not None
+            if self._ticket is not None and _cookie_header(self._ticket) not in headers:
+                return True  # another task has got a new one meanwhile
             self._ticket = None
-            return had_one and await self._find_password() is not None
+            return await self._find_password() is not None
 
     async def login(self) -> Ticket:
         """Get a new ticket for a password, and keep it.
@@ -209,6 +210,10 @@ class TicketCredentials:
         if not _is_ticket(ticket) or not _is_ticket(csrf):
             raise RemoteAnswerError(what, where, "the server gives no ticket")
         return Ticket(ticket, csrf, issued, cookie)
+
+
+def _cookie_header(ticket: Ticket) -> tuple[str, str]:
+    return "Cookie", f"{ticket.cookie}={quote(ticket.ticket, safe='')}"
 
 
 def _from_cookie(header: str) -> str | None:

@@ -5,7 +5,7 @@ were opened are asked for once more, since a server gives only chunks of indexes
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -93,11 +93,12 @@ class RemoteReader:
         where = f"{self.snapshot}, chunk {digest.hex()}"
         if digest not in self._readable:
             raise ChunkNotFoundError("read", where, "no index that was opened names it")
-        try:
-            raw = await self._ask("chunk", {"digest": digest.hex()}, "read chunk", where, MAX_ENCODED_CHUNK)
-        except RemoteRefusedError as error:
+
+        def missing(error: RemoteRefusedError) -> FleeceError:
             # Not registered (401), which means another index than the one we saw, or not in the store.
-            raise ChunkNotFoundError("read", where, error.why) from error
+            return ChunkNotFoundError("read", where, error.why)
+
+        raw = await self._ask("chunk", {"digest": digest.hex()}, "read chunk", where, MAX_ENCODED_CHUNK, missing)
         return Blob.parse(raw, where=where)
 
     async def read_chunks(self, digests: Sequence[bytes]) -> list[Blob]:
@@ -177,21 +178,39 @@ class RemoteReader:
 
     async def _file(self, name: str, limit: int) -> bytearray:
         where = f"{self.snapshot}/{name}"
-        try:
-            return await self._ask("download", {"file-name": name}, "read", where, limit)
-        except RemoteRefusedError as error:
-            if error.status in (401, 403):
-                raise
-            kind = SnapshotNotFoundError if name.endswith(ArchiveKind.BLOB.value) else NotFoundError
-            raise kind("read", where, error.why) from error
 
-    async def _ask(self, endpoint: str, parameters: Parameters, what: str, where: str, limit: int) -> bytearray:
+        def missing(error: RemoteRefusedError) -> FleeceError:
+            if error.status in (401, 403):
+                return error
+            kind = SnapshotNotFoundError if name.endswith(ArchiveKind.BLOB.value) else NotFoundError
+            return kind("read", where, error.why)
+
+        return await self._ask("download", {"file-name": name}, "read", where, limit, missing)
+
+    async def _ask(
+        self,
+        endpoint: str,
+        parameters: Parameters,
+        what: str,
+        where: str,
+        limit: int,
+        missing: Callable[[RemoteRefusedError], FleeceError],
+    ) -> bytearray:
+        """Ask, connecting again as often as needed; `missing` makes the error for a file that the server refuses.
+
+        A refusal of the connection itself says nothing of the file, and is raised as it is.
+        """
         pause_s = _FIRST_PAUSE_S
         give_up_at: float | None = None
         while True:
             try:
                 client = await self.connect()
-                return await download(client, endpoint, parameters, what=what, where=where, limit=limit)
+                try:
+                    return await download(client, endpoint, parameters, what=what, where=where, limit=limit)
+                except RemoteRefusedError as error:
+                    if (found := missing(error)) is error:
+                        raise
+                    raise found from error
             except RemoteUnavailableError:
                 # Patience begins with the failure: what came before may have taken hours.
                 give_up_at = trio.current_time() + PATIENCE_S if give_up_at is None else give_up_at

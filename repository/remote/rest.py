@@ -26,6 +26,8 @@ from repository.remote.errors import (
 USER_AGENT: Final = "proxmox-backup-client/1.0"
 #: Bytes of an answer: a listing of 100 000 snapshots fits.
 MAX_ANSWER: Final = 64 << 20
+#: Values in a JSON answer, which take up to a hundred times their text as objects; such a listing has 2 million.
+MAX_VALUES: Final = 4_000_000
 #: Bytes of an error's text.
 MAX_ERROR: Final = 64 << 10
 #: Bytes of path and query; servers refuse more than 3072.
@@ -58,8 +60,8 @@ class Credentials(Protocol):
         """The headers for a request with `method`; logs in or renews a ticket where needed."""
         ...
 
-    async def refused(self) -> bool:
-        """The server does not accept what `headers` gave; True if new ones can be tried."""
+    async def refused(self, headers: Sequence[tuple[str, str]]) -> bool:
+        """The server does not accept `headers`, which were given before; True if others can be tried."""
         ...
 
 
@@ -142,8 +144,8 @@ class RestClient:
                 headers.append(("Content-Type", kind))
             if method in ("POST", "PUT") or len(content):
                 headers.append(("Content-Length", str(len(content))))
-            if credentials is not None:
-                headers += await credentials.headers(method)
+            own = [] if credentials is None else await credentials.headers(method)
+            headers += own
             request = HttpRequest(
                 method, self._scheme, self._server, target, headers, (content,) if len(content) else ()
             )
@@ -151,7 +153,7 @@ class RestClient:
             if 200 <= answer.status < 300:
                 return answer
             expired = is_login_failure(answer.status, clean_text(bytes(answer.body)))
-            if expired and credentials is not None and not renewed and await credentials.refused():
+            if expired and credentials is not None and not renewed and await credentials.refused(own):
                 renewed = True
                 continue
             raise refusal(what, where, answer.status, bytes(answer.body))
@@ -223,8 +225,11 @@ def parse_document(body: Buffer, what: str, where: str) -> dict[str, Any]:
     Raises:
         RemoteAnswerError: it is none.
     """
+    text = bytes(body)
+    if len(text) > MAX_VALUES and text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_VALUES:
+        raise RemoteAnswerError(what, where, f"the server's answer has more than {MAX_VALUES} values")
     try:
-        document = json.loads(bytes(body).decode())
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RemoteAnswerError(what, where, f"the server's answer is no JSON ({str(error)[:100]})") from None
     if not isinstance(document, dict) or "data" not in document:

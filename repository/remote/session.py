@@ -273,14 +273,17 @@ class RemoteBackupSession:
         manifest = self._finishable()
         # The server writes its own statistics when it finishes: their presence tells that it did.
         blob = await in_cpu_thread(lambda: manifest.with_unprotected({_STATISTICS: None}).encode())
+        await self._send_blob(MANIFEST_NAME, blob)
         with trio.CancelScope(shield=True):
             # From here on the outcome is decided by the server, not by an impatient caller.
-            await self._send_blob(MANIFEST_NAME, blob)
             try:
                 with trio.fail_after(FINISH_TIMEOUT_S):
                     await self._ask("POST", "finish", what="finish")
             except (RemoteUnavailableError, RemoteAnswerError, trio.TooSlowError) as error:
-                await self._look_up(manifest, error)
+                # A server that still holds the session would give nobody the snapshot to look at.
+                await self._client.aclose()
+                why = f"no answer within {FINISH_TIMEOUT_S:.0f} s" if isinstance(error, trio.TooSlowError) else ""
+                await self._look_up(manifest, error, why or f"the connection was lost ({error})")
             self.finished = True
 
     def _finishable(self) -> Manifest:
@@ -302,7 +305,7 @@ class RemoteBackupSession:
                 raise UsageError("finish", self._where, f"the manifest's {file.filename} is not what was stored")
         return manifest
 
-    async def _look_up(self, manifest: Manifest, cause: BaseException) -> None:
+    async def _look_up(self, manifest: Manifest, cause: BaseException, lost: str) -> None:
         """Find out whether the snapshot is finished although the answer was lost.
 
         A listing would not tell: between manifest and `finish` the snapshot looks complete. But as long as the session
@@ -320,15 +323,15 @@ class RemoteBackupSession:
                 found = await opened_snapshot(self._server, self.snapshot, _MAX_MANIFEST_BLOB)
                 if found.canonical() == manifest.canonical() and found.chunk_upload_stats is not None:
                     return
-                why = f"the connection was lost ({cause}), and what is there now is not what was to be finished"
+                why = f"{lost}, and what is there now is not what was to be finished"
                 raise RemoteError("finish", self._where, why, f"'fleece forget {self._where}', and back it up again")
             except SnapshotNotFoundError:
-                why = f"the connection was lost before it was finished ({cause})"
+                why = f"{lost}, and it was not finished"
                 raise RemoteUnavailableError("finish", self._where, why, "back it up again") from cause
             except (RemoteUnavailableError, RemoteRefusedError, RemoteAnswerError) as error:
                 last = error  # away, or the session is not dead yet
             if trio.current_time() + pause_s > give_up_at:
-                why = f"the connection was lost ({cause}), and whether it was finished could not be found out ({last})"
+                why = f"{lost}, and whether it was finished could not be found out ({last})"
                 hint = f"'fleece list {self.snapshot.group}' shows whether it is there"
                 raise FinishUnknownError("finish", self._where, why, hint) from cause
             await trio.sleep(pause_s)

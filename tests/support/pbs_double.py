@@ -156,6 +156,9 @@ class PbsDouble:
         self.away = False  #: nobody can connect
         self.lie: Callable[[str, dict[str, Any], bytes], bytes] | None = None
         self.hold_answers: set[str] = set()  #: endpoints that get no answer; the connection ends instead
+        self.silent: set[str] = set()  #: endpoints that are not carried out and get no answer; pings do
+        self.fell_silent = trio.Event()  #: one of them was asked
+        self.refuse_upgrades: tuple[int, str] | None = None  #: status and text for every new connection
         self.on_finish: Callable[[object], None] | None = None  #: called when a snapshot was finished
         self.connections = 0
         self.port = 0  #: of `listen`
@@ -537,6 +540,8 @@ class PbsDouble:
         self.asked.append(asked)
         try:
             user = self._user("GET", headers)
+            if self.refuse_upgrades is not None:
+                raise RefusedError(*self.refuse_upgrades)
             wanted = f"proxmox-backup-{'reader-' if protocol == 'reader' else ''}protocol-v1"
             if protocol not in ("backup", "reader") or headers.get("upgrade") != wanted:
                 raise RefusedError(400, f"expected upgrade to {wanted}")
@@ -634,6 +639,9 @@ class _Http2:
             self.answers.pop(event.stream_id, None)
         elif isinstance(event, StreamEnded):
             request = self.requests.pop(event.stream_id)
+            if urlsplit(request.headers[":path"]).path.strip("/") in self.double.silent:
+                self.double.fell_silent.set()
+                return
             status, body, kind = self.session.request(request)
             headers = [(":status", str(status)), ("content-type", kind)]
             self.http2.send_headers(event.stream_id, headers, end_stream=not body)

@@ -4,11 +4,12 @@ import os
 
 import pytest
 import trio
+import trio.testing
 
 from core.errors import FleeceError
 from datastore.names import Group
 from repository.remote import reader as reader_module
-from repository.remote.errors import FinishUnknownError, RemoteError, RemoteUnavailableError
+from repository.remote.errors import FinishUnknownError, RemoteError, RemoteRefusedError, RemoteUnavailableError
 from repository.remote.repository import RemoteRepository
 from tests.support.pbs_double import PbsDouble
 from tests.support.remote import remote
@@ -98,7 +99,7 @@ async def test_a_lost_answer_to_finish_is_looked_up(state: str, autojump_clock: 
 
         double.on_finish = lose
         error = FinishUnknownError if state == "away" else RemoteUnavailableError
-        with pytest.raises(error, match="found out" if state == "away" else "before it was finished"):
+        with pytest.raises(error, match="found out" if state == "away" else "it was not finished"):
             await write(repo, 1000, IMAGE)
         assert sum(asked.path == "/finish" for asked in double.asked) == 1
 
@@ -134,3 +135,54 @@ async def test_an_index_that_changes_between_two_connections_is_refused(
             double.cut_at = 0
             with pytest.raises((RemoteError, FleeceError), match="another one than before"):
                 await reader.read_chunk(index.digest(0))
+
+
+async def test_a_server_that_never_answers_finish_is_left_before_anybody_looks(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """While it holds the session nobody may open the snapshot, so the connection has to end first."""
+    double = PbsDouble()
+    async with remote(double) as repo:
+        double.silent = {"finish"}
+        with pytest.raises(RemoteUnavailableError, match="no answer within 3600 s, and it was not finished") as caught:
+            await write(repo, 1000, IMAGE)
+        assert not isinstance(caught.value, FinishUnknownError)
+        double.silent = set()
+        await write(repo, 2000, IMAGE)
+
+
+async def test_a_backup_can_be_cancelled_while_the_server_does_not_take_the_manifest(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    double = PbsDouble()
+    async with remote(double) as repo:
+        double.silent = {"blob"}  # and nothing but the manifest is one
+        with trio.fail_after(10_000):  # of the clock that jumps: for ever, if the wait were shielded
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write_image, repo)
+                await double.fell_silent.wait()
+                nursery.cancel_scope.cancel()
+        assert await repo.snapshots(unfinished=True) == []
+
+
+async def write_image(repo: RemoteRepository) -> None:
+    await write_snapshot(repo, GROUP, 1000, {NAME: IMAGE}, chunk_size=CHUNK)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+async def test_a_reader_that_may_not_come_back_does_not_say_that_chunks_are_missing(
+    status: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Whoever verifies or syncs by it would blame the store."""
+    double = PbsDouble()
+    async with remote(double) as repo:
+        await write(repo, 1000, IMAGE)
+        async with repo.reader(GROUP.at(1000)) as reader:
+            index = await reader.open_index(NAME)
+            double.refuse_upgrades = (status, "maintenance mode: read-only")
+            double.cut_at = 0
+            for ask in (lambda: reader.read_chunk(index.digest(0)), lambda: reader.read_blob("qemu-server.conf.blob")):
+                with pytest.raises(RemoteRefusedError, match="maintenance mode"):
+                    await ask()
+            double.refuse_upgrades = None
+            assert len(await reader.read_chunk(index.digest(0))) > 0

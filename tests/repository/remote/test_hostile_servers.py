@@ -1,6 +1,7 @@
 """Servers that lie: a clear error, bounded memory, and nothing believed that was not checked."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,11 @@ from core.errors import FleeceError, FormatError
 from datastore.errors import CorruptChunkError
 from datastore.names import Group
 from repository.interface import Reader
+from repository.remote import rest as rest_module
 from repository.remote.errors import RemoteAnswerError, RemoteError
 from repository.remote.http2 import Http2Client
 from repository.remote.listing import parse_groups, parse_namespaces, parse_snapshots
+from repository.remote.rest import MAX_ANSWER, MAX_VALUES, unwrap
 from tests.support.pbs_double import CHUNK, PbsDouble
 from tests.support.remote import remote
 from tests.support.snapshots import put_all, read_image, write_snapshot
@@ -155,6 +158,30 @@ async def test_memory_of_answers_that_never_end_is_bounded(monkeypatch: pytest.M
         with pytest.raises(FleeceError, match="more than"):
             await read_image(repo, snapshot, NAME)
     assert max(held) <= (16 << 20) + 44
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b'"ab",', b"[[{}]],"])
+def test_a_list_that_would_take_gigabytes_as_objects_is_refused(piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 30_000
+    monkeypatch.setattr(rest_module, "MAX_VALUES", most)
+    share = MAX_ANSWER * most // 4_000_000  # as long as such a list can be, in proportion
+    body = b'{"data": [' + piece * (share // len(piece)) + b"1]}"
+    with pytest.raises(RemoteAnswerError, match="more than 30000 values"):
+        unwrap(body, "list", "here")
+
+
+def test_a_list_of_a_hundred_thousand_snapshots_is_no_attack() -> None:
+    entry = {
+        "backup-type": "vm", "backup-id": "100", "backup-time": 1_700_000_000, "comment": "a line of notes",
+        "files": [{"filename": f"drive-scsi{n}.img.fidx", "crypt-mode": "none", "size": 1 << 35} for n in range(4)],
+        "owner": "backup@pbs!host", "protected": False, "size": 1 << 37,
+        "verification": {"state": "ok", "upid": "UPID:pbs:00000001:00000002:00000003:00000004:verify:a:root@pam:"},
+    }  # fmt: skip
+    text = json.dumps(entry).encode()
+    body = b'{"data": [' + b",".join([text] * 1000) + b"]}"
+    values = body.count(b",") + body.count(b"{") + body.count(b"[")
+    assert values * 100 < MAX_VALUES
+    assert len(parse_snapshots(unwrap(body, "list", "here"), GROUP.ns, "x")) == 1000
 
 
 @pytest.mark.parametrize(

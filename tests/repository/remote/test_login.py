@@ -1,6 +1,7 @@
 """Tokens, tickets and their renewal."""
 
 import pytest
+import trio
 
 from core.errors import UsageError
 from datastore.names import Group
@@ -39,6 +40,7 @@ class Kept:
         ("b@pbs!t@pbs.example.com:8443:store", "b@pbs!t", "pbs.example.com", 8443, "store"),
         ("u@x@pbs@[2001:db8::7]:8007:store", "u@x@pbs", "2001:db8::7", 8007, "store"),
         ("[::1]:store", "root@pam", "::1", 8007, "store"),
+        ("bücher.example:store", "root@pam", "xn--bcher-kva.example", 8007, "store"),
     ],
 )
 def test_repository_strings_are_split_at_the_last_at(text: str, auth_id: str, host: str, port: int, store: str) -> None:
@@ -47,7 +49,9 @@ def test_repository_strings_are_split_at_the_last_at(text: str, auth_id: str, ho
     assert RemoteAddress.parse(str(address)) == address
 
 
-@pytest.mark.parametrize("text", ["store", "a:b", "@h:store", "u@h:store", "h:0:store", "h:99999:store", "h:/store"])
+@pytest.mark.parametrize(
+    "text", ["store", "a:b", "@h:store", "u@h:store", "h:0:store", "h:99999:store", "h:/store", "a..b:store"]
+)
 def test_other_strings_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         RemoteAddress.parse(text)
@@ -112,3 +116,32 @@ async def test_without_a_password_an_expired_ticket_is_an_error_that_says_what_t
     async with remote(double, USER, secrets=Known("falsch")) as repo:
         with pytest.raises(RemoteLoginError, match=r"permission check failed\."):
             await repo.snapshots()
+
+
+async def test_many_requests_whose_ticket_has_expired_share_one_new_login() -> None:
+    """Each of them is refused once; whoever is second must neither fail nor throw the new ticket away."""
+    double = PbsDouble()
+    secrets = Known("geheim")
+    async with remote(double, USER, secrets=secrets) as repo:
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"a.conf.blob": b"x"})
+        async with repo.reader(snapshot) as reader:
+            logins = double.logins
+            double.tickets.clear()
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(repo.snapshots)
+                nursery.start_soon(reader.manifest)
+    assert double.logins == logins + 1
+
+
+async def test_a_new_ticket_is_used_by_whoever_was_refused_with_an_older_one() -> None:
+    double = PbsDouble()
+    async with remote(double, USER, secrets=Known("geheim")) as repo:
+        credentials = repo.server.credentials
+        old = await credentials.headers("GET")
+        assert await credentials.refused(old)
+        assert await credentials.refused(old)  # the second task that was refused, before there is a new one
+        new = await credentials.headers("GET")
+        assert new != old
+        assert await credentials.refused(old)
+        assert await credentials.headers("GET") == new
