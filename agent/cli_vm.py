@@ -45,6 +45,10 @@ BitmapOption = Annotated[
     Literal["persistent", "transient", "none"] | None,
     typer.Option("--bitmap", help="Keep dirty bitmaps in the images, in memory only, or not at all."),
 ]
+FlavourOption = Annotated[
+    Literal["auto", "stock", "proxmox"] | None,
+    typer.Option("--flavour", help="Who makes the frozen view: any QEMU's commands, Proxmox VE's, or as QEMU offers."),
+]
 IncludeOption = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="DISK", help="Only these disks; may be repeated, also patterns."),
@@ -76,6 +80,7 @@ fleece vm backup web --keyfile /etc/fleece/backup.key    encrypted on this host
         "show",
         examples="""
 fleece vm show web
+fleece vm show web --flavour stock                       as if its QEMU had no commands of Proxmox VE
 fleece vm show --qmp /run/web.qmp --id web --output json | jq '.disks[].next'
 """,
         keys="write",
@@ -100,6 +105,7 @@ def backup(
     no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze the guest's file systems.")] = False,
     scratch: ScratchOption = None,
     bitmap: BitmapOption = None,
+    flavour: FlavourOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     backup_time: BackupTimeOption = None,
@@ -120,7 +126,7 @@ def backup(
 
     settings = resolve_vm(
         invocation.config,
-        VmOptions(vm, qmp, id, guest_agent, scratch, bitmap, include or (), exclude or (), no_freeze),
+        VmOptions(vm, qmp, id, guest_agent, scratch, bitmap, flavour, include or (), exclude or (), no_freeze),
     )
     section = settings.section
     group = settings.group(invocation.namespace(section.ns, repository=section.repository))
@@ -176,6 +182,7 @@ def show(
     qmp: QmpOption = None,
     id: IdOption = None,
     bitmap: BitmapOption = None,
+    flavour: FlavourOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
 ) -> None:
@@ -183,7 +190,8 @@ def show(
     from agent.vm_settings import VmOptions, resolve_vm
 
     settings = resolve_vm(
-        invocation.config, VmOptions(vm, qmp, id, bitmap=bitmap, include=include or (), exclude=exclude or ())
+        invocation.config,
+        VmOptions(vm, qmp, id, bitmap=bitmap, flavour=flavour, include=include or (), exclude=exclude or ()),
     )
     section = settings.section
     try:
@@ -193,10 +201,10 @@ def show(
         known = False
     codec = invocation.backup_keys(section, repository=section.repository).codec
 
-    async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str]":
+    async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str, str]":
         from contextlib import AsyncExitStack
 
-        from agent.vm_backup import is_running, preview_running
+        from agent.vm_backup import is_running, preview_running, vm_flavour
         from core.errors import FleeceError
         from datastore.names import ROOT
         from hypervisor.qmp import connect
@@ -211,11 +219,13 @@ def show(
             if known:
                 repository = await stack.enter_async_context(invocation.repository(section.repository))
             qmp_session = await stack.enter_async_context(connect(str(settings.qmp)))
-            found = await settings.selection.survey(qmp_session)
-            disks = await preview_running(qmp_session, settings, repository, settings.group(ns), codec, found.disks)
-            return disks, found.left_out, ".".join(map(str, qmp_session.version))
+            kind = await vm_flavour(qmp_session, settings)
+            found = await kind.survey(qmp_session, settings.selection)
+            group = settings.group(ns)
+            disks = await preview_running(qmp_session, settings, repository, group, codec, found.disks, flavour=kind)
+            return disks, found.left_out, ".".join(map(str, qmp_session.version)), kind.name.value
 
-    disks, left_out, version = invocation.run(work, what="show", where=settings.label)
+    disks, left_out, version, kind = invocation.run(work, what="show", where=settings.label)
     document: dict[str, Any] = {
         "disks": [
             {
@@ -230,8 +240,9 @@ def show(
         ],
         "left-out": [{"device": left.device, "reason": left.reason} for left in left_out],
         "qemu": version,
+        "flavour": kind,
     }
-    invocation.emit(document, lambda: _show_lines(settings, disks, left_out, version))
+    invocation.emit(document, lambda: _show_lines(settings, disks, left_out, f"{version}, flavour {kind}"))
 
 
 def _show_lines(

@@ -88,6 +88,8 @@ class VmSection(KeySettings):
     scratch: AbsolutePath | None = None  #: folder of the fleecing images
     scratch_beside_disks: bool = False  #: allow a scratch folder on a file system that holds a disk of this VM
     bitmap: BitmapPolicy = "persistent"
+    flavour: Literal["auto", "stock", "proxmox"] = "auto"  #: who makes the frozen view; auto: what QEMU offers
+    tpm_state: AbsolutePath | None = None  #: file or device with the state of its TPM, for the flavour proxmox
     include: list[str] = Field(default_factory=list)  #: disks to back up; empty: all
     exclude: list[str] = Field(default_factory=list)
     names: dict[str, str] = Field(default_factory=dict)  #: device, node or file name -> name of the disk

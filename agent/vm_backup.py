@@ -27,11 +27,13 @@ from hypervisor.cmdline import COMMAND_LINE_NAME, command_line
 from hypervisor.discovery import Disk, capabilities, check_vm
 from hypervisor.efi import EFI_VARS_NAME, efi_vars
 from hypervisor.files import open_source
+from hypervisor.flavours import Flavour, FlavourName
 from hypervisor.leftovers import look_for_left
 from hypervisor.qmp import Qmp, connect
 from hypervisor.stopped import StoppedDisk, held, stopped_disks
 from hypervisor.unix_socket import connect_unix
-from hypervisor.vm import DiskPreview, frozen_view, preview
+from hypervisor.view import FrozenView
+from hypervisor.vm import DiskPreview, flavour_of, frozen_view, preview
 from repository.backup import SnapshotWriter
 from repository.interface import BackupSession, Repository
 from repository.report import BackupReport
@@ -101,6 +103,16 @@ async def usable_base(repository: Repository, group: Group) -> Snapshot | None:
     return None if verification is not None and verification.get("state") == "failed" else newest
 
 
+def wanted_flavour(settings: VmSettings) -> FlavourName | None:
+    """The flavour that the user asks for; None: what QEMU offers."""
+    return None if settings.flavour == "auto" else FlavourName(settings.flavour)
+
+
+async def vm_flavour(qmp: Qmp, settings: VmSettings) -> Flavour:
+    """The flavour of the VM behind `qmp`; errors as those of `hypervisor.vm.flavour_of`."""
+    return await flavour_of(qmp, wanted_flavour(settings), tpm_state=settings.section.tpm_state)
+
+
 async def is_running(settings: VmSettings) -> bool:
     """Whether somebody listens on the VM's QMP socket.
 
@@ -156,13 +168,15 @@ async def back_up_vm(
     started = time.monotonic()
     files = [(one.name, await in_io_thread(read_small_file, Path(one.source))) for one in settings.files]
     writer = SnapshotWriter(session, codec, progress, wrapped_key=wrapped_key)
+    frozen_s, flavour = 0.0, None
     if await is_running(settings):
-        frozen_s = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes, on_listed)
+        view = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes, on_listed)
+        if view is not None:
+            frozen_s, flavour = view.frozen_s, view.flavour.value
     else:
-        frozen_s = 0.0
         await _back_up_stopped(settings, writer, progress, files, bwlimit, notes)
         on_listed(session.snapshot)
-    return BackupReport(session.snapshot, writer.reports, time.monotonic() - started, frozen_s)
+    return BackupReport(session.snapshot, writer.reports, time.monotonic() - started, frozen_s, flavour=flavour)
 
 
 async def _back_up_running(
@@ -174,7 +188,7 @@ async def _back_up_running(
     bwlimit: int | None,
     notes: str | None,
     on_listed: Callable[[Snapshot], None],
-) -> float:
+) -> FrozenView | None:
     session = writer.session
     group = session.snapshot.group
     beside = _Beside(progress)
@@ -192,6 +206,9 @@ async def _back_up_running(
             disks=settings.selection,
             bitmap_mode=BitmapMode(settings.bitmap),
             guest_agent=settings.guest_agent,
+            flavour=wanted_flavour(settings),
+            tpm_state=settings.section.tpm_state,
+            on_flavour=beside.made_by,
             at_instant=beside.read,
             on_step=progress.log,
             on_warning=progress.warn,
@@ -210,7 +227,7 @@ async def _back_up_running(
             raise
         # The snapshot is there and whole; what could not be undone is for a person to know.
         progress.warn(str(error))
-    return view.frozen_s if view is not None else 0.0
+    return view
 
 
 class _Beside:
@@ -218,13 +235,19 @@ class _Beside:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._flash = True
         self.blobs: list[tuple[str, bytes]] = []
+
+    def made_by(self, flavour: FlavourName) -> None:
+        """For Proxmox VE's QEMU the EFI variables are one of the disks."""
+        self._flash = flavour is not FlavourName.PROXMOX
+        self._progress.log(f"the frozen view is made by the flavour {flavour.value}")
 
     async def read(self, qmp: Qmp) -> None:
         """Read them while the guest stands still; what cannot be read is a warning, since the disks matter more."""
         with trio.move_on_after(_INSTANT_TIMEOUT_S) as scope:
             try:
-                if (variables := await efi_vars(qmp)) is not None:
+                if self._flash and (variables := await efi_vars(qmp)) is not None:
                     self.blobs.append((f"{EFI_VARS_NAME}.blob", variables))
             except FleeceError as error:
                 self._progress.warn(f"without the EFI variables: {error}")
@@ -290,6 +313,7 @@ async def preview_running(
     codec: ChunkCodec,
     disks: Sequence[Disk],
     *,
+    flavour: Flavour,
     bitmaps_free: bool = False,
 ) -> list[DiskPreview]:
     """What the next backup would read of the disks of the VM behind `qmp`; changes nothing.
@@ -305,7 +329,9 @@ async def preview_running(
         async def never(ctime: int) -> bool:
             return False
 
-        return await preview(qmp, disks, "", lambda archive: "no repository is named", never, bitmap_mode=mode)
+        return await preview(
+            qmp, disks, "", lambda archive: "no repository is named", never, bitmap_mode=mode, flavour=flavour
+        )
     return await preview(
         qmp,
         disks,
@@ -314,6 +340,7 @@ async def preview_running(
         finished_lookup(repository, group),
         bitmap_mode=mode,
         bitmaps_free=bitmaps_free,
+        flavour=flavour,
     )
 
 
@@ -338,10 +365,11 @@ async def plan_vm(
             left = await look_for_left(qmp, run_dir())
             if left.things:
                 progress.warn(f"another run was killed; a backup first removes what it left: {', '.join(left.things)}")
-            there = (await settings.selection.survey(qmp, instead=left.roots)).disks
+            kind = await vm_flavour(qmp, settings)
+            there = (await kind.survey(qmp, settings.selection, instead=left.roots)).disks
             await check_vm(qmp, there)
             found = await preview_running(
-                qmp, settings, repository, group, codec, there, bitmaps_free=left.bitmaps_free
+                qmp, settings, repository, group, codec, there, flavour=kind, bitmaps_free=left.bitmaps_free
             )
         return [
             DiskPlan(

@@ -12,8 +12,8 @@ from core.errors import NotFoundError, UsageError
 from datastore.names import BackupType, Group, Namespace
 
 if TYPE_CHECKING:
+    from hypervisor.flavours import DiskSelection
     from hypervisor.scratch import Scratch
-    from hypervisor.vm import DiskSelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class VmSettings:
     guest_agent: Path | None
     scratch_folder: Path
     bitmap: str  #: `persistent`, `transient` or `none`
+    flavour: str  #: `stock`, `proxmox`, or `auto`: what its QEMU offers
     include: Sequence[str]
     exclude: Sequence[str]
     files: Sequence[Specification]
@@ -45,7 +46,7 @@ class VmSettings:
     @property
     def selection(self) -> "DiskSelection":
         """Which of its disks are backed up, and their names."""
-        from hypervisor.vm import DiskSelection
+        from hypervisor.flavours import DiskSelection
 
         return DiskSelection(self.section.names, list(self.include) or None, list(self.exclude))
 
@@ -60,6 +61,7 @@ class VmOptions:
     guest_agent: Path | None = None
     scratch: Path | None = None
     bitmap: str | None = None
+    flavour: str | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     no_freeze: bool = False
@@ -93,6 +95,7 @@ def resolve_vm(config: Config, options: VmOptions) -> VmSettings:
         guest_agent=(options.guest_agent or section.guest_agent) if freeze else None,
         scratch_folder=(options.scratch or section.scratch or config.scratch or scratch_dir()).absolute(),
         bitmap=options.bitmap or section.bitmap,
+        flavour=options.flavour or section.flavour,
         include=options.include or section.include,
         exclude=options.exclude or section.exclude,
         files=files,

@@ -84,6 +84,7 @@ class BackupReport:
     frozen_s: float = 0.0  #: from freeze sent to thaw answered, 0 without a guest agent
     warnings: Sequence[str] = field(default_factory=tuple)
     file_archives: Sequence[FileArchiveFigures] = ()  #: of the folders among the archives
+    flavour: str | None = None  #: who made the frozen view of a running VM, None without one
 
     def to_json(self) -> dict[str, Any]:
         """The report as `--output json` prints it."""
@@ -94,6 +95,8 @@ class BackupReport:
             "duration-s": round(self.duration_s, 3),
             "warnings": list(self.warnings),
         }
+        if self.flavour is not None:
+            document["flavour"] = self.flavour
         if self.file_archives:
             document["file-archives"] = [archive.to_json() for archive in self.file_archives]
         return document
