@@ -118,7 +118,9 @@ write_one(int dir_fd, const File *file, int how, unsigned mode_mask, unsigned pl
         return;
     }
     written->ino = found.st_ino;
-    if (how & SET_OWNER && fchown(fd, u32(file->entry + UID_AT), u32(file->entry + GID_AT)) < 0) written->owner = errno;
+    uid_t uid = u32(file->entry + UID_AT);
+    gid_t gid = u32(file->entry + GID_AT);
+    if (how & SET_OWNER && (found.st_uid != uid || found.st_gid != gid) && fchown(fd, uid, gid) < 0) written->owner = errno;
     unsigned mode = plain_mode;
     if (how & SET_MODE) {
         mode = (unsigned)u64(file->entry + MODE_AT) & mode_mask;
@@ -131,6 +133,8 @@ write_one(int dir_fd, const File *file, int how, unsigned mode_mask, unsigned pl
     close(fd);
 }
 
+/* One thread: a second one for every other file of a batch made restores half as slow again, on tmpfs and ext4, for both
+ * of them wait for the lock of the same folder. */
 static PyObject *
 write_files(PyObject *Py_UNUSED(module), PyObject *args)
 {

@@ -111,7 +111,8 @@ def _write_file(
             with suppress(OSError):
                 os.unlink(name, dir_fd=dir_fd)
             return Written(0, error.errno or 0, 0, 0, 0)
-        owner = _errno(os.fchown, fd, uid, gid) if how & SET_OWNER else 0
+        is_wanted = how & SET_OWNER and (found.st_uid, found.st_gid) != (uid, gid)
+        owner = _errno(os.fchown, fd, uid, gid) if is_wanted else 0
         if how & SET_MODE:
             allowed = mode_mask if how & SET_OWNER and not owner else mode_mask & ~_SET_ID
             permissions = mode & allowed

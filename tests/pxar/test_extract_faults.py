@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from pxar import writing
 from pxar.accessor import ArchiveAccessor
 from pxar.behind import Behind
 from pxar.extract import extract_folder
-from pxar.extract_report import MAX_ALIKE, ExtractReport
+from pxar.extract_report import MAX_ALIKE, ExtractOptions, ExtractReport
 from tests.pxar.archives import MemoryBytes, archived
 from tests.pxar.restored import (
     AS_ROOT,
@@ -99,8 +100,26 @@ def test_without_root_owners_are_one_warning(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fchown", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(writing, "_writing", None)
-    report = extract_folder(opened(sample()), str(tmp_path / "target"))
-    assert report.warnings == ["13 entries: owner: only root can give files away"]
+    others: dict[str, Any] = {"ids": (os.getuid() + 1, os.getgid())}
+    tree = folder({b"d": folder({b"f": file(b"x", **others)}, **others), b"mine": file(ids=(os.getuid(), os.getgid()))})
+    tree.children[b"e"] = file(ids=(os.getuid(), os.getgid() + 1))
+    report = extract_folder(opened(tree), str(tmp_path / "target"))
+    assert report.warnings == ["4 entries: owner: only root can give files away"]  # the root is one of them
+
+
+@AS_ROOT
+def test_files_of_a_folder_with_a_group_for_all_get_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = folder({b"a": file(b"x", ids=(0, 0)), b"b": file(b"y", ids=(0, 54321)), b"c": file(b"z", ids=(54321, 0))})
+    for form in (vars(writing)["_writing"], None):
+        monkeypatch.setattr(writing, "_writing", form)
+        target = tmp_path / f"target-{form is None}"
+        target.mkdir()
+        os.chown(target, 0, 54321)
+        target.chmod(0o2755)
+        report = extract_folder(opened(tree), str(target), ExtractOptions(allow_existing=True))
+        assert report.warnings == []
+        owners = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in target.iterdir()}
+        assert owners == {"a": (0, 0), "b": (0, 54321), "c": (54321, 0)}
 
 
 def beside(run: Callable[[], None]) -> None:
