@@ -338,6 +338,8 @@ class _BlockDevice:
         yield from filter(None, (self.device_id, self.backend, self.image_name, image_path(self.image_name) or ""))
         if self.inserted is not None and not self.node.startswith("#"):
             yield self.node
+        if self.qdev.startswith(_FLASH):
+            yield self.own_name()
 
     def archive(self, names: Mapping[str, str], aliases: frozenset[str]) -> str:
         """The archive's name: what the configuration gives, else the device's own."""

@@ -125,5 +125,9 @@ class Flavour(Protocol):
         run: Run,
         nodes: Iterable[BlockNode],
     ) -> "Fleecing":
-        """What makes the view of the disks `chosen` and ends it; nothing is changed yet. `nodes` are QEMU's now."""
+        """What makes the view of the disks `chosen` and ends it; nothing is changed yet. `nodes` are QEMU's now.
+
+        Raises:
+            VmStateError, VmUnsupportedError: it can be told already that it will not work.
+        """
         ...

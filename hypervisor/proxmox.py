@@ -109,6 +109,10 @@ class ProxmoxFleecing(Fleecing):
             if "not finished" in error.desc:
                 hint = "try again when that backup has ended"
                 raise VmStateError("back up the VM at", self.qmp_path, error.desc, hint) from error
+            if error.error_class == "DeviceNotFound" and _FLEECING in error.desc:
+                # Before Proxmox VE 9 a fleecing image had to be a drive, which has no command but that for people.
+                hint = "this QEMU does not find fleecing images that are nodes; choose --flavour stock"
+                raise FleecingError("freeze the disks of", self.qmp_path, error.desc, hint) from error
             raise
         for disk in self.disks:
             self._take(disk, found[self.devices[disk.number]])
@@ -135,7 +139,8 @@ class ProxmoxFleecing(Fleecing):
         elif found.action not in _FULL | _STARTED or (self._mode(disk) == "none" and found.action in _STARTED):
             problem = f"QEMU answers the bitmap mode '{self._mode(disk)}' with '{found.action[:40]}'"
         elif disk.choice.bitmap is not None:
-            disk.choice = Choice(None, None, f"QEMU has started a new bitmap ({found.action})", disk.choice.remove)
+            what = "uses no bitmap" if found.action in _FULL else "has started a new bitmap"
+            disk.choice = Choice(None, None, f"QEMU {what} ({found.action})", disk.choice.remove)
         if problem:
             raise FleecingError("back up disk", disk.disk.device, problem)
         disk.view = found.node
@@ -252,8 +257,14 @@ class Proxmox:
         """The disks with the names of everything that is added for them.
 
         Raises:
+            VmStateError: another backup is under way: QEMU has put a filter under a device.
             VmUnsupportedError: the name of a device is too long for the node that QEMU would look for.
         """
+        nodes = list(nodes)
+        filters = {node.name for node in nodes if node.driver == "copy-before-write"}
+        if busy := [disk.device for disk, _ in chosen if disk.backend in filters]:
+            hint = "try again when it has ended"
+            raise VmStateError("back up disk", busy[0], "another backup of it runs in QEMU", hint)
         taken = {ours.number for node in nodes if (ours := node.ours) is not None}
         numbers = (number for number in range(len(chosen) + len(taken) + 1) if number not in taken)
         disks = []
