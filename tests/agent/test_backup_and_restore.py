@@ -96,7 +96,7 @@ def test_a_signal_ends_with_1_and_leaves_nothing(
         time.sleep(0.05)
     running.send_signal(number)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (1, "")
     assert f"{number.name} received" in err or "SIGINT received" in err
     assert "Traceback" not in err
@@ -165,7 +165,7 @@ def test_standard_output_of_a_restore_to_a_pipe_is_the_archive_and_nothing_else(
     piped = stored.start("restore", "host/web/latest", "disk.img", "-", umask=0o77)
     assert isinstance(piped.stdout, io.TextIOWrapper)
     assert piped.stdout.buffer.read() == image.read_bytes()
-    piped.communicate(timeout=30)
+    piped.communicate(timeout=60)
     assert piped.returncode == 0
     assert stored("restore", "host/web/latest", "vm.conf", "-").out == conf.read_text()
     refused = stored("restore", "host/web/latest", "disk.img", "-", "--output", "json")
@@ -181,7 +181,7 @@ def test_a_restore_into_a_pipe_that_nobody_empties_can_be_ended(
     assert select.select([piped.stdout], [], [], 60)[0]
     time.sleep(0.5)  # until the pipe is full
     piped.send_signal(signal.SIGTERM)
-    assert piped.wait(timeout=15) == 1
+    assert piped.wait(timeout=60) == 1
 
 
 def test_an_image_is_not_restored_to_a_terminal(stored: Fleece, image: Path, conf: Path) -> None:

@@ -299,7 +299,7 @@ def test_a_signal_ends_it_and_leaves_whole_files_only(
         assert running.poll() is None
         time.sleep(0.001)
     running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (1, "")
     assert "SIGTERM received" in err
     assert "Traceback" not in err
@@ -318,11 +318,11 @@ def test_a_pipe_that_nobody_empties_or_closes_ends_it(
     assert select.select([running.stdout], [], [], 60)[0]
     time.sleep(0.5)  # until the pipe is full
     running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=15) == 1
+    assert running.wait(timeout=60) == 1
     running = ended(stored.start("restore", SNAPSHOT, "root.pxar", "-", encoding="latin-1"))
     assert running.stdout is not None
     running.stdout.close()
-    assert running.wait(timeout=30) == 1
+    assert running.wait(timeout=60) == 1
     assert running.stderr is not None
     assert "went away" in running.stderr.read()
 

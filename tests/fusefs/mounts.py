@@ -141,7 +141,7 @@ class Mounted:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 def is_mounted(path: Path) -> bool:
@@ -198,14 +198,14 @@ def mounted(store: Path, mountpoint: Path, *options: str) -> Iterator[Mounted]:
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(15)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             mount.killed.append("the mount did not end")
             process.kill()
-            process.wait(15)
+            process.wait(60)
         if process.stdout is not None:
             process.stdout.close()
         if is_mounted(mountpoint):
             mount.killed.append("the mount stayed")
-            subprocess.run(["umount", "-l", str(mountpoint)], check=True, timeout=20)
+            subprocess.run(["umount", "-l", str(mountpoint)], check=True, timeout=60)
     assert mount.killed == []

@@ -149,7 +149,7 @@ def test_a_snapshot_removed_while_open_is_a_stale_handle(store: Path, mountpoint
             assert os.pread(descriptor, 4096, 0) == IMAGE[:4096]
             # Somebody who does not know our locks.
             shutil.rmtree(store / f"vm/100/{FIRST_TIME}")
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while error_of(lambda: os.pread(descriptor, 4096, 3 * CHUNK)) != errno.ESTALE:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
@@ -157,7 +157,7 @@ def test_a_snapshot_removed_while_open_is_a_stale_handle(store: Path, mountpoint
             os.close(descriptor)
         # The second one is not concerned.
         assert (mount.path / f"vm/100/{SECOND_TIME}/qemu-server.conf").read_bytes() == CONF
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while error_of(disk.stat) != errno.ENOENT or FIRST_TIME in names(mount.path / "vm/100"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -181,7 +181,7 @@ def test_an_open_file_keeps_its_snapshot_from_being_removed_and_a_closed_one_doe
             time.sleep(1.5)
             with pytest.raises(LockedError):
                 trio.run(forget)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 trio.run(forget)
@@ -206,7 +206,7 @@ def test_a_snapshot_made_anew_under_its_old_name_shows_nothing_of_the_old_one(st
 
     with mounted(store, mountpoint, "--idle", "0.2", "--watch", "0.1") as mount:
         assert (mount.path / DISK).read_bytes() == IMAGE
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 trio.run(replace)
@@ -226,12 +226,12 @@ def test_a_new_snapshot_shows_up_in_a_mount(store: Path, mountpoint: Path) -> No
     with mounted(store, mountpoint) as mount:
         assert (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() == CONF
         trio.run(add)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while "2026-01-03T00:00:00Z" not in names(mount.path / "vm/100"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         assert (mount.path / "vm/100/2026-01-03T00:00:00Z/qemu-server.conf").read_bytes() == b"newest"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (mount.path / "vm/100/latest/qemu-server.conf").read_bytes() != b"newest":
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -301,7 +301,7 @@ def test_in_the_background_the_mount_is_usable_when_the_command_returns(
         names(mountpoint / f"host/web/{FIRST_TIME}")
         assert "encrypted archives are not shown" in log.read_text()
     finally:
-        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=60)
     assert not is_mounted(mountpoint)
 
 
@@ -318,7 +318,7 @@ def test_the_background_keeps_no_pipe_of_its_caller_open(shared_store: Path, mou
         assert os.read(reading, 1) == b""
     finally:
         os.close(reading)
-        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("background", [[], ["--background"]])
@@ -331,7 +331,7 @@ def test_a_caller_without_standard_streams_gets_a_mount(
         try:
             if background:
                 assert process.wait(60) == 0
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while not is_mounted(mountpoint):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
@@ -339,7 +339,7 @@ def test_a_caller_without_standard_streams_gets_a_mount(
             assert (mountpoint / DISK).stat().st_size == len(IMAGE)
         finally:
             if is_mounted(mountpoint):
-                subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=20)
+                subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True, timeout=60)
 
 
 def test_a_command_that_was_killed_leaves_no_mount_to_be_made_in_the_background() -> None:
@@ -372,7 +372,7 @@ def test_mount_8_mounts_through_the_helper(shared_store: Path, mountpoint: Path,
         try:
             assert (mountpoint / "vm/100/latest/qemu-server.conf").read_bytes() == b"other"
         finally:
-            subprocess.run(["umount", str(mountpoint)], check=True, timeout=20)
+            subprocess.run(["umount", str(mountpoint)], check=True, timeout=60)
         failed = subprocess.run(
             ["mount", "-t", kind, str(tmp_path / "nowhere"), str(mountpoint)],
             timeout=60,

@@ -39,7 +39,7 @@ async def test_efi_variables_are_copied_by_qemu_and_leave_nothing(qemu: QemuBina
             began = trio.current_time()
             assert await efi_vars(qmp) == content
             assert await efi_vars(qmp) == content
-            assert trio.current_time() - began < 5  # 0.03 s each on an idle machine; the guest may be frozen
+            assert trio.current_time() - began < 10  # 0.03 s each on an idle machine; the guest may be frozen
         assert await vm.nodes() == nodes
         assert await vm.execute("query-jobs") == []
         kept = await vm.execute("query-fdsets")  # the test's own client is connected all the time

@@ -27,7 +27,7 @@ from tests.support.qemu_binaries import QemuBinary
 #: Seconds after which a QEMU is killed, whatever it is doing.
 LIFETIME_S: Final = 300
 #: Seconds for a start, a QMP answer or an orderly end on a busy machine.
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 60.0
 
 Bus = Literal["virtio-blk", "virtio-scsi", "ide", "nvme"]
 _DEVICE: Final = {

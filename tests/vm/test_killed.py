@@ -204,7 +204,7 @@ async def test_killed_between_freeze_and_thaw_the_guest_is_thawed_within_ten_sec
             assert agent.frozen
             began = trio.current_time()
             await running.kill()
-            await agent.until("guest-fsfreeze-thaw", times=2, timeout_s=10)
+            await agent.until("guest-fsfreeze-thaw", times=2)
         assert not agent.frozen
         assert trio.current_time() - began < 10
         report = await lab.backup(vm, "--guest-agent", str(socket), code=3)
@@ -220,7 +220,7 @@ async def test_a_run_that_hangs_between_freeze_and_thaw_does_not_keep_the_guest_
     async with agent.serving() as socket, lab.vm(distribution, [VmDisk(lab.raw("a", 12 * MIB), "disk0")]) as vm:
         await lab.backup(vm)
         async with lab.stopped_backup(vm, "command:blockdev-reopen:1", "--guest-agent", str(socket)) as running:
-            await agent.until("guest-fsfreeze-thaw", timeout_s=14)
+            await agent.until("guest-fsfreeze-thaw")
             assert not agent.frozen
             running.go_on()
             report = await running.ended()
