@@ -4,7 +4,7 @@ Layout: docs/formats.md, "Data blob". Keys, compression and digests are `datasto
 container.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from struct import Struct
 from typing import Final, Self
@@ -59,6 +59,14 @@ class BlobKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """The plain chunk in a blob, decoded and compared with `digest` in this process; made by `ChunkCodec.opened`."""
+
+    digest: bytes  #: its name, of a chunk that is not encrypted
+    data: Buffer  #: not to be changed: several readers may have it
+
+
+@dataclass(frozen=True, slots=True)
 class Blob:
     """One encoded blob, header and payload apart so that neither is copied to join them."""
 
@@ -67,6 +75,8 @@ class Blob:
     payload: Buffer  #: as stored: raw data, a zstd frame, or ciphertext
     iv: bytes = b""  #: 16 bytes if encrypted
     tag: bytes = b""  #: 16 bytes if encrypted
+    #: There if whoever brought the blob had to decode it anyway, so that its reader need not do so again.
+    opened: Opened | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def make(cls, kind: BlobKind, payload: Buffer, *, iv: bytes = b"", tag: bytes = b"") -> Self:

@@ -9,6 +9,7 @@ import hmac
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 
 import zstandard
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 from core.buffers import Buffer, WritableBuffer
 from core.errors import FleeceError, FormatError, UsageError
 from datastore import sha256
-from datastore.blob import MAX_BLOB_SIZE, MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob, BlobKind
+from datastore.blob import MAX_BLOB_SIZE, MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob, BlobKind, Opened
 from datastore.crypt_mode import CryptMode
 from datastore.errors import CorruptChunkError, KeyNeededError
 
@@ -221,11 +222,25 @@ class ChunkCodec:
             FormatError: plain in an encrypted archive or the other way round; the chunk itself may be good.
         """
         data = self._opened(blob, MAX_CHUNK_SIZE, size, crypt_mode, where)
-        if digest is not None:
+        if digest is not None and not _is_opened(blob, digest):
             actual = sha256.digest_many([data], suffix=self._suffix_of(blob))[0]
             if actual != digest:
                 raise _digest_error(where, actual, digest)
         return data
+
+    def opened(self, blob: Blob, digest: bytes, *, where: str) -> Blob:
+        """The same blob, checked as `decode` does, with what it holds: the next `decode` of `digest` is done already.
+
+        Encrypted blobs are only checked by their CRC, and stay as they are. Errors as `decode`.
+        """
+        if blob.kind.encrypted:
+            try:
+                blob.check(where=where)
+            except FormatError as error:
+                raise CorruptChunkError(error.what, where, error.why) from error
+            return blob
+        data = self.decode(blob, digest=digest, size=None, crypt_mode=None, where=where)
+        return replace(blob, opened=Opened(digest, data))
 
     def decode_many(
         self,
@@ -258,7 +273,8 @@ class ChunkCodec:
                 blob = source if isinstance(source, Blob) else source()
                 into = buffers[number] if buffers else None
                 results.append(self._opened(blob, MAX_CHUNK_SIZE, size, crypt_mode, _at(where, digest), into))
-                (keyed if blob.kind.encrypted else plain).append(number)
+                if not _is_opened(blob, digest):
+                    (keyed if blob.kind.encrypted else plain).append(number)
             except FleeceError as error:
                 results.append(error)
         for numbers, suffix in ((plain, b""), (keyed, self.key.id_key if self.key is not None else b"")):
@@ -292,13 +308,19 @@ class ChunkCodec:
         where: str,
         into: WritableBuffer | None = None,
     ) -> Buffer:
-        try:
-            blob.check(where=where)
-        except FormatError as error:
-            raise CorruptChunkError(error.what, where, error.why) from error
+        if blob.opened is None:
+            try:
+                blob.check(where=where)
+            except FormatError as error:
+                raise CorruptChunkError(error.what, where, error.why) from error
         if crypt_mode is not None and blob.kind.encrypted is not (crypt_mode is CryptMode.ENCRYPT):
             state = "encrypted" if blob.kind.encrypted else "not encrypted"
             raise FormatError("read blob", where, f"it is {state}, the manifest says crypt mode {crypt_mode.value}")
+        if blob.opened is not None:
+            data = blob.opened.data
+            if size is not None and len(data) != size:
+                raise _length_error(where, len(data), cap, size)
+            return _moved(data, into) if blob.kind.compressed else data
         payload = self._decrypted(blob, where) if blob.kind.encrypted else blob.payload
         if blob.kind.compressed:
             return _decompressed(payload, cap, size, where, into)
@@ -388,6 +410,19 @@ def _decompressed(
     if size is not None and len(data) != size:
         raise _length_error(where, len(data), cap, size)
     return data
+
+
+def _is_opened(blob: Blob, digest: bytes) -> bool:
+    return blob.opened is not None and blob.opened.digest == digest
+
+
+def _moved(data: Buffer, into: WritableBuffer | None) -> Buffer:
+    """`data`, in the caller's buffer if it fits: the memory it came in goes with the blob, so memory stays bounded."""
+    if into is None or len(data) > len(into):
+        return data
+    room = memoryview(into)[: len(data)]
+    room[:] = data
+    return room
 
 
 def _filled(payload: Buffer, room: memoryview) -> bool:

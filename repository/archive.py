@@ -30,6 +30,9 @@ from repository.locate import Archive, open_archive
 DEFAULT_CACHE_SIZE: Final = 128 << 20
 #: Places in one archive that are followed as sequential readers; the one not seen longest goes first.
 _STREAMS: Final = 16
+#: Chunks read ahead at most from a bucket or server, whose answers take a while: one batch of requests is under way
+#: while the answers of another are worked on.
+_FAR_WINDOW: Final = 16
 #: Part of the cache that read-ahead may fill before it is asked for.
 _READ_AHEAD_SHARE: Final = 2
 _LOG = logging.getLogger(__name__)
@@ -115,28 +118,35 @@ class ChunkCache:
                 self._in_flight.pop(digest, None)
             done.set()
 
-    def read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
-        """Begin to read those of `numbers` that are neither here nor being read, as far as the cache has room."""
+    def read_ahead(self, reader: "ArchiveReader", numbers: range) -> int:
+        """Begin to read those of `numbers` that are neither here nor being read, as far as the cache has room.
+
+        Returns:
+            the first of them that there was no room for; the end of `numbers` if there was.
+        """
         wanted = []
         seen = set()
+        stopped = numbers.stop
         for number in numbers:
             digest = reader.archive.index.digest(number)
             if digest in self._chunks or digest in self._in_flight or digest in seen or reader.is_zero(number):
                 continue
             length = reader.archive.index.span(number)[1]
             if self._ahead + length > self.capacity // _READ_AHEAD_SHARE:
+                stopped = number
                 break
             seen.add(digest)
             self._ahead += length
             wanted.append(number)
         if not wanted:
-            return
-        if isinstance(reader.reader, BlockingReads) and reader.reader.reads_block_briefly:
+            return stopped
+        if not reader.is_far:
             self._nursery.start_soon(self._read_ahead, reader, wanted)
-            return
+            return stopped
         # From afar: what came is not to wait for what is still on its way, and its place in the cache goes to the next.
         for number in wanted:
             self._nursery.start_soon(self._read_ahead, reader, [number])
+        return stopped
 
     async def _read_ahead(self, reader: "ArchiveReader", numbers: Sequence[int]) -> None:
         try:
@@ -187,6 +197,11 @@ class ArchiveReader:
     def size(self) -> int:
         """Bytes of the archive."""
         return self.archive.index.size
+
+    @property
+    def is_far(self) -> bool:
+        """True if chunks come over a network, so that many requests should be under way."""
+        return not (isinstance(self.reader, BlockingReads) and self.reader.reads_block_briefly)
 
     def is_zero(self, number: int) -> bool:
         """True if chunk `number` is a full chunk of zeros, which is never read."""
@@ -293,6 +308,13 @@ class ArchiveReader:
         stream.chunk = number
         if not ahead:
             stream.ahead = max(stream.ahead, number + 1)
+        elif self.is_far:
+            # A request for each chunk that was used, so that as many are always under way.
+            room = self.cache.capacity // _READ_AHEAD_SHARE // max(1, self.archive.index.span(number)[1])
+            stream.window = min(2 * stream.window, _FAR_WINDOW, max(1, room))
+            first = max(stream.ahead, number + 1)
+            end = min(number + 1 + stream.window, self.archive.index.count)
+            stream.ahead = self.cache.read_ahead(self, range(first, end)) if end > first else first
         elif stream.ahead - number <= stream.window // 2 + 1:
             stream.window = min(2 * stream.window, max(batch_size(), 8))
             first = max(stream.ahead, number + 1)

@@ -8,6 +8,7 @@ this host have cached much meanwhile (`cache_growth`). So several of them togeth
 import errno
 import logging
 import os
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ _MAKE_ROOM: Final = 64 << 20
 #: Bytes that others may cache before the folder is looked through again, and the share of the limit, if that is more.
 _FOREIGN: Final = 64 << 20
 _FOREIGN_SHARE: Final = 20
+#: Seconds of rest for each second of looking through the folder, while who has just begun to use it has cached little:
+#: the 65536 folders take half a second of a core, which a mount's first reads would wait for.
+_REST: Final = 4
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -78,6 +82,8 @@ class ChunkCache:
         self._changed = trio.Event()
         self._foreign = trio.Event()  # others have cached so much that we must look again
         self._counted = trio.Event()
+        self._hurry = trio.Event()  # somebody waits for the folder to be looked through, or much was cached meanwhile
+        self._written = 0  # bytes cached by this process
         self.total = 0  #: bytes of chunks that are known to be cached
         self.evicted = 0  #: chunks dropped by this process
 
@@ -85,11 +91,14 @@ class ChunkCache:
         """Look through the folder at the first change, and whenever others have cached much; for a background task."""
         await self._changed.wait()
         while True:
-            await self.count()
+            await self.count(gently=True)
             await self._foreign.wait()
 
-    async def count(self) -> None:
+    async def count(self, *, gently: bool = False) -> None:
         """Look through the folder, take over the order in which chunks were used, and drop what is too much.
+
+        Args:
+            gently: rest in between, the first time, until this process has cached as much as it may be behind.
 
         Raises:
             StoreError: a folder cannot be read.
@@ -99,8 +108,11 @@ class ChunkCache:
         recent = self._recent = set()
         found: list[CachedFile] = []
         for start in range(0, _FOLDERS, _FOLDERS_AT_ONCE):
-            cached = await in_io_thread(self._scan, start)
+            cached, used_s = await in_io_thread(self._scan, start)
             found += cached
+            if gently and not self._hurry.is_set():
+                with trio.move_on_after(_REST * used_s):
+                    await self._hurry.wait()
         found.sort(key=lambda file: file.atime)
         there = {file.digest for file in found}
         # Ours, but for those that another process has dropped; what we cached during the look stays in any case.
@@ -114,8 +126,10 @@ class ChunkCache:
         self._counted.set()
         await self.make_room()
 
-    def _scan(self, start: int) -> list[CachedFile]:
-        return [file for file in self.files.scan(start, _FOLDERS_AT_ONCE) if file.size]
+    def _scan(self, start: int) -> tuple[list[CachedFile], float]:
+        """In a worker thread: the cached chunks of some folders, and the CPU seconds that it took."""
+        began = time.thread_time()
+        return [file for file in self.files.scan(start, _FOLDERS_AT_ONCE) if file.size], time.thread_time() - began
 
     def used(self, digest: bytes, size: int) -> None:
         """The chunk is cached, with `size` bytes, and was used now."""
@@ -160,8 +174,12 @@ class ChunkCache:
                 return await self._put_marker(digest, error)
             self.used(digest, size)
         self._since_look += size
-        if self._growth.foreign > max(_FOREIGN, (self._limit or 0) // _FOREIGN_SHARE):
+        self._written += size
+        behind = max(_FOREIGN, (self._limit or 0) // _FOREIGN_SHARE)
+        if self._growth.foreign > behind:
             self._foreign.set()
+        if self._written > behind:
+            self._hurry.set()
         await self.make_room()
         return True
 
@@ -256,4 +274,5 @@ class ChunkCache:
 
     async def settled(self) -> None:
         """Wait until the folder has been looked through."""
+        self._hurry.set()
         await self._counted.wait()

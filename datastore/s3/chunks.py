@@ -271,23 +271,17 @@ class S3ChunkStore:
     async def _fetch_sound(self, digest: bytes) -> Blob:
         """As `fetch`, with CRC and, if it is not encrypted, digest checked; wrong ones are fetched once more (R25)."""
         try:
-            blob = await self.fetch(digest)
-            await in_cpu_thread(self.check, digest, blob)
+            return await in_cpu_thread(self.checked, digest, await self.fetch(digest))
         except FormatError:
-            blob = await self.fetch(digest, fresh=True)
-            await in_cpu_thread(self.check, digest, blob)
-        return blob
+            return await in_cpu_thread(self.checked, digest, await self.fetch(digest, fresh=True))
 
-    def check(self, digest: bytes, blob: Blob) -> None:
-        """Check a chunk as far as that needs no key.
+    def checked(self, digest: bytes, blob: Blob) -> Blob:
+        """The chunk, checked as far as that needs no key; if it needed to be decoded for that, with what it holds.
 
         Raises:
             FormatError: its CRC or digest is wrong.
         """
-        if blob.kind.encrypted:
-            blob.check(where=digest.hex())
-        else:
-            self._codec.decode(blob, digest=digest, size=None, crypt_mode=None, where=digest.hex())
+        return self._codec.opened(blob, digest, where=digest.hex())
 
     def disk_order(self, digests: Sequence[bytes]) -> list[int]:
         """See `ChunkStore.disk_order`: as they are, for they are asked for at once."""

@@ -137,7 +137,7 @@ async def _look_again(
 
     def is_wrong(digest: bytes, blob: Blob) -> bool:
         try:
-            chunks.check(digest, blob)
+            chunks.checked(digest, blob)
         except FormatError:
             return True
         return False

@@ -142,7 +142,7 @@ class _Reconcile:
 
     def _is_sound(self, digest: bytes, blob: Blob) -> bool:
         try:
-            self._chunks.check(digest, blob)
+            self._chunks.checked(digest, blob)
         except FormatError:
             return False
         return True

@@ -18,6 +18,7 @@ from repository.backup import SnapshotWriter
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.restore import load_manifest
 from tests.support.sessions import MemoryDisk, MemoryRepository, chunks_of
+from tests.support.waiting import until
 
 SNAPSHOT = Group(BackupType.VM, "100").at(1_700_000_000)
 IMG, FIDX = "drive-scsi0.img", "drive-scsi0.img.fidx"
@@ -105,7 +106,7 @@ async def test_sequential_reader_finds_most_chunks_read_ahead() -> None:
     async with opened(data, capacity=32 * CHUNK) as (archive, repository):
         for offset in range(0, len(data), 1 << 20):
             assert await archive.read(offset, 1 << 20) == data[offset : offset + (1 << 20)]
-            await trio.sleep(0.002)
+            await until(lambda: archive.cache._ahead == 0)  # it is slower than the store
         assert len(repository.chunk_reads) == 36
         assert archive.cache.misses <= 4
 
@@ -132,6 +133,30 @@ async def test_a_chunk_that_is_long_on_its_way_does_not_hold_up_those_behind_it(
         assert archive.read_cached(6 * CHUNK, 100) == data[6 * CHUNK : 6 * CHUNK + 100]
         arrives.set()
         assert await archive.read(5 * CHUNK, 100) == data[5 * CHUNK : 5 * CHUNK + 100]
+
+
+async def test_from_afar_each_chunk_that_was_used_asks_for_another() -> None:
+    """So many requests are always under way, instead of batches with pauses between them."""
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz0123456789")
+    async with opened(data, capacity=64 * CHUNK) as (archive, repository):
+        assert archive.is_far
+        asked = []
+        for chunk in range(16):
+            await archive.read(chunk * CHUNK, 100)
+            await wait_all_tasks_blocked(0.01)
+            asked.append(len(repository.chunk_reads))
+        assert asked[:5] == [1, 4, 7, 12, 21]  # it begins with few: most reads end soon
+        assert asked[4:] == [chunk + 17 for chunk in range(4, 16)]
+
+
+async def test_from_afar_what_found_no_room_is_read_ahead_later() -> None:
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz0123456789")
+    async with opened(data, capacity=16 * CHUNK) as (archive, repository):
+        for chunk in range(36):
+            await archive.read(chunk * CHUNK, 100)
+            await wait_all_tasks_blocked(0.01)
+        assert len(repository.chunk_reads) == 36
+        assert archive.cache.misses <= 2
 
 
 async def test_random_reader_reads_nothing_ahead() -> None:
