@@ -6,7 +6,8 @@ done. Reading needs the local folder only.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from datastore.s3.errors import S3BackendError, S3Error, S3UnavailableError
 from datastore.s3.in_use import InUse
 from datastore.s3.keys import NAMESPACE_MARKER, StoreKeys
 from datastore.s3.pending import PendingDeletes
+from datastore.s3.state import begin_change
 from datastore.s3.xml import DeleteFailure, batches
 
 _LOG = logging.getLogger(__name__)
@@ -47,9 +49,23 @@ class S3MetaStore:
         self, client: S3Client, keys: StoreKeys, base: Path, owner: Owner, sync_level: SyncLevel, in_use: InUse
     ) -> None:
         self._client, self._keys, self._base, self._in_use = client, keys, base, in_use
+        self._owner = owner
         self._local = LocalMetaStore(base, owner, sync_level)
         self._pending = PendingDeletes(base, owner)
         self._replaying = trio.Lock()
+
+    @asynccontextmanager
+    async def _change(self, what: str) -> AsyncIterator[None]:
+        """Change bucket and folder in the block, which no refresh sees half done.
+
+        Raises:
+            StoreError: a refresh is under way.
+        """
+        fd = await in_io_thread(begin_change, self._base, self._owner, what)
+        try:
+            yield
+        finally:
+            os.close(fd)
 
     async def put(self, path: str, data: Sequence[Buffer], *, replace: bool, sync: bool = False) -> None:
         """See `MetaStore.put`."""
@@ -57,15 +73,19 @@ class S3MetaStore:
             raise StoreError("write", path, "it exists already")
         if _is_stored(path):
             name = path.rpartition("/")[2]
-            await self._client.put(self._keys.meta(path), data, if_absent=name == PROTECTED_NAME)
-        await self._local.put(path, data, replace=replace, sync=sync)
+            async with self._change("write"):
+                await self._client.put(self._keys.meta(path), data, if_absent=name == PROTECTED_NAME)
+                await self._local.put(path, data, replace=replace, sync=sync)
+        else:
+            await self._local.put(path, data, replace=replace, sync=sync)
 
     async def create(self, path: str, data: bytes) -> None:
         """See `MetaStore.create`."""
         if await in_io_thread(os.path.lexists, self._base / path):
             raise StoreError("write", path, "it exists already")
-        await self._client.put(self._keys.meta(path), [data])
-        await self._local.create(path, data)
+        async with self._change("write"):
+            await self._client.put(self._keys.meta(path), [data])
+            await self._local.create(path, data)
 
     async def publish_index(self, tmp: Path, path: str) -> None:
         """See `MetaStore.publish_index`."""
@@ -74,16 +94,19 @@ class S3MetaStore:
             with store_errors("read", path):
                 return read_file(tmp, limit=META_LIMIT)
 
-        await self._client.put(self._keys.meta(path), [await in_io_thread(read)])
-        await self._local.publish_index(tmp, path)
+        async with self._change("write"):
+            await self._client.put(self._keys.meta(path), [await in_io_thread(read)])
+            await self._local.publish_index(tmp, path)
 
     async def delete(self, path: str) -> bool:
         """See `MetaStore.delete`; asks the bucket for nothing that is not here."""
         if not await in_io_thread(os.path.lexists, self._base / path):
             return False
-        if _is_stored(path):
+        if not _is_stored(path):
+            return await self._local.delete(path)
+        async with self._change("remove"):
             await self._client.delete(self._keys.meta(path))
-        return await self._local.delete(path)
+            return await self._local.delete(path)
 
     async def delete_tree(self, path: str) -> None:
         """See `MetaStore.delete_tree`.
@@ -99,9 +122,15 @@ class S3MetaStore:
             os.path.lexists, self._base / path / MANIFEST_NAME
         ):
             await self._in_use.check("remove")
-            await self.delete_objects(prefix)
-            await self._local.delete_tree(path)
+            async with self._change("remove"):
+                await self.delete_objects(prefix)
+                await self._local.delete_tree(path)
             return
+        async with self._change("remove"):
+            await self._abandon(path, prefix)
+
+    async def _abandon(self, path: str, prefix: str) -> None:
+        """Remove an unfinished snapshot here, and in the bucket now or later."""
         done = False
         try:
             with trio.move_on_after(ABANDON_AFTER_S):
@@ -152,8 +181,9 @@ class S3MetaStore:
                 if not prefix.startswith(self._keys.metadata) or not _is_stored(path):
                     done.append(prefix)  # nothing of ours
                     continue
-                if not await in_io_thread(os.path.lexists, self._base / path):
-                    await self.delete_objects(prefix)
+                async with self._change("remove what was left in"):
+                    if not await in_io_thread(os.path.lexists, self._base / path):
+                        await self.delete_objects(prefix)
                 done.append(prefix)
             if done:
                 await in_io_thread(self._pending.remove, done)
@@ -169,20 +199,22 @@ class S3MetaStore:
         for depth in range(1, len(ns.components) + 1):
             level = Namespace(ns.components[:depth])
             if not await in_io_thread((self._base / level.path).is_dir):
-                await self._client.put(self._keys.namespace_marker(level), [], if_absent=True)
-                await self._local.make_folders(level.path)
+                async with self._change("create the namespace in"):
+                    await self._client.put(self._keys.namespace_marker(level), [], if_absent=True)
+                    await self._local.make_folders(level.path)
 
     async def delete_namespace(self, ns: Namespace) -> bool:
         """See `MetaStore.delete_namespace`."""
         if not await in_io_thread(self._holds_nothing, ns):
             return False
         await self._in_use.check("remove the namespace")
-        await self._client.delete(self._keys.namespace_marker(ns))
-        if await self._local.delete_namespace(ns):
-            return True
-        # Somebody put something into it meanwhile.
-        await self._client.put(self._keys.namespace_marker(ns), [], if_absent=True)
-        return False
+        async with self._change("remove the namespace in"):
+            await self._client.delete(self._keys.namespace_marker(ns))
+            if await self._local.delete_namespace(ns):
+                return True
+            # Somebody put something into it meanwhile.
+            await self._client.put(self._keys.namespace_marker(ns), [], if_absent=True)
+            return False
 
     def _holds_nothing(self, ns: Namespace) -> bool:
         with store_errors("look into the namespace", str(ns)):

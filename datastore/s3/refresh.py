@@ -35,7 +35,7 @@ from datastore.s3.counters import Work, counted_as
 from datastore.s3.errors import S3AnswerError
 from datastore.s3.keys import NAMESPACE_MARKER, MetaKey, MetaKind, StoreKeys
 from datastore.s3.opening import S3Datastore
-from datastore.s3.state import CacheState, refreshing
+from datastore.s3.state import CacheState, no_changes, refreshing
 from datastore.s3.xml import Listed
 
 #: Objects fetched at once.
@@ -90,7 +90,9 @@ async def refresh(store: S3Datastore, progress: Progress | None = None, *, wait_
         await store.s3.in_use.check("refresh", fresh=True)
         async with store.chunks.exclusive(wait_s=wait_s):
             await _wait_for_writers(store, wait_s)
-            return await _Refresh(store, progress).run()
+            # Notes, protection, removals: those that have begun are waited for.
+            async with no_changes(store.base, store.owner, wait_s=wait_s):
+                return await _Refresh(store, progress).run()
 
 
 async def _wait_for_writers(store: S3Datastore, wait_s: float) -> None:

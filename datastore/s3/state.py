@@ -8,12 +8,15 @@ garbage collection may take it for the truth (R36).
 import fcntl
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Self
+
+import trio
 
 from core.errors import FormatError
 from datastore.creation import S3_STATE
@@ -21,8 +24,11 @@ from datastore.errors import LockedError, StoreError
 from datastore.files import FILE_MODE, Owner, make_folders, read_file, replace_file, store_errors, temporary_path
 
 _REFRESH_LOCK: Final = ".fleece/s3-refresh.lock"
+_CHANGE_LOCK: Final = ".fleece/s3-changes.lock"
 _MAX_SIZE: Final = 1 << 16
 _TRIES: Final = 10
+#: Seconds between two looks whether changes have ended.
+_POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +90,82 @@ def refreshing(base: Path, owner: Owner) -> Iterator[None]:
         LockedError: it is being refreshed already.
         StoreError: no rights.
     """
-    with store_errors("refresh", base):
-        make_folders(base, ".fleece", owner)
-        fd = os.open(base / _REFRESH_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    fd = _open_lock(base, owner, _REFRESH_LOCK, "refresh")
     try:
         with store_errors("refresh", base):
-            os.fchmod(fd, FILE_MODE)
-            owner.own(fd)
             if not _lock(fd):
                 raise LockedError("refresh", str(base), "it is being refreshed already")
         yield
     finally:
         os.close(fd)
+
+
+def begin_change(base: Path, owner: Owner, what: str) -> int:
+    """Keep a refresh from comparing bucket and folder until `os.close` of the descriptor that is returned.
+
+    A change of metadata is made in the bucket and then in the folder. A refresh that saw one of them only would undo
+    the other: a snapshot would lose its protection here.
+
+    Raises:
+        StoreError: a refresh is just doing so; or no rights.
+    """
+    fd = _open_lock(base, owner, _CHANGE_LOCK, what)
+    try:
+        with store_errors(what, base):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _being_refreshed(base, what) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@asynccontextmanager
+async def no_changes(base: Path, owner: Owner, *, wait_s: float) -> AsyncIterator[None]:
+    """Wait for changes of metadata that are under way, and refuse others while the block runs.
+
+    Raises:
+        LockedError: one goes on for longer than `wait_s`.
+        StoreError: no rights.
+    """
+    fd = _open_lock(base, owner, _CHANGE_LOCK, "refresh")
+    try:
+        give_up = trio.current_time() + wait_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if trio.current_time() >= give_up:
+                    why = "something in it is being changed"
+                    raise LockedError("refresh", str(base), why, "try again later") from None
+                await trio.sleep(_POLL_S)
+            else:
+                break
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_lock(base: Path, owner: Owner, name: str, what: str) -> int:
+    with store_errors(what, base):
+        make_folders(base, ".fleece", owner)
+        fd = os.open(base / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            found = os.fstat(fd)
+            if stat.S_IMODE(found.st_mode) != FILE_MODE:
+                os.fchmod(fd, FILE_MODE)
+            if (found.st_uid, found.st_gid) != (owner.uid, owner.gid):
+                owner.own(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _being_refreshed(base: Path, what: str) -> StoreError:
+    return StoreError(what, str(base), "it is being refreshed from the bucket", "try again when that has ended")
 
 
 def _lock(fd: int) -> bool:
@@ -140,6 +210,6 @@ def check_complete(base: Path, what: str) -> None:
     if state is None:
         raise StoreError(what, str(base), "it is no cache of a bucket")
     if is_refreshing(base):
-        raise StoreError(what, str(base), "it is being refreshed from the bucket", "try again when that has ended")
+        raise _being_refreshed(base, what)
     if not state.complete:
         raise StoreError(what, str(base), "its copy of the bucket's metadata is not complete", hint)

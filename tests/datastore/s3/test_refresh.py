@@ -189,6 +189,66 @@ async def test_nobody_writes_during_a_refresh_and_reading_goes_on(store_folder: 
         await write_snapshot(repo, GROUP, 2000, FILES)
 
 
+@pytest.mark.parametrize("change", ["protect", "notes", "forget", "namespace"])
+async def test_a_change_that_has_begun_is_waited_for_and_not_undone(
+    store_folder: Path, s3_emulator: S3Emulator, change: str
+) -> None:
+    """Else the refresh would put back what it had read before: a protected snapshot would be none here."""
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        await write_snapshot(repo, GROUP, 1000, FILES)
+        snapshot = await write_snapshot(repo, GROUP, 2000, FILES)
+        changes = {
+            "protect": lambda: repo.set_protected(snapshot, protected=True),
+            "notes": lambda: repo.set_notes(GROUP, "a group"),
+            "forget": lambda: repo.forget(snapshot),
+            "namespace": lambda: repo.create_namespace(Namespace.parse("a")),
+        }
+        held = s3_emulator.plan("POST" if change == "forget" else "PUT", "delay", seconds=60)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(changes[change])
+            await until(lambda: held.met == 1)
+            listings, gets = len(s3_emulator.requests("LIST")), len(s3_emulator.requests("GET"))
+            nursery.start_soon(refresh, store)
+            await until(lambda: len(s3_emulator.requests("GET")) > gets)  # the mark of who uses the store
+            await trio.sleep(0.3)
+            assert len(s3_emulator.requests("LIST")) == listings  # it has not looked yet
+            held.released.set()
+        keys = s3_emulator.bucket.objects
+        there = {path for path in tree(store_folder) if not path.endswith("/")}
+        known = {path for path in there if store.keys.meta(path) in keys}
+        assert there == known
+        if change == "protect":
+            assert f"{snapshot.path}/.protected" in there
+        elif change == "notes":
+            assert f"{GROUP.path}/notes" in there
+        elif change == "forget":
+            assert not any(path.startswith(f"{snapshot.path}/") for path in there)
+        else:
+            assert (store_folder / "ns/a").is_dir()
+
+
+async def test_a_change_that_was_let_in_before_a_refresh_is_refused_while_it_looks(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    """The look whether the store may be written came too early to see the refresh."""
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, FILES)
+        listing = s3_emulator.plan("LIST", "delay", seconds=60)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refresh, store)
+            await until(lambda: listing.met == 1)
+            puts = len(s3_emulator.requests("PUT"))
+            with pytest.raises(StoreError, match="being refreshed"):
+                await store.s3.meta.put(f"{snapshot.path}/.protected", [b""], replace=True)
+            with pytest.raises(StoreError, match="being refreshed"):
+                await store.s3.meta.delete_tree(str(snapshot.path))
+            assert len(s3_emulator.requests("PUT")) == puts
+            listing.released.set()
+        await store.s3.meta.put(f"{snapshot.path}/.protected", [b""], replace=True)
+
+
 async def test_a_running_backup_is_waited_for(store_folder: Path, s3_emulator: S3Emulator) -> None:
     async with s3_store(store_folder, s3_emulator.endpoint()) as store:
         repo = LocalRepository(store, "test")
