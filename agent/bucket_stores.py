@@ -1,11 +1,12 @@
 """Datastores in buckets as the commands for datastores see them: made, looked at, refreshed, given up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from agent.registry import Datastore, S3Place
-from core.errors import FleeceError, UsageError
+from core.errors import FleeceError, FormatError, UsageError
 from core.limits import in_io_thread
 from core.units import format_size
 
@@ -101,6 +102,8 @@ def maintenance(path: Path) -> str | None:
     return None if state is not None and state.complete else "incomplete"
 
 
+#: Methods as PBS counts them: LIST is a GET, COPY a PUT.
+_COUNTED: Final = ("get", "put", "post", "head", "delete")
 #: What each of these is for people, and the command that ends it.
 MAINTENANCE: Final = {
     "s3-refresh": ("it is being refreshed from the bucket", ""),
@@ -148,6 +151,7 @@ class BucketStatus:
     known: int  #: chunks that are in the bucket, as far as this host knows
     cached: int  #: of them kept here
     cached_bytes: int
+    counts: Mapping[str, int]  #: requests and bytes of all that used it, by PBS's names (`s3-get`)
 
     def to_json(self) -> dict[str, Any]:
         """Its part of the document."""
@@ -159,14 +163,21 @@ class BucketStatus:
                 "cached-chunks": self.cached,
                 "cached-bytes": self.cached_bytes,
             },
+            "requests": {name.removeprefix("s3-"): self.counts[f"s3-{name}"] for name in _COUNTED},
+            "uploaded": self.counts["s3-upload"],
+            "downloaded": self.counts["s3-download"],
         }
 
     def rows(self) -> list[tuple[str, str]]:
         """The same for people."""
         limit = "" if self.limit is None else f" of at most {format_size(self.limit)}"
+        requests = ", ".join(f"{self.counts[f's3-{name}']} {name.upper()}" for name in _COUNTED)
+        sent, received = format_size(self.counts["s3-upload"]), format_size(self.counts["s3-download"])
         return [
             ("bucket", f"{self.bucket} of endpoint {self.endpoint}"),
             ("cache", f"{self.cached} of {self.known} chunks, {format_size(self.cached_bytes)}{limit}"),
+            ("requests so far", requests),
+            ("traffic so far", f"{sent} sent, {received} received"),
             ("maintenance", maintenance_words(self.maintenance, self.name)),
         ]
 
@@ -187,6 +198,8 @@ async def bucket_status(repository: "Repository") -> BucketStatus | None:
 
 
 def _bucket_status(store: "S3Datastore") -> BucketStatus:
+    from datastore.s3.counter_file import CounterValues
+
     known = cached = size = 0
     for file in store.s3.chunks.files.scan(0, 1 << 16):
         known += 1
@@ -194,8 +207,12 @@ def _bucket_status(store: "S3Datastore") -> BucketStatus:
         size += file.size
     settings = store.settings
     mode = maintenance(store.base)
+    try:
+        counts = store.s3.counter_file.read().counts
+    except FormatError:  # it begins anew with the next requests
+        counts = CounterValues.empty().counts
     return BucketStatus(
-        settings.name, settings.endpoint.id, settings.bucket, mode, settings.cache_limit, known, cached, size
+        settings.name, settings.endpoint.id, settings.bucket, mode, settings.cache_limit, known, cached, size, counts
     )
 
 

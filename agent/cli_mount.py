@@ -1,5 +1,7 @@
 """`fleece mount`: a repository, or one archive of it, as a read-only file system."""
 
+import logging
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,12 @@ from agent.invocation import Invocation, command
 from core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from fusefs.mount import OneArchive
+    from repository.interface import Repository
+
+_LOG = logging.getLogger(__name__)
 
 
 def add_to(application: typer.Typer) -> None:
@@ -69,10 +76,20 @@ def mount(
     store = None if remote_spec(*named) is not None else local_store(*named).path
 
     def on_ready() -> None:
-        invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}")
+        # What it costs is told at its end.
+        invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}", cost=False)
+
+    @asynccontextmanager
+    async def repository() -> "AsyncIterator[Repository]":
+        async with invocation.repository() as opened:
+            try:
+                yield opened
+            finally:
+                if not foreground and invocation.uses_bucket and invocation.s3.requests:
+                    _LOG.info("%s", invocation.s3.line())  # nobody else is left who could tell it
 
     mount_on(
-        invocation.repository,
+        repository,
         mountpoint,
         key=invocation.reading_key().key,
         ns=ns,

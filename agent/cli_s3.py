@@ -305,10 +305,10 @@ def check(
     """
     from datastore.s3.probe import Mark, probe, summary
 
-    endpoint = invocation.endpoints.endpoint(id)
+    endpoint = invocation.s3.use(id)
 
     async def work(progress: "Progress") -> "ProbeReport":
-        return await probe(endpoint, bucket, store=store_prefix)
+        return await probe(endpoint, bucket, store=store_prefix, counters=invocation.s3.counters)
 
     report = invocation.run(work, what="check the S3 endpoint", where=id)
     commands = [f"fleece s3 endpoint update {id} --provider-quirk {one.value}" for one in report.quirks_to_set]

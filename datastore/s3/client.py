@@ -16,7 +16,7 @@ from datastore.s3.calls import Call, Reply, UnusableAnswerError
 from datastore.s3.counters import Counters, Method
 from datastore.s3.endpoint import Endpoint, Quirk, check_bucket
 from datastore.s3.errors import S3AnswerError, S3BackendError, S3Error
-from datastore.s3.keys import check_key
+from datastore.s3.keys import CHECK_OBJECT, check_key
 from datastore.s3.link import EndpointLink, RetryPolicy
 from datastore.s3.objects import (
     Fetched,
@@ -91,15 +91,26 @@ class S3Client:
     async def head_bucket(self) -> None:
         """Ask whether the bucket is there and ours.
 
+        A refusal has no body that could say why, so a small listing is asked for then, whose refusal has one.
+
         Raises:
             S3BackendError: it is not there, or we have no rights.
             S3UnavailableError: no answer.
         """
         call = Call("reach the bucket", Method.HEAD, "HEAD", self.bucket, accept=frozenset({400, 403, 404}))
         reply = await self.link.send(call)
-        if reply.status != 200:
-            why = "there is no such bucket, or the access key has no rights there"
-            raise S3BackendError(call.what, self.link.where(self.bucket), why, status=reply.status)
+        if reply.status == 200:
+            return
+        query: list[tuple[str, str | None]] = [("list-type", "2"), ("prefix", CHECK_OBJECT)]
+        listing = Call(call.what, Method.LIST, "GET", self.bucket, query=query, limit=MAX_XML_SIZE)
+        try:
+            await self.link.send(listing)
+        except S3BackendError:
+            raise
+        except S3Error:
+            pass  # it says no more than the first
+        why = "there is no such bucket, or the access key has no rights there"
+        raise S3BackendError(call.what, self.link.where(self.bucket), why, status=reply.status)
 
     async def get(self, key: str, *, limit: int = CHUNK_LIMIT, fresh: bool = False) -> Fetched | None:
         """Read an object; None if it is absent for certain.

@@ -15,6 +15,7 @@ from typing import Any, Final
 import trio
 
 from datastore.s3.client import S3Client
+from datastore.s3.counters import Counters
 from datastore.s3.endpoint import Endpoint, Quirk
 from datastore.s3.errors import S3Error
 from datastore.s3.keys import CHECK_OBJECT, StoreKeys, check_key
@@ -89,7 +90,12 @@ class ProbeReport:
 
 
 async def probe(
-    endpoint: Endpoint, bucket: str, *, store: str | None = None, policy: RetryPolicy = POLICY
+    endpoint: Endpoint,
+    bucket: str,
+    *,
+    store: str | None = None,
+    policy: RetryPolicy = POLICY,
+    counters: Counters | None = None,
 ) -> ProbeReport:
     """Find out whether and how a datastore can live in `bucket`.
 
@@ -101,12 +107,13 @@ async def probe(
         bucket: which one.
         store: put the objects where those of the datastore of this name lie; the key's rights may end there.
         policy: how long each request is tried.
+        counters: count its requests.
 
     Raises:
         UsageError: no name of a bucket or datastore.
     """
     prefix = "" if store is None else StoreKeys(store).everything
-    async with EndpointLink.open(replace(endpoint, quirks=frozenset()), policy=policy) as link:
+    async with EndpointLink.open(replace(endpoint, quirks=frozenset()), counters=counters, policy=policy) as link:
         return await _Probe(S3Client(link, bucket), endpoint, prefix).run()
 
 

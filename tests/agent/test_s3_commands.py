@@ -206,6 +206,11 @@ def test_a_datastore_in_a_bucket_is_made_used_taken_over_and_destroyed(
     status = fleece("datastore", "status", "cloud").document
     assert (status["backend"], status["maintenance"], "s3" in status) == (backend, None, False)
     assert status["cache"]["known-chunks"] == 4
+    # What all commands on it have cost so far.
+    assert status["requests"]["put"] >= 4
+    assert status["requests"].keys() == {"get", "put", "post", "head", "delete"}
+    assert status["uploaded"] > 0
+    assert "PUT" in fleece("datastore", "status", "cloud", as_json=False).out
     # Given back, it is taken over without force; its chunks are known again.
     fleece("datastore", "remove", "cloud")
     place[-1] = tmpfs / "second"

@@ -229,6 +229,10 @@ async def test_wrong_keys_are_a_backend_failure_without_retries(place: Place) ->
                 await client.get("st1/a")
             assert raised.value.code == code
             assert client.link.counters.pbs()["s3-get"] == 1
+            # A HEAD is refused without a word; a listing tells why.
+            with pytest.raises(S3BackendError) as raised:
+                await client.head_bucket()
+            assert raised.value.code == code
 
 
 async def test_new_keys_are_used_from_then_on(place: Place) -> None:

@@ -1,6 +1,7 @@
 """What a check of an endpoint finds out, against the emulator with its peculiarities and a real gateway."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -179,3 +180,21 @@ async def test_names_that_cannot_be_are_refused_before_anything_is_sent(s3_emula
     with pytest.raises(UsageError):
         await probe(s3_emulator.endpoint(), BUCKET, store="a/b")
     assert s3_emulator.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"secret": "wrong"}, "the secret key or the region is wrong"),
+        ({"access_key": "AK"}, "does not know the access key"),
+    ],
+)
+async def test_wrong_keys_are_told_from_a_bucket_that_is_not_there(
+    place: Place, change: dict[str, str], says: str
+) -> None:
+    report = await probe(replace(place.endpoint, **change), place.bucket, policy=QUICK)  # type: ignore[arg-type]
+    assert [(one.name, one.mark) for one in report.findings][:1] == [("bucket", Mark.FAILED)]
+    assert says in text(report, "bucket")
+    assert "s3 endpoint update" in text(report, "bucket")
+    absent = await probe(place.endpoint, f"{place.bucket}-not-there", policy=QUICK)
+    assert "the bucket does not exist" in text(absent, "bucket")
