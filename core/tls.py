@@ -12,6 +12,8 @@ from core.buffers import Buffer, WritableBuffer
 
 #: Bytes that are read from the socket, and encrypted, at once.
 _PIECE: Final = 256 << 10
+#: Bytes of a TLS record.
+_RECORD: Final = 16 << 10
 
 
 class TlsStream(trio.abc.Stream):
@@ -70,7 +72,9 @@ class TlsStream(trio.abc.Stream):
         view = memoryview(data).cast("B")
         await trio.lowlevel.checkpoint_if_cancelled()
         while view:
-            piece, view = view[:_PIECE], view[_PIECE:]
+            # What goes just beyond is taken along: a few bytes are not worth a system call of their own.
+            end = _PIECE if len(view) > _PIECE + _RECORD else len(view)
+            piece, view = view[:end], view[end:]
             try:
                 while piece:  # one record at a time
                     piece = piece[self._tls.write(piece) :]

@@ -14,7 +14,6 @@ from typing import Final
 
 import trio
 from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -30,6 +29,7 @@ from h2.settings import SettingCodes, Settings
 
 from core.buffers import Buffer
 from core.dial import innermost_reason
+from core.http2 import BulkConnection
 from core.nursery import open_nursery
 from datastore.s3.pacing import TokenBucket
 from repository.remote.errors import RemoteAnswerError, RemoteError, RemoteUnavailableError
@@ -45,6 +45,10 @@ _PIECE: Final = 256 << 10
 #: The same, and of a frame that we send, where a rate is limited: 4 MiB at 20 KiB/s would hold everything else up
 #: for minutes, pings included.
 _THROTTLED_PIECE: Final = 64 << 10
+#: Bytes of an answer's piece that is kept as it came; an object for each byte would take fifty times as much.
+_SMALL_PIECE: Final = 4096
+#: Bytes of a frame's head.
+_HEAD: Final = 9
 #: Bytes of a body that goes before larger ones: index entries must not wait behind chunks.
 _SMALL: Final = 512 << 10
 #: Bytes of answers to control frames that may wait for a server that does not read.
@@ -75,7 +79,8 @@ class _Exchange:
     small: bool
     done: trio.Event = field(default_factory=trio.Event)
     status: int = 0
-    body: bytearray = field(default_factory=bytearray)
+    body: list[Buffer] = field(default_factory=list)  #: what came of the answer
+    received: int = 0  #: its bytes
     error: RemoteError | None = None
     ended: bool = False  #: the request is sent whole
 
@@ -97,7 +102,7 @@ class Http2Client:
         self._received, self._sent = received, sent
         self._sent_frame = SENT_FRAME if sent is None else _THROTTLED_PIECE
         config = H2Configuration(client_side=True, header_encoding="utf-8")
-        self._h2 = H2Connection(config)
+        self._h2 = BulkConnection(config)
         # As first values, not as changes: h2 would announce those only later, and download with 64 KiB until then.
         self._h2.local_settings = Settings(
             client=True,
@@ -211,7 +216,7 @@ class Http2Client:
             self._drop(number, ErrorCodes.CANCEL)
         if exchange.error is not None:
             raise self._again(exchange.error)
-        return Http2Answer(exchange.status, exchange.body)
+        return Http2Answer(exchange.status, bytearray().join(exchange.body))
 
     async def _free_slot(self, what: str) -> None:
         """Wait until the server lets one more request be made, or the connection is broken."""
@@ -269,8 +274,10 @@ class Http2Client:
                     continue
                 view = memoryview(data)
                 step = _PIECE if self._sent is None else _THROTTLED_PIECE
-                for start in range(0, len(view), step):
-                    piece = view[start : start + step]
+                while view:
+                    # A frame of one piece goes with its head: 9 bytes are not worth a record and a system call.
+                    end = step if len(view) > step + _HEAD else len(view)
+                    piece, view = view[:end], view[end:]
                     if self._sent is not None:
                         await self._sent.take(len(piece))
                     await self._stream.send_all(piece)
@@ -375,17 +382,23 @@ class Http2Client:
             self._refuse(number, exchange, self._too_long(exchange))
 
     def _take_body(self, number: int, exchange: _Exchange, data: Buffer) -> None:
-        if not exchange.status or len(exchange.body) + len(data) > exchange.limit(exchange.status):
+        if not exchange.status or exchange.received + len(data) > exchange.limit(exchange.status):
             self._refuse(number, exchange, self._too_long(exchange))
         else:
-            exchange.body += data
+            exchange.received += len(data)
+            if len(data) >= _SMALL_PIECE:
+                exchange.body.append(data)
+            elif exchange.body and isinstance(exchange.body[-1], bytearray):
+                exchange.body[-1] += data
+            else:
+                exchange.body.append(bytearray(data))
 
     def _too_long(self, exchange: _Exchange) -> str:
         return f"the answer has more than {exchange.limit(exchange.status)} bytes"
 
     def _refuse(self, number: int, exchange: _Exchange, why: str) -> None:
         exchange.error = RemoteAnswerError(exchange.what, self._where, why)
-        exchange.body = bytearray()
+        exchange.body.clear()
         exchange.done.set()
 
     async def _watch(self) -> None:

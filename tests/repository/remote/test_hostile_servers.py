@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from datastore.names import Group
 from repository.interface import Reader
 from repository.remote import rest as rest_module
 from repository.remote.errors import RemoteAnswerError, RemoteError
-from repository.remote.http2 import Http2Client
+from repository.remote.http2 import Http2Client, _Exchange
 from repository.remote.listing import parse_groups, parse_namespaces, parse_snapshots
 from repository.remote.rest import MAX_ANSWER, MAX_VALUES, unwrap
 from tests.support.pbs_double import CHUNK, PbsDouble
@@ -148,7 +149,7 @@ async def test_memory_of_answers_that_never_end_is_bounded(monkeypatch: pytest.M
 
     def watched(self: Http2Client, number: int, exchange: Any, data: Any) -> None:
         take(self, number, exchange, data)
-        held.append(len(exchange.body))
+        held.append(sum(map(len, exchange.body)))
 
     monkeypatch.setattr(Http2Client, "_take_body", watched)
     double = PbsDouble()
@@ -182,6 +183,18 @@ def test_a_list_of_a_hundred_thousand_snapshots_is_no_attack() -> None:
     values = body.count(b",") + body.count(b"{") + body.count(b"[")
     assert values * 100 < MAX_VALUES
     assert len(parse_snapshots(unwrap(body, "list", "here"), GROUP.ns, "x")) == 1000
+
+
+async def test_an_answer_in_pieces_of_a_byte_takes_no_more_memory_than_its_bytes() -> None:
+    ours, _ = trio.testing.memory_stream_pair()
+    async with Http2Client.open(ours, b"", where="here") as client:
+        exchange = _Exchange("ask", lambda status: 1 << 20, deque(), 0, True)
+        exchange.status = 200
+        for _ in range(100):
+            for piece in (b"x" * 5000, *[b"y"] * 100):
+                client._take_body(1, exchange, piece)
+        assert len(exchange.body) == 200
+        assert bytearray().join(exchange.body) == (b"x" * 5000 + b"y" * 100) * 100
 
 
 @pytest.mark.parametrize(
