@@ -20,7 +20,7 @@ class AclEntry:
     """One right."""
 
     path: str
-    auth_id: str
+    auth_id: str  #: or a group, `@name`, of which nobody is a member
     role: str
     propagate: bool = True
 

@@ -10,6 +10,8 @@ SAFE_ID: Final = r"[A-Za-z0-9_][A-Za-z0-9._\-]*"
 USER_PATTERN: Final = rf"[^\s:/\x00-\x1f\x7f!@]+@{SAFE_ID}"
 USER_ID: Final = re.compile(USER_PATTERN)
 AUTH_ID: Final = re.compile(rf"{USER_PATTERN}(?:!{SAFE_ID})?")
+#: A group of users, in rights: `@name`. Nobody is a member of one.
+GROUP_ID: Final = re.compile(rf"@{SAFE_ID}")
 MIN_LENGTH: Final = 3
 MAX_LENGTH: Final = 64
 _REALM: Final = (2, 32)
@@ -56,3 +58,14 @@ class AuthId:
 
 #: The superuser.
 ROOT_USER: Final = AuthId("root@pam")
+
+
+def parse_holder(text: str) -> str:
+    """Return `text` if rights can be given to it: a user, a token, or a group `@name`.
+
+    Raises:
+        UsageError: another form, or too long.
+    """
+    if text.startswith("@") and GROUP_ID.fullmatch(text) is not None and len(text) <= MAX_LENGTH:
+        return text
+    return str(AuthId.parse(text))
