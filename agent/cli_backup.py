@@ -1,6 +1,5 @@
 """`fleece backup`: folders, disk images and single files into one snapshot."""
 
-import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -174,39 +173,22 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
-        from agent.client_log import client_log
-        from agent.sessions import new_session, until_listed
-        from repository.backup import SnapshotWriter
-        from repository.report import BackupReport
+        from agent.backup_runs import SnapshotOptions, archives_into
+        from agent.sessions import until_listed
 
-        started = time.monotonic()
-        # A small file that is missing should not cost the time of a disk.
-        blobs = await read_small_files(parsed)
+        snapshot = SnapshotOptions(group, group_owner, keys, ctime, rate, notes, lock_wait)
         with until_listed(progress) as listed:
-            async with (
-                invocation.repository() as repository,
-                client_log(repository, progress, keys.codec) as log,
-                new_session(
-                    repository, group, owner=group_owner, progress=log.progress, ctime=ctime, lock_wait_s=lock_wait
-                ) as session,
-            ):
-                writer = SnapshotWriter(session, keys.codec, log.progress, wrapped_key=keys.wrapped_key)
-                async with open_images(parsed, progress, image_format=image_format, force=force) as sources:
-                    if sources:
-                        await writer.add_disks(sources, bwlimit=rate)
-                figures = []
-                if folders:
-                    from agent.file_archives import add_file_archives
-
-                    figures = await add_file_archives(writer, repository, folders, options, bwlimit=rate)
-                for name, data in blobs:
-                    await writer.add_blob(name, data)
-                await writer.finish(notes=notes)
-                listed(session.snapshot)
-                duration = time.monotonic() - started
-                report = BackupReport(session.snapshot, writer.reports, duration, file_archives=figures)
-                log.snapshot, log.report = session.snapshot, list(report.lines())
-                return report
+            async with invocation.repository() as repository:
+                return await archives_into(
+                    repository,
+                    parsed,
+                    options,
+                    snapshot,
+                    progress,
+                    on_listed=listed,
+                    image_format=image_format,
+                    force=force,
+                )
 
     report = invocation.run(work, what="back up", where=str(group))
     show_report(invocation, report)

@@ -67,9 +67,9 @@ def _section(invocation: Invocation, name: str) -> "RunnableJob | LaterJob":
 def list_jobs(invocation: Invocation) -> None:
     """List the jobs of the configuration, when each is due next, and how its last run ended.
 
-    The next time is told where systemd is installed. Nothing runs by itself yet: a systemd timer or cron calls
-    'fleece job run NAME'.
+    'fleece agent' runs them when they are due; without it a systemd timer or cron calls 'fleece job run NAME'.
     """
+    from agent.calendar_times import CalendarTimes
     from agent.documents import table
     from agent.job_sections import LATER_TYPES
     from agent.schedules import next_elapse
@@ -78,7 +78,9 @@ def list_jobs(invocation: Invocation) -> None:
     for name, section in invocation.config.job.items():
         due = None
         try:
-            due = next_elapse(section.schedule) if section.schedule is not None else None
+            if section.schedule is not None:
+                next_elapse(section.schedule)  # systemd's opinion, where it is installed
+                due = CalendarTimes.parse(section.schedule).after(time.time())
         except FleeceError as error:
             invocation.warnings.append(f"job {name}: {error}")
         runs = _store(name).runs()
@@ -148,7 +150,10 @@ def run(invocation: Invocation, name: JobName) -> None:
 
 def _result_lines(result: dict[str, Any]) -> list[str]:
     """The figures of a run for people; what a bucket cost is in its log."""
-    return [f"  {key}: {value}" for key, value in result.items() if key != "s3"]
+    lines = [f"  {key}: {value}" for key, value in result.items() if key not in ("s3", "guests")]
+    for guest in result.get("guests", ()):
+        lines.append(f"  {guest['guest']}: {guest['error'] or guest['snapshot'] or ''} ({guest['state']})")
+    return lines
 
 
 def history(

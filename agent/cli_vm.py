@@ -147,31 +147,13 @@ def backup(
         return
 
     async def work(progress: "Progress") -> "BackupReport":
-        from agent.client_log import client_log
-        from agent.sessions import new_session, until_listed
-        from agent.vm_backup import back_up_vm
+        from agent.backup_runs import SnapshotOptions, vm_into
+        from agent.sessions import until_listed
 
+        snapshot = SnapshotOptions(group, group_owner, keys, ctime, rate, notes, lock_wait)
         with until_listed(progress) as listed:
-            async with (
-                invocation.repository(section.repository) as repository,
-                client_log(repository, progress, keys.codec) as log,
-                new_session(
-                    repository, group, owner=group_owner, progress=log.progress, ctime=ctime, lock_wait_s=lock_wait
-                ) as session,
-            ):
-                report = await back_up_vm(
-                    settings,
-                    repository,
-                    session,
-                    keys.codec,
-                    log.progress,
-                    bwlimit=rate,
-                    notes=notes,
-                    wrapped_key=keys.wrapped_key,
-                    on_listed=listed,
-                )
-                log.snapshot, log.report = session.snapshot, report.lines()
-                return report
+            async with invocation.repository(section.repository) as repository:
+                return await vm_into(repository, settings, snapshot, progress, on_listed=listed)
 
     show_report(invocation, invocation.run(work, what="back up", where=str(group)))
 

@@ -82,6 +82,7 @@ class VmSection(KeySettings):
     """`[vm.NAME]`: one virtual machine."""
 
     id: BackupId | None = None  #: backup id, NAME if not given
+    tags: list[str] = Field(default_factory=list)  #: words by which jobs choose VMs
     qmp: AbsolutePath | None = None  #: QMP socket
     guest_agent: AbsolutePath | None = None  #: socket of the guest agent
     freeze: bool = True  #: freeze the guest's file systems if there is an agent
@@ -120,6 +121,13 @@ class S3Section(Section):
     prices: dict[str, PriceSection] = Field(default_factory=dict)  #: by endpoint; `default`: of all others
 
 
+class LimitsSection(Section):
+    """`[limits]`: how many backups and other jobs run at the same time, all processes of this host together."""
+
+    host: Annotated[int, Field(ge=1, le=256)] = 4
+    store: Annotated[int, Field(ge=1, le=256)] = 4  #: with one repository
+
+
 class Config(KeySettings):
     """The whole file."""
 
@@ -132,6 +140,9 @@ class Config(KeySettings):
     vm: dict[str, VmSection] = Field(default_factory=dict)
     job: dict[JobName, JobSection] = Field(default_factory=dict)
     s3: S3Section | None = None
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+    hook: AbsolutePath | None = None  #: script that jobs call
+    hook_timeout: Duration = "10m"
 
 
 def _location(error: Any) -> tuple[str | int, ...]:
@@ -147,7 +158,12 @@ def _location(error: Any) -> tuple[str | int, ...]:
 def _known_keys(error: Any) -> list[str]:
     """The keys that may stand beside the one at fault."""
     location = tuple(error["loc"])
-    sections: dict[str, type[BaseModel]] = {"repository": RepositorySection, "vm": VmSection, "s3": S3Section}
+    sections: dict[str, type[BaseModel]] = {
+        "repository": RepositorySection,
+        "vm": VmSection,
+        "s3": S3Section,
+        "limits": LimitsSection,
+    }
     model = Config if len(location) == 1 else sections.get(str(location[0]), Config)
     if location[:1] == ("job",) and len(location) > 2:
         model = JOB_MODELS.get(str(location[2]), Config)

@@ -2,6 +2,7 @@
 
 FleeceError
 ├── UsageError                 the command line or the configuration is wrong (core)
+├── HookError                  a script of the user failed
 └── InterruptedBySignalError   SIGINT, SIGTERM or SIGHUP ended the work; everything was cleaned up
 """
 
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 import trio
 
 from core.errors import FleeceError
+
+
+class HookError(FleeceError):
+    """A script of the user cannot be run, failed, or took too long."""
 
 
 class InterruptedBySignalError(FleeceError):

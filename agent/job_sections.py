@@ -5,15 +5,26 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from agent.cli_verify import parse_duration
-from agent.config_types import AbsolutePath, NamespaceText, Owner, RepositoryName, Section, Size, checked
+from agent.config_types import (
+    AbsolutePath,
+    BackupId,
+    NamespaceText,
+    Owner,
+    RepositoryName,
+    Section,
+    Size,
+    checked,
+)
 from agent.s3_budget import Budget
 from agent.schedules import check_schedule
+from agent.specifications import parse_specification, parse_specifications
+from agent.vm_choice import Selector
 from core.errors import UsageError
 from datastore.filters import GroupFilter
 from datastore.names import is_safe_id
 
 #: Types that this version accepts in the file, so that it can be written once, but does not run.
-LATER_TYPES: Final = ("backup", "test-boot")
+LATER_TYPES: Final = ("test-boot",)
 
 
 def check_job_name(name: str) -> str:
@@ -55,9 +66,54 @@ def _check_mode(text: str) -> None:
 
 class _Job(Section):
     schedule: Schedule | None = None  #: None: only by 'fleece job run'
+    catch_up: bool = True  #: whether the agent makes up for a time that was missed
+    retries: Annotated[int, Field(ge=0, le=20)] = 0  #: so often what failed is tried again
+    retry_wait: Duration = "5m"  #: before each of them
     repository: str | None = None  #: None: the configuration's default
     comment: str | None = None
     s3_budget: Annotated[str, checked(Budget.parse)] | None = None  #: None: that of `[s3]`
+    hook: AbsolutePath | None = None  #: None: that of the top
+    hook_timeout: Duration | None = None
+
+
+class BackupJob(_Job):
+    """Backs up virtual machines, each into its group, and folders, images and files into one."""
+
+    type: Literal["backup"]
+    vm: list[Annotated[str, checked(Selector.parse)]] = Field(default_factory=list)
+    exclude_vm: list[Annotated[str, checked(Selector.parse)]] = Field(default_factory=list)
+    archives: list[Annotated[str, checked(parse_specification)]] = Field(default_factory=list)
+    ns: NamespaceText | None = None
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1  #: backups of this job at a time
+    owner: Owner | None = None
+    notes: str | None = None
+    bwlimit: Size | None = None
+    lock_wait: Duration = "10m"
+    keyfile: AbsolutePath | None = None
+    master_pubkey_file: AbsolutePath | None = None
+    crypt_mode: Literal["encrypt", "sign-only", "none"] | None = None
+    backup_id: BackupId | None = None  #: of the archives; None: this host's name
+    backup_type: Literal["host", "vm", "ct"] = "host"
+    change_detection_mode: Literal["legacy", "data", "metadata"] | None = None
+    exclude: list[str] = Field(default_factory=list)  #: patterns of files in the folders
+    exclude_caches: bool = False
+    include_dev: list[str] = Field(default_factory=list)
+    all_file_systems: bool = False
+    skip_lost_and_found: bool = False
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "BackupJob":
+        if not self.vm and not self.archives:
+            raise ValueError("it names nothing to back up: write vm = [...] or archives = [...]")
+        if self.exclude_vm and not self.vm:
+            raise ValueError("exclude-vm leaves out some of vm, which is empty")
+        if self.include_dev and self.all_file_systems:
+            raise ValueError("all-file-systems enters every file system: include-dev is too much")
+        try:
+            parse_specifications(self.archives)
+        except UsageError as error:
+            raise ValueError(f"archives: {error.where} is there twice") from error
+        return self
 
 
 class PruneJob(_Job):
@@ -141,16 +197,17 @@ class LaterJob(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: Literal["backup", "test-boot"]
+    type: Literal["test-boot"]
     schedule: Schedule | None = None
     repository: str | None = None
     comment: str | None = None
 
 
-RunnableJob = PruneJob | VerifyJob | GcJob | SyncJob
-JobSection = Annotated[LaterJob | PruneJob | VerifyJob | GcJob | SyncJob, Field(discriminator="type")]
+RunnableJob = BackupJob | PruneJob | VerifyJob | GcJob | SyncJob
+JobSection = Annotated[BackupJob | LaterJob | PruneJob | VerifyJob | GcJob | SyncJob, Field(discriminator="type")]
 #: By type, for suggestions.
 JOB_MODELS: Final[dict[str, type[BaseModel]]] = {
+    "backup": BackupJob,
     "prune": PruneJob,
     "verify": VerifyJob,
     "gc": GcJob,

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from agent.errors import first_cause
-from agent.job_sections import GcJob, LaterJob, PruneJob, RunnableJob, SyncJob, VerifyJob
+from agent.errors import HookError, first_cause
+from agent.hooks import Hook, Hooks, job_phases
+from agent.job_sections import BackupJob, GcJob, LaterJob, PruneJob, RunnableJob, SyncJob, VerifyJob
 from agent.job_store import JobStore, Recording, Run
 from agent.registry import Registry
 from agent.repositories import repository_at
+from agent.slots import Slots, store_key
 from core.errors import FleeceError, UsageError
 from core.progress import Progress, Task
 from core.render import Lines
+from core.units import format_duration
 from datastore.names import Namespace
 from repository.interface import Repository
 
@@ -69,7 +72,7 @@ def runnable(name: str, section: RunnableJob | LaterJob) -> RunnableJob:
     if isinstance(section, LaterJob):
         raise FleeceError(
             "run the job", name, f"this version does not run jobs of type {section.type}",
-            "it runs those of type prune, verify, gc and sync",
+            "it runs those of type backup, prune, verify, gc and sync",
         )  # fmt: skip
     return section
 
@@ -122,19 +125,19 @@ async def run_job(
         for problem in recording.problems:  # a full disk must not keep garbage collection from making room on it
             both.warn(problem)
         log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
+        hooks = job_hooks(section, config, recording, log)
         try:
-            spec = job_repository(name, section, config)
-            use = _s3_use(endpoints, config, section, both)
-            try:
-                async with repository_at(spec, config, registry, use) as repository:
-                    if isinstance(section, SyncJob):
-                        result = await _sync(section, spec, config, registry, repository, use, both)
-                    else:
-                        result = await _execute(section, spec, config, repository, both)
-            except FailedJobError as error:
-                error.result |= _cost(use, log)
-                raise
-            result |= _cost(use, log)
+            failed: list[str] = []
+            async with job_phases(hooks):
+                if isinstance(section, BackupJob):
+                    result, failed = await _backup(
+                        name, section, config, registry, endpoints, hooks, both, store, recording
+                    )
+                else:
+                    result = await _with_retries(name, section, config, registry, endpoints, hooks, both, log)
+            if failed:
+                more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+                raise FailedJobError("back up", ", ".join(failed[:5]) + more, "failed", result)
         except BaseException as error:
             _record_failure(recording, log, error, both.warnings)
             raise
@@ -144,6 +147,96 @@ async def run_job(
         except FleeceError as error:
             progress.warn(str(error))
         return recording.run
+
+
+def job_hooks(section: RunnableJob, config: "Config", recording: Recording, log: Progress) -> Hooks:
+    """The script that a run calls: the job's own, else the one of the top."""
+    from agent.cli_verify import parse_duration
+
+    path = section.hook or config.hook
+    hook = None if path is None else Hook(path, parse_duration(section.hook_timeout or config.hook_timeout))
+    variables = {"FLEECE_JOB": recording.run.job, "FLEECE_JOB_TYPE": section.type, "FLEECE_RUN": recording.run.id}
+    if (spec := section.repository or config.default_repository) is not None and "/" not in spec:
+        variables["STOREID"] = spec
+    return Hooks(hook, log.log, variables)
+
+
+def _slots(config: "Config") -> Slots:
+    from agent.places import private_run_dir
+
+    return Slots(private_run_dir() / "slots", config.limits.host, config.limits.store)
+
+
+async def _backup(
+    name: str,
+    section: BackupJob,
+    config: "Config",
+    registry: Registry,
+    endpoints: "EndpointRegistry | None",
+    hooks: Hooks,
+    progress: Progress,
+    store: JobStore,
+    recording: Recording,
+) -> tuple[dict[str, Any], list[str]]:
+    from agent.job_backup import JobContext, run_backup_job
+
+    await hooks.call("job-start")
+    s3 = None if endpoints is None else lambda: _one_use(endpoints, config, section, progress)
+    log_path = str(store.log_path(recording.run.id))
+    context = JobContext(name, config, registry, _slots(config), hooks, progress, log_path, s3)
+    return await run_backup_job(section, context)
+
+
+def _one_use(endpoints: "EndpointRegistry", config: "Config", section: RunnableJob, progress: Progress) -> "S3Use":
+    use = _s3_use(endpoints, config, section, progress)
+    assert use is not None
+    return use()
+
+
+async def _with_retries(
+    name: str,
+    section: PruneJob | VerifyJob | GcJob | SyncJob,
+    config: "Config",
+    registry: Registry,
+    endpoints: "EndpointRegistry | None",
+    hooks: Hooks,
+    progress: Progress,
+    log: Progress,
+) -> dict[str, Any]:
+    """The work of any type but backup, as often as the job says, until it is done."""
+    from agent.cli_verify import parse_duration
+
+    wait_s = parse_duration(section.retry_wait)
+    started = False
+    attempt = 1
+    while True:
+        use = _s3_use(endpoints, config, section, progress)
+        try:
+            spec = job_repository(name, section, config)
+            async with _slots(config).one(store_key(spec, config, registry), progress.log):
+                async with repository_at(spec, config, registry, use) as repository:
+                    if not started:
+                        await hooks.call("job-start")
+                        started = True
+                    if isinstance(section, SyncJob):
+                        result = await _sync(section, spec, config, registry, repository, use, progress)
+                    else:
+                        result = await _execute(section, spec, config, repository, progress)
+                return result | _cost(use, log)
+        except Exception as error:
+            cause = first_cause(error)
+            if isinstance(cause, FailedJobError):
+                cause.result |= _cost(use, log)
+            # Looking again does not heal a snapshot, and a hook or a configuration says the same the next time.
+            final = isinstance(cause, HookError | UsageError) or (
+                isinstance(section, VerifyJob) and isinstance(cause, FailedJobError)
+            )
+            if not isinstance(cause, FleeceError) or final or attempt > section.retries:
+                raise
+            progress.warn(f"failed: {cause}")
+        attempt += 1
+        progress.log(f"attempt {attempt} of {section.retries + 1} in {format_duration(wait_s)}")
+        await trio.sleep(wait_s)
 
 
 def _s3_use(

@@ -327,7 +327,9 @@ def _find_master(options: KeyOptions) -> MasterPublicKey | None:
     return MasterPublicKey.parse(read_small(path, what="read the master public key"), where=str(path))
 
 
-def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: None) -> BackupKeys:
+def backup_keys(
+    options: KeyOptions, say: Callable[[str], None] = lambda text: None, *, attended: bool = True
+) -> BackupKeys:
     """How a backup is to be written.
 
     With a key (named, or a default one) data is encrypted unless `--crypt-mode` says otherwise.
@@ -335,6 +337,7 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
     Args:
         options: of the command line.
         say: told which key is used.
+        attended: whether a terminal may be asked for a passphrase.
 
     Raises:
         UsageError: options that exclude each other, or a mode that needs a key and no key.
@@ -361,7 +364,7 @@ def backup_keys(options: KeyOptions, say: Callable[[str], None] = lambda text: N
         return BackupKeys(ChunkCodec())
     mode = CryptMode(wanted or CryptMode.ENCRYPT.value)
     master = _find_master(options)
-    key = unlock(found.file, found.where)
+    key = unlock(found.file, found.where, attended=attended)
     verb = "encrypting" if mode is CryptMode.ENCRYPT else "signing"
     kind = "default key" if found.default else "key"
     say(f"{verb} with the {kind} {short_fingerprint(key.fingerprint)} of {found.where}")

@@ -6,8 +6,9 @@ repository. Whatever fails or is killed before that costs a longer read next tim
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +46,14 @@ if TYPE_CHECKING:
 _INSTANT_TIMEOUT_S: Final = 5.0
 #: Seconds to find out whether somebody listens. A full queue of clients takes longer, and answers that too.
 _LOOK_TIMEOUT_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ViewHooks:
+    """Called around the instant of a running VM; what they raise fails the backup, and the VM is as before."""
+
+    before: Callable[[Snapshot], Awaitable[None]]  #: nothing is set up yet
+    after: Callable[[Snapshot], Awaitable[None]]  #: the guest goes on, nothing is read yet
 
 
 async def vm_target(repository: Repository, group: Group) -> str:
@@ -154,11 +163,13 @@ async def back_up_vm(
     notes: str | None = None,
     wrapped_key: bytes | None = None,
     on_listed: Callable[[Snapshot], None] = lambda _snapshot: None,
+    hooks: ViewHooks | None = None,
 ) -> BackupReport:
     """Back up the VM into `session`, running or not, and hand its bitmaps over when the snapshot is finished.
 
     `wrapped_key`, the backup key under a master key, is stored with it. `on_listed` is called as soon as the snapshot
-    is finished: a cancellation after that finds it listed, and the bitmaps are handed over all the same.
+    is finished: a cancellation after that finds it listed, and the bitmaps are handed over all the same. `hooks` are
+    for a VM that runs.
 
     Raises:
         FleeceError: it could not be backed up; the VM is as before, and no snapshot is listed.
@@ -170,7 +181,7 @@ async def back_up_vm(
     writer = SnapshotWriter(session, codec, progress, wrapped_key=wrapped_key)
     frozen_s, flavour = 0.0, None
     if await is_running(settings):
-        view = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes, on_listed)
+        view = await _back_up_running(settings, repository, writer, progress, files, bwlimit, notes, on_listed, hooks)
         if view is not None:
             frozen_s, flavour = view.frozen_s, view.flavour.value
     else:
@@ -188,12 +199,15 @@ async def _back_up_running(
     bwlimit: int | None,
     notes: str | None,
     on_listed: Callable[[Snapshot], None],
+    hooks: ViewHooks | None,
 ) -> FrozenView | None:
     session = writer.session
     group = session.snapshot.group
     beside = _Beside(progress)
     view = None
     finished = False
+    if hooks is not None:
+        await hooks.before(session.snapshot)
     try:
         async with frozen_view(
             str(settings.qmp),
@@ -213,6 +227,8 @@ async def _back_up_running(
             on_step=progress.log,
             on_warning=progress.warn,
         ) as view:
+            if hooks is not None:
+                await hooks.after(session.snapshot)
             for left in view.left_out:
                 progress.log(f"{left.device} is left out: {left.reason}")
             await writer.add_disks(view.sources, bwlimit=bwlimit)

@@ -31,10 +31,23 @@ virtio0 = "system"
 [vm.web.disks]
 system = "/var/lib/web.qcow2"
 
+[limits]
+host = 2
+store = 1
+
 [job.nightly]
 type = "backup"
 schedule = "02:00"
-vm = ["web"]
+vm = ["web", "tag:prod*", "id:1??", "socket:/run/qemu/*.qmp"]
+exclude-vm = ["test-*"]
+archives = ["etc.pxar:/etc", "fstab.conf:/etc/fstab"]
+exclude = ["*.tmp"]
+parallel = 2
+retries = 3
+retry-wait = "1m"
+catch-up = false
+hook = "/etc/fleece/hook"
+hook-timeout = "30s"
 
 [job.old]
 type = "prune"
@@ -91,6 +104,12 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
             2,
             "job.x.type must be one of 'backup', 'test-boot', 'prune', 'verify', 'gc', 'sync'",
         ),
+        ('[job.x]\ntype = "backup"\n', 1, "job.x: it names nothing to back up"),
+        ('[job.x]\ntype = "backup"\nvm = ["tag:"]\n', 3, "job.x.vm.0: it says nothing"),
+        ('[job.x]\ntype = "backup"\nvm = ["socket:run/x"]\n', 3, "the path of a socket begins with a /"),
+        ('[job.x]\ntype = "backup"\narchives = ["a:/x"]\n', 3, "job.x.archives.0: it is not of the form"),
+        ('[job.x]\ntype = "backup"\narchives = ["a.pxar:/x", "a.pxar:/y"]\n', 1, "'a.pxar' is there twice"),
+        ("[limits]\nhosts = 2\n", 2, "limits.hosts is no known option (did you mean 'host'?)"),
         ('[job.x]\nschedule = "daily"\n', 1, "job.x.type is missing"),
         ('[job."a/b"]\ntype = "gc"\n', 1, "letters, digits"),
         ('[job.x]\ntype = "gc"\nschedul = "daily"\n', 3, "job.x.schedul is no known option (did you mean 'schedule'?)"),

@@ -1,0 +1,142 @@
+"""Which virtual machines a job means: by name, id, tag or socket, each with patterns, and without what is excluded."""
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from core.errors import UsageError
+
+if TYPE_CHECKING:
+    from agent.config import Config, VmSection
+    from agent.vm_settings import VmOptions
+
+Kind = Literal["name", "id", "tag", "socket"]
+_KINDS: Final[tuple[Kind, ...]] = ("name", "id", "tag", "socket")
+_WILDCARDS: Final = frozenset("*?[")
+#: Endings of sockets that are no part of a virtual machine's name.
+_SOCKET_ENDINGS: Final = (".qmp", ".sock", ".socket", ".monitor")
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """One entry of `vm` or `exclude-vm`."""
+
+    kind: Kind
+    pattern: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Selector":
+        """Read `NAME`, `name:PATTERN`, `id:PATTERN`, `tag:PATTERN` or `socket:/PATH`.
+
+        Raises:
+            UsageError: nothing behind the colon, or a socket whose path is not absolute.
+        """
+        kind, colon, pattern = text.partition(":")
+        found = cls(kind, pattern) if colon and kind in _KINDS else cls("name", text)
+        if not found.pattern:
+            raise UsageError("choose virtual machines by", repr(text), "it says nothing")
+        if found.kind == "socket" and not found.pattern.startswith("/"):
+            raise UsageError("choose virtual machines by", repr(text), "the path of a socket begins with a /")
+        return found
+
+    @property
+    def is_pattern(self) -> bool:
+        """False if it means one certain virtual machine, which must be there then."""
+        return self.kind == "tag" or not _WILDCARDS.isdisjoint(self.pattern)
+
+    def __str__(self) -> str:
+        return self.pattern if self.kind == "name" else f"{self.kind}:{self.pattern}"
+
+    def matches(self, name: str | None, id: str, tags: Sequence[str], qmp: Path | None) -> bool:
+        """Whether it means the virtual machine."""
+        if self.kind == "name":
+            return name is not None and fnmatchcase(name, self.pattern)
+        if self.kind == "id":
+            return fnmatchcase(id, self.pattern)
+        if self.kind == "tag":
+            return any(fnmatchcase(tag, self.pattern) for tag in tags)
+        return qmp is not None and fnmatchcase(str(qmp), self.pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenVm:
+    """A virtual machine that a job backs up."""
+
+    label: str
+    options: "VmOptions"
+    certain: bool  #: it was named, not only matched
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the selectors of a job mean."""
+
+    vms: list[ChosenVm]
+    missing: list[str]  #: selectors of a certain one that is not there
+    idle: list[str]  #: patterns that match nothing
+
+
+def choose_vms(config: "Config", wanted: Sequence[str], excluded: Sequence[str]) -> Choice:
+    """The virtual machines that are meant, those of the configuration first, in its order, then sockets by their path.
+
+    Looks into folders for `socket:` selectors; call it in a thread where that may be slow.
+    """
+    from agent.vm_settings import VmOptions
+
+    selectors = [Selector.parse(text) for text in wanted]
+    without = [Selector.parse(text) for text in excluded]
+    sockets = {selector: _sockets(selector) for selector in selectors if selector.kind == "socket"}
+    used: set[Selector] = set()
+    found: list[ChosenVm] = []
+
+    def consider(name: str | None, section: "VmSection | None", id: str, qmp: Path | None) -> None:
+        tags = section.tags if section is not None else ()
+        by = [
+            selector
+            for selector in selectors
+            if (qmp in sockets[selector] if selector in sockets else selector.matches(name, id, tags, qmp))
+        ]
+        used.update(by)
+        if by and not any(selector.matches(name, id, tags, qmp) for selector in without):
+            options = VmOptions(name=name) if name is not None else VmOptions(qmp=qmp, id=id)
+            found.append(ChosenVm(name or id, options, any(not selector.is_pattern for selector in by)))
+
+    for name, section in config.vm.items():
+        consider(name, section, section.id or name, section.qmp)
+    configured = {section.qmp for section in config.vm.values()}
+    for path in sorted({path for paths in sockets.values() for path in paths} - configured):
+        consider(None, None, _id_of(path), path)
+    unused = [selector for selector in dict.fromkeys(selectors) if selector not in used]
+    return Choice(
+        found,
+        [str(selector) for selector in unused if not selector.is_pattern],
+        [str(selector) for selector in unused if selector.is_pattern],
+    )
+
+
+def _sockets(selector: Selector) -> set[Path]:
+    if not selector.is_pattern:
+        return {Path(selector.pattern)}
+    return {Path(text) for text in glob.glob(selector.pattern) if _is_socket(text)}  # noqa: PTH207 - absolute patterns
+
+
+def _is_socket(text: str) -> bool:
+    import stat
+
+    try:
+        return stat.S_ISSOCK(os.stat(text).st_mode)  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def _id_of(path: Path) -> str:
+    """`web` of `/run/qemu/web.qmp`."""
+    name = path.name
+    for ending in _SOCKET_ENDINGS:
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return name
