@@ -100,7 +100,7 @@ class Capabilities:
     """What may be asked of a QEMU without hurting its guest. docs/hypervisor.md, "Versions"."""
 
     version: tuple[int, int, int]
-    flavour: str  #: `stock`, or `proxmox` for a QEMU with Proxmox VE's additions (driven by the stock commands)
+    flavour: str  #: `stock`, or `proxmox` for a QEMU with Proxmox VE's additions
     compat: bool
     """Before 8.2: reads of the frozen view must lie inside one cluster of 64 KiB, and its allocation map is that of the
     live disk."""
