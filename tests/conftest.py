@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.cache import ROOT, Unavailable
 from tests.support.guest import SmallGuest, small_guest
@@ -22,6 +23,16 @@ from tests.support.warm_command import WarmCommand
 # A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals cannot use.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The same examples in every run, so that a change is refused for what it changed; `make test-long` draws new ones.
+# A busy machine is slow to draw them, which says nothing about a test.
+settings.register_profile(
+    "always the same",
+    derandomize=not os.environ.get("FLEECE_TEST_LONG"),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("always the same")
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,25 +15,45 @@ from tests.support.cache import ROOT
 ROOMS = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(), str(path))
+@cache
+def modules() -> list[tuple[str, ast.Module]]:
+    return [
+        (path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(), str(path)))
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*.py"))
+    ]
+
+
+@cache
+def imported_by() -> dict[str, set[str]]:
+    """What each module imports: of `from a import b` both `a` and `a.b`."""
+    found: dict[str, set[str]] = {}
+    for module, tree in modules():
+        names = found.setdefault(module, set())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@cache
+def attributes_in() -> dict[str, set[str]]:
+    """The dotted names in each module."""
+    return {
+        module: {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for module, tree in modules()
+    }
 
 
 def importers(package: str) -> list[str]:
     """The modules that import `package` or something in it."""
-
-    def imports(node: ast.AST) -> bool:
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            return False
-        return any(name == package or name.startswith(f"{package}.") for name in names)
-
-    return [name for name, tree in modules() if any(imports(node) for node in ast.walk(tree))]
+    return [
+        module
+        for module, names in imported_by().items()
+        if any(name == package or name.startswith(f"{package}.") for name in names)
+    ]
 
 
 def test_qmp_library_is_imported_in_exactly_one_module() -> None:
@@ -51,11 +71,7 @@ def test_the_http_library_is_imported_in_one_module(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["concurrent.futures", "multiprocessing", "threading.Thread"])
 def test_no_module_starts_threads_or_pools_of_its_own(package: str) -> None:
-    used = [
-        name
-        for name, tree in modules()
-        if package in {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    ]
+    used = [module for module, names in attributes_in().items() if package in names]
     assert importers(package) + used == []
 
 

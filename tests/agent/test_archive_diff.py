@@ -120,7 +120,7 @@ def in_order(paths: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("at_once", [0, 8192])
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=None)
 @given(before=trees(), after=trees(), split=st.tuples(st.booleans(), st.booleans()))
 def test_any_two_trees_differ_by_what_their_dictionaries_differ(
     monkeypatch: pytest.MonkeyPatch, at_once: int, before: Tree, after: Tree, split: tuple[bool, bool]

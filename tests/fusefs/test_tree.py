@@ -21,6 +21,7 @@ from repository.archive import open_cache
 from repository.interface import FileInfo
 from repository.local import LocalRepository, open_local
 from tests.fusefs.mounts import CHUNK, CONF, FIRST, IMAGE, IMAGE_BLOCKS, KEY, SECOND, put, random_bytes, write
+from tests.support.waiting import until
 
 TIMES = ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]
 
@@ -290,6 +291,7 @@ async def test_a_snapshot_made_anew_under_its_old_name_has_new_nodes(
     store: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(nodes, "LISTING_TTL_S", 0.0)
+    monkeypatch.setattr("fusefs.pool.WATCH_S", 0.02)
     # Random data, as blobs of one length shall have one size.
     one, other = random_bytes(len(CONF), 1), random_bytes(size, 2)
     snapshot = Snapshot.parse(f"vm/8/{TIMES[0]}")
@@ -303,10 +305,7 @@ async def test_a_snapshot_made_anew_under_its_old_name_has_new_nodes(
         lease, content = await old.open()
         assert bytes(await content.read(0, 1 << 20)) == one
         lease.release()
-        for _ in range(1000):  # until it is closed
-            if not len(root.shared.pool):
-                break
-            await trio.sleep(0.01)
+        await until(lambda: not len(root.shared.pool))
         await repo.forget(snapshot)
         await write(repo, "vm/8", FIRST, {"a.conf.blob": other, "b.conf.blob": one})
         with pytest.raises(StaleError, match="made anew"):

@@ -178,10 +178,11 @@ async def test_a_cancelled_backup_leaves_nothing(qemu: QemuBinary, tmpfs: Path) 
     async with vm_with(qemu, tmpfs) as (vm, bench):
         await bench.backup(vm)
         before = await vm.bitmaps("fmt-d0")
-        with trio.move_on_after(0.3) as scope:
+        with trio.CancelScope() as scope:
             async with bench.view(vm) as view:
-                while True:
-                    await content(view)
+                await content(view)
+                scope.cancel()
+                await content(view)
         assert scope.cancelled_caught
         assert await vm.bitmaps("fmt-d0") == before
 
@@ -382,14 +383,14 @@ async def test_a_hanging_scratch_folder_costs_the_guest_one_timeout_and_no_more(
                 # The end of the backup is waiting meanwhile: it must not take QEMU with it.
                 for offset in range(8, 16):
                     await trio.sleep(0.3)
-                    assert await write(offset) < 2
+                    assert await write(offset) < 3
                 thaw()
 
             with pytest.raises(SnapshotBrokenError, match="too slow"):
-                async with bench.view(vm, scratch=Scratch(folder / "s", min_free=0), cbw_timeout_s=1) as view:
+                async with bench.view(vm, scratch=Scratch(folder / "s", min_free=0), cbw_timeout_s=3) as view:
                     freeze()
-                    assert 0.5 < await write(0) < 10
-                    assert await write(4) < 2
+                    assert 2 < await write(0) < 30
+                    assert await write(4) < 3
                     nursery.start_soon(go_on)
                     await content(view)
             assert list((folder / "s").iterdir()) == []

@@ -198,7 +198,7 @@ async def test_a_server_that_never_greets_is_given_up() -> None:
 
 
 async def test_a_server_that_stops_answering_is_given_up_and_breaks_the_pool() -> None:
-    async with nbdkit("memory", "16M") as server, open_nbd(server.address, timeout_s=0.7) as pool:
+    async with nbdkit("memory", "16M") as server, open_nbd(server.address, timeout_s=2.0) as pool:
         await pool.read_into(0, bytearray(MIB))
         server.stop_answering()
         with trio.fail_after(60), pytest.raises(NbdSourceError, match="does not answer") as caught:

@@ -159,9 +159,10 @@ async def test_a_failed_restore_removes_the_file_it_made(tmp_path: Path, name: s
         async with open_target(str(tmp_path / name), SIZE) as target:
             await target.write(0, DATA)
             raise Boom
-    with trio.move_on_after(0.4) as scope:
+    with trio.CancelScope() as scope:
         async with open_target(str(tmp_path / name), SIZE) as target:
             await target.write(0, DATA)
+            scope.cancel()
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert list(tmp_path.iterdir()) == []
@@ -553,11 +554,9 @@ async def test_a_stream_whose_reader_went_away_is_an_error(kind: str) -> None:
 async def test_a_write_to_a_stream_that_nobody_reads_can_be_cancelled(kind: str) -> None:
     read_end, write_end = os.pipe() if kind == "pipe" else (end.detach() for end in socket.socketpair())
     target = StreamTarget(write_end)
-    start = trio.current_time()
     with trio.move_on_after(0.1) as scope:
         await target.write(DATA)
     assert scope.cancelled_caught
-    assert trio.current_time() - start < 3
     assert os.get_blocking(write_end)
     target.close()
     os.close(write_end)

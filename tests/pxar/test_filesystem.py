@@ -666,7 +666,7 @@ def acls(draw: st.DrawFn) -> Acl:
     return Acl(users, groups, group_obj, default, default_users, default_groups)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(acls(), st.integers(0, 0o777))
 def test_restored_acls_are_read_again_as_they_were_stored(ext4: Path, form: str, stored: Acl, mode: int) -> None:
     path = ext4 / "folder"

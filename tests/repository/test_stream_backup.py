@@ -28,6 +28,7 @@ from repository.stored_bytes import open_streams
 from repository.stream_backup import GATHERED, StreamBackup, StreamSpec
 from repository.stream_reference import StreamReference, open_reference
 from repository.verify import verify
+from tests.support.waiting import cancelled_when
 
 GROUP = Group(BackupType.HOST, "web")
 AVERAGE = 64 << 10
@@ -243,11 +244,15 @@ async def test_error_of_the_store_ends_the_thread(repo: LocalRepository, monkeyp
 async def test_cancelled_backup_ends_the_thread(repo: LocalRepository) -> None:
     choose = random.Random(1)
 
+    written = 0
+
     def write(streams: Sequence[StreamBackup]) -> None:
+        nonlocal written
         while True:
             streams[0].write(choose.randbytes(100_000))
+            written += 1
 
-    with trio.move_on_after(0.3) as scope:
+    async with cancelled_when(lambda: written > 3) as scope:
         await back_up(repo, 1_700_000_000, write)
     assert scope.cancelled_caught
     assert await repo.snapshots() == []

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import trio
 from core.errors import SourceError
 from hypervisor.nbd_client import NbdAddress, open_nbd
 
-PATIENCE_S: Final = 20.0
+PATIENCE_S: Final = 60.0
 
 
 @dataclass
@@ -31,6 +32,10 @@ class ChildServer:
     def stop_answering(self) -> None:
         """Freeze it: connections stay open, nothing comes."""
         self.process.send_signal(signal.SIGSTOP)
+        # Its threads stop one after the other, and one that still runs would answer.
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+            time.sleep(0.001)
 
     async def kill(self) -> None:
         """End it at once, as a crash does."""
