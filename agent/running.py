@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 import trio
 
 from agent.errors import InterruptedBySignalError, first_cause
+from core.limits import bound_malloc
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ def run(
             that the error can be reported in peace.
         Exception: the first cause of a failure; groups of exceptions are resolved.
     """
+    bound_malloc()
     # nohup and background shells ignore a signal on purpose.
     watched = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     # What arrives before trio listens counts; what arrives when it no longer does comes too late.

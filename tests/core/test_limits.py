@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 import threading
+from platform import libc_ver
 
 import pytest
 import trio
@@ -48,3 +52,40 @@ async def test_cancellation_waits_for_the_thread() -> None:
     with trio.move_on_after(0.01):
         await in_io_thread(work)
     assert finished.is_set()
+
+
+#: Threads that all live at once, and how many places glibc has for what they free.
+ARENAS = """
+import ctypes, os, sys, threading
+from core.limits import bound_malloc
+if sys.argv[1] == "bound":
+    bound_malloc()
+barrier = threading.Barrier(6)
+def work():
+    held = bytes(100_000)
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(6)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+read, write = os.pipe()
+file = ctypes.c_void_p(libc.fdopen(write, b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(os.read(read, 1 << 16).count(b"<heap nr="))
+"""
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="another C library")
+def test_threads_share_the_places_of_memory() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def places(how: str, **more: str) -> int:
+        line = [sys.executable, "-c", ARENAS, how]
+        done = subprocess.run(line, env=environment | more, capture_output=True, text=True, check=True, timeout=60)
+        return int(done.stdout)
+
+    assert places("free") > 2
+    assert places("bound") == 2
+    assert places("bound", MALLOC_ARENA_MAX="3") == 3
