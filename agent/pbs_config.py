@@ -26,7 +26,7 @@ _MAX_SIZE: Final = 4 << 20
 #: The widest mode of a file with secrets: PBS's own.
 _SECRET_MODE: Final = 0o640
 _HEADER: Final = re.compile(r"(?P<kind>[A-Za-z0-9_-]+):\s*(?P<id>\S+)\s*")
-_OPTION: Final = re.compile(r"\s+(?P<name>[A-Za-z0-9_-]+)(?:\s+(?P<value>.*?))?\s*")
+_OPTION: Final = re.compile(r"\s+(?P<name>[A-Za-z0-9_-]+)(?:\s(?P<value>.*))?")
 _TRUE: Final = frozenset({"1", "on", "yes", "true"})
 _FALSE: Final = frozenset({"0", "off", "no", "false"})
 _TEXTS: Final = ("endpoint", "region", "access-key", "fingerprint", "rate-in", "burst-in", "rate-out", "burst-out")
@@ -86,7 +86,7 @@ def sections(text: str) -> list[tuple[str, str, dict[str, str]]]:
         if header := _HEADER.fullmatch(line):
             found.append((header["kind"], header["id"], {}))
         elif found and (option := _OPTION.fullmatch(line)):
-            found[-1][2].setdefault(option["name"], option["value"] or "")
+            found[-1][2].setdefault(option["name"], (option["value"] or "").strip())
     return found
 
 
@@ -99,8 +99,12 @@ def properties(text: str) -> dict[str, str]:
 def _read(path: Path, *, secret: bool = False) -> str:
     what = "read the configuration of PBS"
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        # Not blocking: nobody may ever write into a pipe in its place.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise FleeceError(what, str(path), "it is no file")
+            mode = stat.S_IMODE(found.st_mode)
             if secret and mode & ~_SECRET_MODE:
                 why = f"its mode is {mode:04o}, and there are secrets in it"
                 raise FleeceError(what, str(path), why, f"chmod 640 {path}, and think of making new keys")

@@ -8,7 +8,7 @@ from typing import Final
 from core.buffers import Buffer
 from datastore.s3.counters import Method
 from datastore.s3.errors import S3BackendError, S3ClockError, S3Error, S3ObjectError
-from datastore.s3.xml import ErrorBody
+from datastore.s3.xml import ErrorBody, printable
 
 #: Bytes of an answer that refuses something.
 MAX_ERROR_SIZE: Final = 1 << 20
@@ -117,7 +117,7 @@ def refusal(call: Call, reply: Reply, where: str, ahead_s: float) -> S3Error:
     if code == "RequestTimeTooSkewed":
         why = f"the clocks of this machine and the endpoint differ by {abs(ahead_s):.0f} s"
         return S3ClockError(call.what, where, why, "set this machine's clock", status=status, code=code)
-    region = reply.headers.get("x-amz-bucket-region", "")
+    region = printable(reply.headers.get("x-amz-bucket-region", ""))
     if reply.error is not None:
         region = region or reply.error.details.get("Region", "")
     if status in (301, 302, 303, 307, 308) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
@@ -125,7 +125,7 @@ def refusal(call: Call, reply: Reply, where: str, ahead_s: float) -> S3Error:
         hint = f"the bucket is in region {region}" if region else "the region or the endpoint is wrong"
         return S3BackendError(call.what, where, why, hint, status=status, code=code)
     if code == "InvalidObjectState" and reply.error is not None:
-        tier = reply.error.details.get("StorageClass") or reply.headers.get("x-amz-storage-class", "")
+        tier = reply.error.details.get("StorageClass") or printable(reply.headers.get("x-amz-storage-class", ""))
         why = f"the object lies in the archive tier {tier or 'of the provider'}"
         return S3ObjectError(
             call.what, where, why, "restore it there to the standard tier first", status=status, code=code

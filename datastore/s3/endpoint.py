@@ -4,6 +4,7 @@ The template of the host name is PBS's: `{{bucket}}.` may stand at its start, `{
 """
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -82,7 +83,8 @@ class Endpoint:
         self._require(not self.fingerprint_only or self.fingerprint, "fingerprint-only needs a fingerprint")
         for name in ("put_rate_limit", "request_rate_limit", "rate_in", "burst_in", "rate_out", "burst_out"):
             value = getattr(self, name)
-            self._require(value is None or value > 0, f"{name.replace('_', '-')} must be more than 0")
+            possible = value is None or (value > 0 and math.isfinite(value))
+            self._require(possible, f"{name.replace('_', '-')} must be more than 0")
         for text in self.throttle_codes:
             self._require(text and _THROTTLE.fullmatch(text), f"{text!r} is no status, code or STATUS/CODE")
 

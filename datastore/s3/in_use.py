@@ -16,6 +16,7 @@ import trio
 from datastore.errors import StoreError
 from datastore.s3.client import S3Client
 from datastore.s3.keys import StoreKeys
+from datastore.s3.xml import printable
 
 #: Bytes of a marker that are read.
 _LIMIT: Final = 1 << 16
@@ -37,7 +38,12 @@ class InUseMarker:
         try:
             document = json.loads(data)
             fleece = document.get("fleece") or {}
-            return cls(str(document.get("hostname", "")), fleece.get("instance"), fleece.get("since"))
+            hostname, instance, since = document.get("hostname", ""), fleece.get("instance"), fleece.get("since")
+            return cls(
+                printable(str(hostname)),
+                instance if isinstance(instance, str) else None,
+                printable(since) if isinstance(since, str) else None,
+            )
         except (ValueError, AttributeError, RecursionError):
             return cls("", None, None)
 

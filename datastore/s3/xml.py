@@ -18,8 +18,9 @@ MAX_XML_SIZE: Final = 16 << 20
 #: Keys in one request that deletes (R16).
 MAX_DELETE_KEYS: Final = 1000
 _NAMESPACE: Final = "http://s3.amazonaws.com/doc/2006-03-01/"
-#: Characters kept of a server's message.
+#: Characters kept of a server's message, and of its other words.
 _MAX_MESSAGE: Final = 300
+_MAX_WORD: Final = 64
 
 
 class Listed(NamedTuple):
@@ -76,8 +77,13 @@ def parse_error(body: Buffer) -> ErrorBody | None:
         return None
     fields = {_name(child): (child.text or "").strip() for child in root}
     code, message = fields.pop("Code", ""), fields.pop("Message", "")
-    printable = "".join(character if character.isprintable() else " " for character in message)
-    return ErrorBody(code[:64], printable[:_MAX_MESSAGE], fields)
+    details = {name: printable(text) for name, text in fields.items()}
+    return ErrorBody(printable(code), printable(message, _MAX_MESSAGE), details)
+
+
+def printable(text: str, limit: int = _MAX_WORD) -> str:
+    """The beginning of a server's own words, without what would steer a terminal or break a line of a log."""
+    return "".join(character if character.isprintable() else " " for character in text[:limit])
 
 
 def parse_page(body: Buffer) -> Page:
@@ -112,7 +118,7 @@ def parse_buckets(body: Buffer) -> list[Bucket]:
         if _name(child) == "Buckets":
             for bucket in child:
                 fields = _fields(bucket)
-                found.append(Bucket(fields.get("Name", ""), fields.get("CreationDate", "")))
+                found.append(Bucket(printable(fields.get("Name", "")), printable(fields.get("CreationDate", ""))))
     return found
 
 
@@ -135,9 +141,8 @@ def parse_delete(body: Buffer) -> list[DeleteFailure]:
     for child in _root(body, "DeleteResult"):
         if _name(child) == "Error":
             fields = _fields(child)
-            failures.append(
-                DeleteFailure(fields.get("Key", ""), fields.get("Code", ""), fields.get("Message", "")[:_MAX_MESSAGE])
-            )
+            code, message = printable(fields.get("Code", "")), printable(fields.get("Message", ""), _MAX_MESSAGE)
+            failures.append(DeleteFailure(fields.get("Key", ""), code, message))
     return failures
 
 
@@ -210,8 +215,8 @@ def _listed(element: ElementTree.Element) -> Listed:
         size = int(fields["Size"])
         modified = parse_iso(fields["LastModified"])
         key = fields["Key"]
-    except (KeyError, ValueError) as error:
-        raise _wrong(f"an object of the listing lacks or garbles {error}") from error
+    except (KeyError, ValueError, OverflowError) as error:
+        raise _wrong(f"an object of the listing lacks or garbles {printable(str(error))}") from error
     if size < 0:
         raise _wrong(f"an object of {size} bytes")
     return Listed(key, size, modified, fields.get("ETag", "").strip('"'), fields.get("StorageClass", ""))
@@ -222,6 +227,7 @@ def parse_iso(text: str) -> float:
 
     Raises:
         ValueError: another form.
+        OverflowError: a time before or after all times.
     """
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

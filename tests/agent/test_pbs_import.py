@@ -1,6 +1,7 @@
 """What a PBS host has is made known here; its files are in its own form."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def test_secrets_that_others_may_read_or_change_are_refused(pbs: Path, mode: int
 def test_a_damaged_file_gives_nothing_that_can_be_used(pbs: Path, text: str) -> None:
     (pbs / "datastore.cfg").write_text(text)
     assert all(store.path is None for store in read_datastores(pbs))
+
+
+def test_a_line_of_many_blanks_is_read_at_once(pbs: Path) -> None:
+    """Searched in the wrong way it takes the square of its length: hours."""
+    (pbs / "datastore.cfg").write_text("datastore: main\n\tpath /a\n\tcomment x" + " " * 2_000_000 + "y\n")
+    assert [one.name for one in read_datastores(pbs)] == ["main"]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(pbs: Path) -> None:
+    (pbs / "datastore.cfg").unlink()
+    os.mkfifo(pbs / "datastore.cfg")
+    with pytest.raises(FleeceError, match="it is no file"):
+        read_datastores(pbs)
 
 
 def test_without_endpoints_there_are_none_and_without_datastores_it_is_an_error(pbs: Path) -> None:

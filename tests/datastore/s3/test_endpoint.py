@@ -73,6 +73,8 @@ def test_what_is_no_host_name_is_refused(template: str) -> None:
         ({"fingerprint": "00:11"}, "32 bytes"),
         ({"fingerprint_only": True}, "needs a fingerprint"),
         ({"put_rate_limit": 0}, "put-rate-limit must be more than 0"),
+        ({"put_rate_limit": float("nan")}, "put-rate-limit must be more than 0"),
+        ({"request_rate_limit": float("inf")}, "request-rate-limit must be more than 0"),
         ({"throttle_codes": ("403/",)}, "no status, code or STATUS/CODE"),
         ({"throttle_codes": ("",)}, "no status, code or STATUS/CODE"),
     ],

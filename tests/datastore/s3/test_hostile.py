@@ -1,5 +1,6 @@
 """Listings and objects that no honest endpoint would give, and what old versions of PBS have left behind."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ import trio
 from core.progress import Progress
 from datastore.names import Group
 from datastore.s3.client import S3Client
-from datastore.s3.errors import S3AnswerError
+from datastore.s3.errors import S3AnswerError, S3BackendError
+from datastore.s3.in_use import InUseMarker
 from datastore.s3.reconcile import reconcile
 from datastore.s3.refresh import refresh
 from repository.local import LocalRepository
 from tests.support.s3_bucket import FakeBucket
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS
+from tests.support.s3_service import BUCKET
 from tests.support.s3_stores import NAME, s3_store
 from tests.support.snapshots import CHUNK, CODEC, read_image, write_snapshot
 
@@ -129,3 +132,22 @@ async def test_what_old_versions_of_pbs_left_behind_is_survived(store_folder: Pa
         assert [key for key in foreign if key not in bucket.objects] == [], "what is not understood is left alone"
         assert await read_image(repo, snapshot, "disk.img.fidx") == image
         assert CODEC.digest(image[:CHUNK]).hex() in str(sorted(bucket.objects))
+
+
+def test_a_forged_marker_names_nobody_in_a_way_that_harms() -> None:
+    forged = {"hostname": "h\x1b[2J\n" + "x" * 9999, "fleece": {"instance": ["no", "text"], "since": {"a": "b"}}}
+    marker = InUseMarker.parse(json.dumps(forged).encode())
+    assert (marker.instance, marker.since) == (None, None)
+    assert str(marker).isprintable()
+    assert len(str(marker)) < 100
+    forged["fleece"] = {"instance": "someone", "since": "\x1b]0;title\x07"}
+    assert str(InUseMarker.parse(json.dumps(forged).encode())).isprintable()
+
+
+async def test_headers_of_a_redirect_are_shown_as_text(s3_emulator: S3Emulator) -> None:
+    s3_emulator.plan("GET", "answer", status=301, headers={"x-amz-bucket-region": "eu\x9b31m" + "x" * 999})
+    async with S3Client.open(s3_emulator.endpoint(), BUCKET) as client:
+        with pytest.raises(S3BackendError, match="the bucket is in region eu") as raised:
+            await client.get("st1/a")
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 400

@@ -177,3 +177,36 @@ def test_answers_of_a_real_gateway_are_understood(golden: Path) -> None:
                     parse(answer.encode())
                     seen[name] = seen.get(name, 0) + 1
     assert seen.keys() == kinds.keys()
+
+
+def test_words_of_a_server_steer_no_terminal_and_fill_no_log() -> None:
+    """Whoever sees an error sees text: no C1 control of a terminal, no second line in a log."""
+    evil = "a\u009b31m&#10;b\u202e" + "x" * 500
+    error = parse_error(f"<Error><Code>{evil}</Code><Region>{evil}</Region><Message>{evil}</Message></Error>".encode())
+    assert error is not None
+    for text in (error.code, error.details["Region"], error.message):
+        assert text.isprintable()
+        assert len(text) <= 300
+    [failure] = parse_delete(
+        f"<DeleteResult><Error><Key>k</Key><Code>{evil}</Code><Message>{evil}</Message></Error></DeleteResult>".encode()
+    )
+    assert failure.code.isprintable()
+    assert failure.message.isprintable()
+    assert len(failure.code) <= 64
+    [bucket] = parse_buckets(
+        f"<ListAllMyBucketsResult><Buckets><Bucket><Name>{evil}</Name></Bucket></Buckets></ListAllMyBucketsResult>".encode()
+    )
+    assert bucket.name.isprintable()
+
+
+@pytest.mark.parametrize("when", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59"])
+def test_a_time_at_the_end_of_all_times_is_an_error_or_a_time(when: str) -> None:
+    body = (
+        "<ListBucketResult><Contents><Key>k</Key><Size>1</Size>"
+        f"<LastModified>{when}</LastModified><ETag>e</ETag></Contents></ListBucketResult>"
+    )
+    try:
+        page = parse_page(body.encode())
+    except FormatError:
+        return
+    assert isinstance(page.objects[0].last_modified, float)
