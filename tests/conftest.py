@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.cache import ROOT, Unavailable
+from tests.support.golden_store import unpack_golden_store
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
 from tests.support.rgw import RunningRgw, ceph, running_rgw
@@ -175,3 +176,14 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden data in {folder} (FLEECE_GOLDEN)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def golden_store(golden: Path, store_pool: StorePool) -> Iterator[Path]:
+    """The datastore that a real PBS wrote, for tests that change nothing others look at."""
+    base = store_pool.lend()
+    try:
+        unpack_golden_store(golden, base)
+        yield base
+    finally:
+        store_pool.take_back(base)

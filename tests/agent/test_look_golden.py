@@ -1,14 +1,10 @@
 """`fleece ls`, `find`, `diff` and `catalog dump` on archives, catalogs and images that a real PBS client wrote."""
 
 import base64
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.support.stores import StorePool
 
 from .conftest import Fleece
 
@@ -16,23 +12,10 @@ DAY_1, DAY_2 = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def golden_repo(golden: Path, store_pool: StorePool) -> Iterator[Path]:
-    base = store_pool.lend()
-    try:
-        with tarfile.open(golden / "store.tar") as archive:
-            if hasattr(tarfile, "data_filter"):
-                archive.extraction_filter = tarfile.data_filter
-            archive.extractall(base)
-        yield base
-    finally:
-        store_pool.take_back(base)
-
-
 @pytest.fixture
-def pbs(fleece: Fleece, golden_repo: Path) -> Fleece:
+def pbs(fleece: Fleece, golden_store: Path) -> Fleece:
     """The command with that datastore as its repository."""
-    fleece.repo = golden_repo
+    fleece.repo = golden_store
     return fleece
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from datastore.codec import CryptKey
+from tests.support.golden_store import unpack_golden_store
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +19,7 @@ def golden_store(golden: Path) -> Iterator[Path]:
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="fleece-golden-", dir=memory if memory.is_dir() else None))
     try:
-        with tarfile.open(golden / "store.tar") as archive:
-            if hasattr(tarfile, "data_filter"):
-                archive.extraction_filter = tarfile.data_filter
-            archive.extractall(folder)
+        unpack_golden_store(golden, folder)
         yield folder
     finally:
         shutil.rmtree(folder)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import tarfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from datastore.marked import MarkedDigests
 from datastore.names import Snapshot
 from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
+from tests.support.golden_store import unpack_golden_store
 from tests.support.snapshots import CHUNK, write_snapshot
 from tests.support.stores import chunk_files
 
@@ -604,10 +604,7 @@ async def test_status_that_cannot_be_written_is_a_warning(
 
 async def test_golden_store_is_counted_as_pbs_counted_it(golden: Path, repo: LocalRepository) -> None:
     base = repo.store.base
-    with tarfile.open(golden / "store.tar") as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extraction_filter = tarfile.data_filter
-        archive.extractall(base)
+    unpack_golden_store(golden, base)
     theirs = read_status(base)
     assert theirs is not None
     assert Upid.parse(str(theirs.upid)).kind == "garbage_collection"

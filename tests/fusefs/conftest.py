@@ -1,7 +1,6 @@
 """Fixtures of the mount's tests."""
 
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,21 +51,3 @@ def shared_store(store_pool: StorePool) -> Iterator[Path]:
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Path:
     return tmp_path / "mnt"
-
-
-@pytest.fixture(scope="module")
-def golden_store(golden: Path, store_pool: StorePool) -> Iterator[Path]:
-    """The datastore that a real PBS wrote."""
-    base = store_pool.lend()
-    try:
-        with tarfile.open(golden / "store.tar") as archive:
-            for member in archive:
-                if member.isfile():
-                    data = archive.extractfile(member)
-                    assert data is not None
-                    target = base / member.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data.read())
-        yield base
-    finally:
-        store_pool.take_back(base)

@@ -9,10 +9,8 @@ import stat
 import subprocess
 import sys
 import threading
-from base64 import b64decode
 from dataclasses import replace
 from functools import partial
-from json import loads
 from pathlib import Path
 
 import pytest
@@ -37,6 +35,7 @@ from tests.fusefs.mounts import (
 )
 from tests.pxar.archives import Item, archived, item
 from tests.pxar.strategies import trees
+from tests.support.golden_store import golden_key
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("fuse")]
 
@@ -102,7 +101,7 @@ def test_archives_of_pbs_show_the_tree_that_they_were_made_from(
 
 
 def test_encrypted_archives_of_pbs_need_their_key(golden: Path, golden_store: Path, mountpoint: Path) -> None:
-    key = b64decode(loads((golden / "keys/plain.key").read_text())["data"]).hex()
+    key = golden_key(golden).hex()
     with mounted(golden_store, mountpoint) as mount:
         assert names(mount.path / f"host/enc/{TIME}") == []
         assert names(mount.path / f"host/enc-legacy/{TIME}") == []

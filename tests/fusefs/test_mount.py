@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,7 @@ from tests.fusefs.mounts import (
     write,
 )
 from tests.support.cache import ROOT as CHECKOUT
+from tests.support.golden_store import golden_key
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("fuse")]
 
@@ -393,7 +393,7 @@ def test_a_datastore_of_pbs_shows_the_digests_that_pbs_had(
     golden: Path, golden_store: Path, mountpoint: Path, with_key: bool
 ) -> None:
     expected = json.loads((golden / "expected.json").read_text())
-    key = b64decode(json.loads((golden / "keys/plain.key").read_text())["data"])
+    key = golden_key(golden)
     signed = expected["host/signed/2026-01-01T00:00:00Z"]["data.img.fidx"]["content-sha256"]
     seen = 0
     with mounted(golden_store, mountpoint, *(["--key", key.hex()] if with_key else [])) as mount:

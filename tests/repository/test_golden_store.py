@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from repository.backup import SnapshotWriter
 from repository.local import LocalRepository, open_local
 from repository.restore import restore_blob, restore_disk
 from repository.verify import verify
+from tests.support.golden_store import unpack_golden_store
 from tests.support.stores import chunk_files
 
 DEEP = Namespace.parse("a/b")
@@ -29,10 +29,7 @@ VM = Group.parse("vm/100")
 
 @pytest.fixture
 async def repo(golden: Path, store_folder: Path) -> AsyncIterator[LocalRepository]:
-    with tarfile.open(golden / "store.tar") as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extraction_filter = tarfile.data_filter
-        archive.extractall(store_folder)
+    unpack_golden_store(golden, store_folder)
     local = await open_local(store_folder)
     yield local
     local.close()

@@ -1,6 +1,5 @@
 """Prune and small changes on a datastore that a real PBS wrote."""
 
-import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,14 +11,12 @@ from datastore.names import MANIFEST_NAME, Namespace
 from datastore.prune import KeepOptions, Mark
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, verify
+from tests.support.golden_store import unpack_golden_store
 
 
 @pytest.fixture
 async def repo(golden: Path, store_folder: Path) -> AsyncIterator[LocalRepository]:
-    with tarfile.open(golden / "store.tar") as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extraction_filter = tarfile.data_filter
-        archive.extractall(store_folder)
+    unpack_golden_store(golden, store_folder)
     local = await open_local(store_folder)
     yield local
     local.close()

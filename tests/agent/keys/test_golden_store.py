@@ -2,33 +2,12 @@
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.stores import StorePool
-
 from ..conftest import Fleece
 from .conftest import failed
-
-
-@pytest.fixture(scope="module")
-def golden_store(golden: Path, store_pool: StorePool) -> Iterator[Path]:
-    base = store_pool.lend()
-    try:
-        with tarfile.open(golden / "store.tar") as archive:
-            for member in archive:
-                if member.isfile():
-                    data = archive.extractfile(member)
-                    assert data is not None
-                    target = base / member.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data.read())
-        yield base
-    finally:
-        store_pool.take_back(base)
 
 
 @pytest.fixture
