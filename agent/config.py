@@ -35,7 +35,7 @@ MAX_CONFIG_SIZE: Final = 1 << 20
 
 
 _SERVER_OPTIONS: Final = frozenset(
-    ("fingerprint", "fingerprint_only", "password_file", "rate_in", "burst_in", "rate_out", "burst_out")
+    ("fingerprint", "fingerprint_only", "password_file", "rate_in", "burst_in", "rate_out", "burst_out", "uploads")
 )
 
 
@@ -59,6 +59,7 @@ class RepositorySection(KeySettings):
     burst_in: Size | None = None
     rate_out: Size | None = None  #: bytes a second to the server
     burst_out: Size | None = None
+    uploads: Annotated[int, Field(ge=1, le=64)] | None = None  #: chunks on their way to the server at a time
     ns: NamespaceText = ""  #: namespace that is used when the command names none
     owner: Owner | None = None  #: of groups that this host creates there
     sync_level: SyncLevel | None = None  #: how chunks reach the disk; None leaves it to the datastore

@@ -19,6 +19,7 @@ from core.errors import FleeceError, UsageError
 from core.units import parse_size
 from repository.interface import Repository
 from repository.remote.address import RemoteAddress
+from repository.remote.connection import UPLOADS
 from repository.remote.login import Ticket
 from repository.remote.opening import RemoteOptions, open_remote, open_server
 
@@ -153,6 +154,7 @@ def remote_options(spec: RemoteSpec, *, may_ask: bool = True, login: bool = Fals
         burst_in=burst_in,
         rate_out=rate_out or None,
         burst_out=burst_out,
+        uploads=UPLOADS if section is None or section.uploads is None else section.uploads,
     )
 
 

@@ -194,6 +194,16 @@ class BlockingPuts(Protocol):
         ...
 
 
+@runtime_checkable
+class PutsAtOnce(Protocol):
+    """What a `BackupSession` offers besides, if its way is so long that the usual number of puts may not fill it."""
+
+    @property
+    def puts_at_once(self) -> int:
+        """Chunks that should be on their way to it at a time, at least 1."""
+        ...
+
+
 class Reader(Protocol):
     """One snapshot being read; holds its shared lock, so prune leaves it alone meanwhile."""
 

@@ -29,10 +29,11 @@ from datastore.blob import Blob, BlobKind
 from datastore.codec import ChunkCodec
 from datastore.interface import PutResult
 from repository.buffers import batch_size
-from repository.interface import FIXED_CHUNK_SIZE, BackupSession, BlockingPuts
+from repository.interface import FIXED_CHUNK_SIZE, BackupSession, BlockingPuts, PutsAtOnce
 from repository.report import ArchiveReport
 
-#: Encoded chunks on their way to the session. One at a time is at most 28 MB/s at 150 ms round trip.
+#: Encoded chunks on their way to the session, unless it wants another number. One at a time is at most 28 MB/s at
+#: 150 ms round trip.
 PUTS_IN_FLIGHT: Final = 16
 #: Seconds an incomplete batch waits for company: less than hashing a chunk alone takes where batches matter.
 LINGER_S: Final = 0.01
@@ -108,7 +109,8 @@ class Pipeline:
         self._starving: list[Callable[[], bool]] = []
         # Touched by worker threads too: the ends of a deque are safe to use from any thread.
         self._to_encode: deque[Chunk] = deque()
-        self._permits: deque[None] = deque([None] * PUTS_IN_FLIGHT)
+        self._puts_at_once = session.puts_at_once if isinstance(session, PutsAtOnce) else PUTS_IN_FLIGHT
+        self._permits: deque[None] = deque([None] * self._puts_at_once)
         self._encoded: deque[tuple[Chunk, Blob]] = deque()
         self._putters = ParkingLot()
         self._blocking: BlockingPuts | None = None  # set while workers store chunks themselves
@@ -128,7 +130,7 @@ class Pipeline:
         async with open_nursery() as crew:
             for _ in range(cpu_count()):
                 crew.start_soon(self._work)
-            for _ in range(PUTS_IN_FLIGHT):
+            for _ in range(self._puts_at_once):
                 crew.start_soon(self._put)
             yield
             crew.cancel_scope.cancel()

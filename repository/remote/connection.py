@@ -27,6 +27,8 @@ from repository.remote.rest import (
 
 #: Seconds for the answer to an upgrade: servers lock the group meanwhile, and wait 3 s before they refuse.
 UPGRADE_TIMEOUT_S: Final = 120.0
+#: Chunks of a backup on their way at a time, as the reference client has at most.
+UPLOADS: Final = 16
 #: Bytes of the answer to a small call.
 MAX_SMALL: Final = 1 << 20
 _MAX_HEAD: Final = 64 << 10
@@ -54,10 +56,12 @@ class RemoteServer:
         received: TokenBucket | None = None,
         sent: TokenBucket | None = None,
         scheme: str = "https",
+        uploads: int = UPLOADS,
     ) -> None:
         self.address: Final = address
         self.rest: Final = rest
         self.credentials: Final = credentials
+        self.uploads: Final = uploads  #: chunks of a backup on their way at a time
         self._dialer = dialer
         self._received, self._sent = received, sent
         self._scheme = scheme

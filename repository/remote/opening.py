@@ -10,7 +10,7 @@ from core.dial import Confirm, Dialer, Proxy, TlsPin
 from datastore.s3.http import HttpPool
 from datastore.s3.pacing import TokenBucket
 from repository.remote.address import RemoteAddress
-from repository.remote.connection import RemoteServer
+from repository.remote.connection import UPLOADS, RemoteServer
 from repository.remote.login import NoSecrets, Secrets, TicketCredentials, TicketStore, TokenCredentials
 from repository.remote.repository import RemoteRepository
 from repository.remote.rest import Credentials, RestClient
@@ -34,6 +34,7 @@ class RemoteOptions:
     burst_in: float | None = None
     rate_out: float | None = None
     burst_out: float | None = None
+    uploads: int = UPLOADS  #: chunks of a backup on their way at a time
 
 
 @asynccontextmanager
@@ -52,7 +53,9 @@ async def open_server(address: RemoteAddress, options: RemoteOptions) -> AsyncIt
             credentials = TokenCredentials(address, options.secrets)
         else:
             credentials = TicketCredentials(address, options.secrets, rest, store=options.tickets)
-        yield RemoteServer(address, dialer, rest, credentials, received=received, sent=sent)
+        yield RemoteServer(
+            address, dialer, rest, credentials, received=received, sent=sent, uploads=options.uploads
+        )  # fmt: skip
     finally:
         with trio.CancelScope(shield=True):  # closes sockets, waits for nobody
             await pool.aclose()

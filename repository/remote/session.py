@@ -67,6 +67,7 @@ class RemoteBackupSession:
         self.snapshot: Final = snapshot
         self.base: Snapshot | None = None
         self.warnings: list[str] = []
+        self.puts_at_once: Final = server.uploads
         self._client, self._server = client, server
         self._where = str(snapshot)
         self._known = DigestSet()

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from core.progress import Progress
@@ -94,9 +94,9 @@ async def run_task(
     *,
     what: str,
     where: str,
-    lines: list[str] | None = None,
+    listener: Callable[[str], None] | None = None,
 ) -> tuple[str, str]:
-    """Start a task and follow it to its end; returns its UPID and exit status.
+    """Start a task and follow it to its end; returns its UPID and exit status. `listener` is told every line too.
 
     Raises:
         RemoteError: the server says no, or is away.
@@ -110,8 +110,8 @@ async def run_task(
 
     def line(text: str) -> None:
         progress.log(text)
-        if lines is not None:
-            lines.append(text)
+        if listener is not None:
+            listener(text)
 
     with progress.task(f"{what} {where}", None, "lines"):
         return upid, await follow(repository.server, upid, line, what=what, where=where)
@@ -165,13 +165,12 @@ async def verify(
         else:
             parameters |= group_parameters(job) if isinstance(job, Group) else snapshot_parameters(job)
             where = str(job)
-        lines: list[str] = []
+        log = _VerifyLog({str(info.snapshot) for info in before})
         upid, status = await run_task(
-            repository, "/verify", parameters, progress, what="verify", where=where, lines=lines
+            repository, "/verify", parameters, progress, what="verify", where=where, listener=log.line
         )
-        errors = _errors(lines)
         after = {info.snapshot: info for info in await _covered(repository, job, depth)}
-        found = [_result(info.snapshot, after.get(info.snapshot), upid, errors) for info in before]
+        found = [_result(info.snapshot, after.get(info.snapshot), upid, log.errors) for info in before]
         if not any(one.errors for one in found):
             # It failed for another reason than a damaged snapshot.
             check_status(status, what="verify", where=where)
@@ -213,15 +212,19 @@ def _result(snapshot: Snapshot, info: SnapshotInfo | None, upid: str, errors: di
     return VerifyResult(snapshot, errors.get(str(snapshot)) or ["the log of the server's task tells what is wrong"])
 
 
-def _errors(lines: Sequence[str]) -> dict[str, list[str]]:
-    """What a task's log says of each snapshot, by its name; for people, nothing depends on it."""
-    found: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in lines:
-        match = _SNAPSHOT_LINE.search(line)
+class _VerifyLog:
+    """What a task's log says of each snapshot; for people, nothing depends on it. Keeps little, however long it is."""
+
+    def __init__(self, snapshots: Collection[str]) -> None:
+        self.errors: Final[dict[str, list[str]]] = {}  #: by snapshot
+        self._snapshots = snapshots
+        self._current: list[str] | None = None
+
+    def line(self, text: str) -> None:
+        """Take the next line."""
+        match = _SNAPSHOT_LINE.search(text)
         if match is not None:
-            current = found.setdefault(match[1], [])
+            self._current = self.errors.setdefault(match[1], []) if match[1] in self._snapshots else None
         begins = match.end() if match is not None else 0
-        if _ERROR_LINE.search(line[begins:]) and len(current) < _MAX_LINES:
-            current.append(line.strip())
-    return found
+        if self._current is not None and len(self._current) < _MAX_LINES and _ERROR_LINE.search(text, begins):
+            self._current.append(text.strip())

@@ -41,11 +41,12 @@ async def look_again(
         await target.replace_manifest(snapshot, wanted)
         report = SnapshotReport(snapshot, Outcome.UPDATED)
     if all(file.filename != CLIENT_LOG_NAME for file in there.files):
-        log = await client_log(source.reader, context.progress)
-        if log is not None:
-            await target.upload_log(snapshot, log)
-            report = report or SnapshotReport(snapshot, Outcome.LOG)
-            report.sent += len(log)
+        async with context.batches:  # a source may send more than it says: only so many of these at a time
+            log = await client_log(source.reader, context.progress)
+            if log is not None:
+                await target.upload_log(snapshot, log)
+                report = report or SnapshotReport(snapshot, Outcome.LOG)
+                report.sent += len(log)
     return report
 
 

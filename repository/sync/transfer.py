@@ -89,11 +89,13 @@ async def send_snapshot(source: Source, session: BackupSession, context: SyncCon
     with context.progress.task(snapshot_text(session.snapshot), total) as task:
         for file in source.manifest.files:
             await send_file(source.reader, session, file, context, report, task)
-    log = await client_log(source.reader, context.progress)
-    if log is not None and isinstance(session, LogSession):
-        await _paced(context, len(log))
-        await session.put_log(log)
-        report.sent += len(log)
+    if isinstance(session, LogSession):
+        async with context.batches:  # as for blobs
+            log = await client_log(source.reader, context.progress)
+            if log is not None:
+                await _paced(context, len(log))
+                await session.put_log(log)
+                report.sent += len(log)
     # Manifest last: a snapshot counts as finished once it is there.
     await session.put_blob(MANIFEST_NAME, source.raw)
     return report

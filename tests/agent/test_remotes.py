@@ -106,11 +106,13 @@ def test_options_come_from_environment_configuration_and_what_was_confirmed(monk
         rate-in = "1M"
         rate-out = "2M"
         burst-out = "8M"
+        uploads = 40
     """
     spec = RemoteSpec(ADDRESS, parse_config(text, "f").repository["offsite"])
     options = remote_options(spec, may_ask=False)
     assert (options.pin.fingerprint, options.pin.only) == (b"\x02" * 32, True)
     assert (options.rate_in, options.rate_out, options.burst_in, options.burst_out) == (1 << 20, 2 << 20, None, 8 << 20)
+    assert (options.uploads, remote_options(RemoteSpec(ADDRESS), may_ask=False).uploads) == (40, 16)
     monkeypatch.setenv("PBS_FINGERPRINT", ":".join(["03"] * 32))
     monkeypatch.setenv("ALL_PROXY", "http://proxy.example:3128")
     options = remote_options(spec, may_ask=False)

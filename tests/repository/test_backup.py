@@ -173,17 +173,22 @@ async def test_several_disks_share_one_bounded_pool(monkeypatch: pytest.MonkeyPa
     ]
 
 
-async def test_two_reads_per_disk_and_sixteen_puts_are_in_flight() -> None:
+@pytest.mark.parametrize("wanted", [None, 3])
+async def test_two_reads_per_disk_and_sixteen_puts_are_in_flight_or_as_many_as_the_session_wants(
+    wanted: int | None,
+) -> None:
     repository = MemoryRepository()
     repository.put_gate = trio.Event()
     disk = MemoryDisk(IMG, chunks_of("abcdefghijklmnopqrstuvwxyz0123"), delay_s=0.001)
     async with repository.backup(GROUP.at(1000)) as session, trio.open_nursery() as nursery:
+        if wanted is not None:
+            session.puts_at_once = wanted  # type: ignore[attr-defined]
         nursery.start_soon(SnapshotWriter(session, ChunkCodec()).add_disk, disk)
         with trio.fail_after(60):
-            while session.in_flight < pipeline.PUTS_IN_FLIGHT:  # noqa: ASYNC110 - a count is no event
+            while session.in_flight < (wanted or pipeline.PUTS_IN_FLIGHT):  # noqa: ASYNC110 - a count is no event
                 await trio.sleep(0.005)
         await trio.sleep(0.05)
-        assert session.in_flight == pipeline.PUTS_IN_FLIGHT
+        assert session.in_flight == (wanted or pipeline.PUTS_IN_FLIGHT)
         repository.put_gate.set()
     assert len(session.puts) == 30
     assert disk.most_in_flight == disk_backup.READS_IN_FLIGHT

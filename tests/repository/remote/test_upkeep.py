@@ -9,6 +9,7 @@ from datastore.errors import LockedError, ProtectedError, SnapshotNotFoundError
 from datastore.names import Group, Namespace
 from datastore.prune import KeepOptions
 from repository.remote.errors import RemoteRefusedError
+from repository.remote.upkeep import _VerifyLog
 from repository.verify import VerifyOptions
 from tests.support.pbs_double import PbsDouble
 from tests.support.remote import remote
@@ -99,6 +100,19 @@ async def test_prune_and_verify_are_the_servers(autojump_clock: trio.testing.Moc
         assert (await repo.collect_garbage()).status.disk_chunks == 7
         with pytest.raises(UsageError):
             await repo.collect_garbage(dry_run=True)
+
+
+def test_of_the_log_of_a_verification_little_is_kept_however_long_it_is() -> None:
+    name = "vm/100/1970-01-01T00:16:40Z"
+    log = _VerifyLog({name})
+    for number in range(2000):
+        log.line(f"verify store:host/h{number}/1970-01-01T00:16:40Z")  # nobody asked for these
+        log.line("chunk cc was not loaded: verify failed")
+    log.line(f"verify store:{name}")
+    for _ in range(2000):
+        log.line("chunk aa was not loaded: verify failed")
+    log.line("percentage done: 100%")
+    assert log.errors == {name: ["chunk aa was not loaded: verify failed"] * 20}
 
 
 async def test_a_task_that_we_give_up_is_stopped(autojump_clock: trio.testing.MockClock) -> None:
