@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import random
 import select
 import shutil
 import signal
@@ -253,12 +254,12 @@ def test_encrypted_folders_need_their_key(stored: Fleece, tree: Path, tmp_path: 
 
 
 def test_a_damaged_chunk_costs_the_files_in_it_and_is_told(stored: Fleece, tree: Path, tmp_path: Path) -> None:
-    (tree / "a file before").write_bytes(os.urandom(20 * MIB))
+    content = random.Random(4).randbytes(20 * MIB)
+    (tree / "a file before").write_bytes(content)
     back_up(stored, tree)
     assert stored.repo is not None
-    chunks = chunk_files(stored.repo)
-    # A large one is of contents that cannot be compressed, in the middle of that file.
-    victim = max(chunks, key=lambda path: path.stat().st_size)
+    # The one with its end, which cannot be compressed and is too far from its beginning for one chunk.
+    (victim,) = (path for path in chunk_files(stored.repo) if content[-MIB // 2 - 64 : -MIB // 2] in path.read_bytes())
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -272,6 +273,17 @@ def test_a_damaged_chunk_costs_the_files_in_it_and_is_told(stored: Fleece, tree:
     assert {"a file before"} <= missing <= {"a file before", "big"}
     code, _, err = piped(stored, "restore", SNAPSHOT, "root.pxar/a file before", "-")
     assert (code, victim.name in err) == (1, True)
+    for format in ("tar", "zip"):
+        code, out, err = piped(stored, "restore", SNAPSHOT, "root.pxar", "-", "--format", format)
+        assert (code, victim.name in err) == (1, True)
+        assert "cannot write to its end 'a file before'" in err
+        # Whoever unpacks what came so far notices that it is not all.
+        (tmp_path / format).write_bytes(out)
+        with pytest.raises((tarfile.ReadError, zipfile.BadZipFile)), (tmp_path / format).open("rb") as file:
+            if format == "zip":
+                zipfile.ZipFile(file)
+            with tarfile.open(fileobj=file) as archive:
+                archive.getmembers()
     failed = stored("restore", SNAPSHOT, "root.pxar/a file before", tmp_path / "one", "--output", "json")
     assert (failed.code, failed.out, (tmp_path / "one").exists()) == (1, "", False)
     assert victim.name in failed.error["why"]
