@@ -44,7 +44,7 @@ def _files() -> "TaskFiles":
 
 
 def _info(files: "TaskFiles", upid: str) -> "TaskInfo":
-    info = files.load().get(upid)
+    info = files.listed().get(upid)
     if info is None:
         raise NotFoundError("find the task", repr(upid), "the server knows none of that name", "see 'fleece task list'")
     return info
@@ -56,7 +56,7 @@ def list_tasks(
     running: Annotated[bool, typer.Option("--running", help="Only those that run.")] = False,
 ) -> None:
     """List the tasks, the newest first."""
-    tasks = [one for one in reversed(_files().load().values()) if not running or one.end is None]
+    tasks = [one for one in reversed(_files().listed().values()) if not running or one.status is None]
     tasks = tasks[:limit] if limit else tasks
     document = [_entry(one) for one in tasks]
 
@@ -91,24 +91,24 @@ def log(
     info = _info(files, upid)
 
     def lines() -> Iterator[str]:
-        shown, end = 0, info.end
+        shown, over = 0, info.status is not None
         while True:
-            found = files.read_log(upid)
-            yield from found[shown:]
-            shown = len(found)
-            if end is not None or not follow:
+            found, shown = files.log_lines(upid, shown)
+            yield from found
+            if over or not follow:
                 return
             time.sleep(_POLL_S)
-            end = _info(files, upid).end
+            over = _info(files, upid).status is not None
 
-    invocation.emit({**_entry(info), "log": files.read_log(upid)}, lines)
+    invocation.emit({**_entry(info), "log": files.log_lines(upid)[0]}, lines)
 
 
 def stop(invocation: Invocation, upid: UpidArgument) -> None:
     """Ask the server to end a task; a backup that is stopped leaves nothing behind."""
     files = _files()
     info = _info(files, upid)
-    if info.end is None:
+    runs = info.status is None
+    if runs:
         files.ask_to_stop(upid)
-    words = "The server will stop it within a second or so." if info.end is None else "It had ended already."
-    invocation.emit({"upid": upid, "asked": info.end is None}, lambda: words)
+    words = "The server will stop it within a second or so." if runs else "It had ended already."
+    invocation.emit({"upid": upid, "asked": runs}, lambda: words)

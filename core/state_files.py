@@ -80,6 +80,7 @@ class StateFile:
 
         Raises:
             OSError: it cannot be written, the old one stays.
+            FleeceError: it would be longer than what is read.
             UnicodeEncodeError: a text that is not UTF-8.
         """
         text = f"# {self.header}\n"
@@ -87,6 +88,8 @@ class StateFile:
             text += f"\n[{self.kind}.{_quoted(name)}]\n"
             text += "".join(f"{key} = {_value(value)}\n" for key, value in table.items() if value is not None)
         data = text.encode()
+        if len(data) > _MAX_SIZE:
+            raise FleeceError(f"write {self.what}", str(self.path), f"it would have more than {_MAX_SIZE} bytes")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.stem}.", dir=self.path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:

@@ -1,9 +1,11 @@
 """The application: who a request comes from, which call it means, and its answer."""
 
+import logging
 from collections.abc import Mapping
 from typing import Final
 from urllib.parse import unquote
 
+from core.errors import FleeceError
 from server.access.auth_ids import AuthId
 from server.answers import Answer, refusal
 from server.api import access, browse, contents, remotes, snapshots, stores, sync, sync_jobs, tasks, upkeep
@@ -28,6 +30,7 @@ from server.routing import (
 from server.schema import BOOL, SNAPSHOT, optional
 from server.state import ServerState
 
+_LOG = logging.getLogger(__name__)
 _READER: Final = {**SNAPSHOT, "debug": optional(BOOL, False)}
 _BACKUP: Final = {**_READER, "benchmark": optional(BOOL, False), "no-cache": optional(BOOL, False)}
 ENDPOINTS: Final = (
@@ -48,6 +51,9 @@ _PROTOCOLS: Final = {"/backup": BACKUP, "/reader": READER}
 _HOST_COOKIE: Final = "__Host-PBSAuthCookie"
 _COOKIE: Final = "PBSAuthCookie"
 _TOKEN: Final = "PBSAPIToken"
+#: Bytes, and seconds, of a body whose sender is not known.
+_MAX_LOGIN: Final = 16 << 10
+_LOGIN_S: Final = 20.0
 _METHODS: Final = ("GET", "POST", "PUT", "DELETE")
 
 
@@ -78,6 +84,12 @@ class Application:
         except UnauthorizedError as error:
             refused = error
             return await answer(lambda: _raise(refused), what)
+        except FleeceError as error:
+            # Where the files lie is nobody's business who has not shown who it is.
+            _LOG.error("%s", error)
+            return refusal(ApiError("the server cannot read its users"), extjs=extjs)
+        if caller is not None:
+            request.known()
         if found is None:
             return refusal(ApiError(f"Path '{request.path}' not found.", 404), extjs=extjs)
         endpoint, in_path = found
@@ -85,7 +97,10 @@ class Application:
         async def work() -> object:
             check_declared(endpoint, self._state, caller, in_path)
             # The body is read when it is clear that its sender may send one.
-            data = await body.all(endpoint.max_body) if request.method in ("POST", "PUT") else await body.all(65_536)
+            if endpoint.access is Open.WORLD:
+                data = await body.all(_MAX_LOGIN, _LOGIN_S)
+            else:
+                data = await body.all(endpoint.max_body if request.method in ("POST", "PUT") else 65_536)
             return await self._call(endpoint, in_path, request, caller, data)
 
         if endpoint.upgrade is not None:
@@ -150,7 +165,7 @@ class Application:
             raise UnauthorizedError("failed to parse API token")
         if not access.active(token):
             raise UnauthorizedError("user account or token disabled or expired.")
-        if not await access.check_secret(token, unquote(secret, errors="replace")):
+        if not await access.check_secret(token, unquote(secret, errors="replace"), request.peer):
             raise UnauthorizedError("invalid credentials")
         return token
 

@@ -1,11 +1,14 @@
 """The calls of the backup protocol and what they check (spec 8.2 to 8.9)."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import trio
+
 from core.errors import FleeceError, UsageError
-from core.limits import in_io_thread
+from core.limits import in_cpu_thread, in_io_thread
 from datastore.blob import MAX_ENCODED_CHUNK, Blob
 from datastore.fixed_index import FixedIndex
 from datastore.manifest import Manifest
@@ -87,6 +90,9 @@ class BackupCalls:
         self._debug = debug
         self._writers: dict[int, _Writer] = {}
         self._next = 1
+        self._opening: Final = trio.Lock()
+        self._changing = 0  #: calls at work that write into the snapshot
+        self._learned: set[str] = set()  #: indexes whose chunks are known
         self._entries = 0
         self._files = 0
         self._manifest: bytes | None = None
@@ -133,7 +139,8 @@ class BackupCalls:
         self._check_open()
         name = call["archive-name"]
         answer, index = await download(self._store, self._session.base, name)
-        if index is not None:
+        if index is not None and name not in self._learned:
+            self._learned.add(name)
             self._session.learn(index)
             self._task.log(f"register chunks in '{name}' from previous backup '{self._session.base}'.")
         return answer
@@ -141,6 +148,10 @@ class BackupCalls:
     # Indexes.
 
     async def _open_fixed(self, call: Call) -> object:
+        async with self._opening:  # clients pipeline; of two that open the same name at a time one is refused
+            return await self._opened_fixed(call)
+
+    async def _opened_fixed(self, call: Call) -> int:
         name, size, reuse = call["archive-name"], call["size"], call["reuse-csum"]
         self._check_name(name, ArchiveKind.FIXED)
         entries = 32 * -(-size // FIXED_CHUNK_SIZE)
@@ -170,10 +181,11 @@ class BackupCalls:
 
     async def _open_dynamic(self, call: Call) -> object:
         name = call["archive-name"]
-        self._check_name(name, ArchiveKind.DYNAMIC)
-        number = await self._session.open_index(name)
-        self._task.log(f'created new dynamic index {self._next} ("{self._session.snapshot}/{name}")')
-        return self._register(_Writer(ArchiveKind.DYNAMIC, name, number))
+        async with self._opening:
+            self._check_name(name, ArchiveKind.DYNAMIC)
+            number = await self._session.open_index(name)
+            self._task.log(f'created new dynamic index {self._next} ("{self._session.snapshot}/{name}")')
+            return self._register(_Writer(ArchiveKind.DYNAMIC, name, number))
 
     def _check_name(self, name: str, kind: ArchiveKind) -> None:
         try:
@@ -205,6 +217,16 @@ class BackupCalls:
         if self._finishing:
             raise ApiError("backup is already in the process of finishing.")
 
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """`finish` is refused while the block runs."""
+        self._check_open()
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+
     async def _chunk(self, call: Call, kind: ArchiveKind) -> object:
         self._check_open()
         writer = self._writer(call["wid"], kind)
@@ -214,8 +236,8 @@ class BackupCalls:
         if kind is ArchiveKind.FIXED and size > FIXED_CHUNK_SIZE:
             raise ApiError(f"fixed writer '{writer.name}' - got large chunk ({size} > {FIXED_CHUNK_SIZE}")
         blob = await chunk_checker().check(blob, digest, size)
-        self._check_open()
-        duplicate, stored = await self._session.put_chunk(writer.number, digest, size, blob)
+        with self._change():
+            duplicate, stored = await self._session.put_chunk(writer.number, digest, size, blob)
         self._chunks += 1
         self._plain += size
         self._stored += stored
@@ -301,13 +323,17 @@ class BackupCalls:
                 self._files += 1
             self._manifest = bytes(blob)
         else:
-            await self._session.put_blob(name, blob, for_client=True)
+            with self._change():
+                await self._session.put_blob(name, blob, for_client=True)
             self._files += 1
         self._task.log(f'add blob "{self._session.snapshot}/{name}" ({len(blob)} bytes, comp: {len(blob)})')
         return None
 
     async def _finish_call(self, call: Call) -> object:
-        self._check_open()
+        async with self._opening:
+            self._check_open()
+        if self._changing:
+            raise ApiError("other requests are still being answered - unable to finish backup")
         if self._writers:
             raise ApiError("found open index writer - unable to finish backup")
         if not self._files:
@@ -323,9 +349,14 @@ class BackupCalls:
             "compressed_size": self._stored,
             "duplicates": self._duplicates,
         }
+        given = self._manifest
+
+        def completed() -> bytes:
+            manifest = Manifest.parse(given, where=str(self._session.snapshot))
+            return bytes(manifest.with_unprotected({"chunk_upload_stats": stats}).encode())
+
         try:
-            manifest = Manifest.parse(self._manifest, where=str(self._session.snapshot))
-            blob = manifest.with_unprotected({"chunk_upload_stats": stats}).encode()
+            blob = await in_cpu_thread(completed)
         except FleeceError as error:
             raise ApiError(f"unable to update manifest blob - {error}") from error
         await self._session.put_blob(MANIFEST_NAME, blob)

@@ -42,6 +42,7 @@ class _Holder:
         self._wanted = trio.Event()
         self._left = trio.Event()
         self._error: Exception | None = None
+        self.finished = False
 
     async def hold(self, *, task_status: trio.TaskStatus[LocalBackupSession] = trio.TASK_STATUS_IGNORED) -> None:
         try:
@@ -57,6 +58,7 @@ class _Holder:
                 try:
                     if not self.benchmark:
                         await session.finish()
+                    self.finished = True
                 except FleeceError as error:
                     self._error = error
         finally:
@@ -68,6 +70,12 @@ class _Holder:
         await self._left.wait()
         if self._error is not None:
             raise self._error
+
+    async def settled(self) -> bool:
+        """Wait for the end of a `finish` that is at work; True if the snapshot is there."""
+        if self._wanted.is_set():
+            await self._left.wait()
+        return self.finished
 
 
 @asynccontextmanager
@@ -101,7 +109,8 @@ async def backup(call: Call) -> AsyncIterator[H2Session]:
                 task.log(f"starting new {kind} on datastore '{store}' from {call.peer}: \"{_in_ns(call)}{wanted}\"")
                 calls = BackupCalls(repository, session, holder.finish, task, debug=values["debug"])
                 yield H2Session(calls, state, caller)
-                if not calls.finished:
+                # The connection may end while `finish` is at work: what is on the disk decides.
+                if not await holder.settled():
                     raise _UnfinishedError("backup ended but finished state is not set.")
                 task.log("backup finished successfully")
         except _UnfinishedError:

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import re
 import socket
 import ssl
 from pathlib import Path
@@ -27,7 +28,7 @@ class Certificate:
     def __init__(self, certificate: Path, key: Path) -> None:
         self._certificate = certificate
         self._key = key
-        self.context = self._loaded()
+        self.context, self._fingerprint = self._loaded()
 
     def reload(self) -> None:
         """Read the files again; new connections use what is in them.
@@ -35,28 +36,33 @@ class Certificate:
         Raises:
             ServerError: they cannot be used; the old ones stay in use.
         """
-        self.context = self._loaded()
+        self.context, self._fingerprint = self._loaded()
 
-    def _loaded(self) -> ssl.SSLContext:
+    def _loaded(self) -> tuple[ssl.SSLContext, str]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_SINGLE_ECDH_USE
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!MD5")
         try:
             context.load_cert_chain(self._certificate, self._key, password=_no_password)
+            fingerprint = _fingerprint(self._certificate.read_text(encoding="ascii", errors="replace"))
         except (OSError, ssl.SSLError, ValueError) as error:
             reason = os_reason(error) if isinstance(error, OSError) and error.strerror else str(error)
             where = f"{self._certificate} with {self._key}"
             raise ServerError("use the certificate", where, reason, "it must be PEM, and the key its own") from error
-        return context
+        return context, fingerprint
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the certificate, 32 pairs of hex digits."""
-        pem = self._certificate.read_text(encoding="ascii", errors="replace")
-        first = pem[: pem.index("-----END CERTIFICATE-----") + len("-----END CERTIFICATE-----")]
-        der = ssl.PEM_cert_to_DER_cert(first[first.index("-----BEGIN CERTIFICATE-----") :] + "\n")
-        return hashlib.sha256(der).digest().hex(":")
+        """SHA-256 of the certificate that is in use, 32 pairs of hex digits."""
+        return self._fingerprint
+
+
+def _fingerprint(pem: str) -> str:
+    found = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", pem, re.DOTALL)
+    if found is None:
+        raise ValueError("no certificate is in the file")
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(found[0] + "\n")).digest().hex(":")
 
 
 def _no_password() -> str:

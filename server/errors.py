@@ -38,7 +38,11 @@ class UnauthorizedError(ApiError):
 
 
 class TooLargeError(Exception):
-    """A body has more bytes than are allowed; the connection ends."""
+    """A head or a body has more bytes than are allowed; the connection ends."""
+
+
+class BodyError(Exception):
+    """A body did not come, or came too slowly; the connection ends."""
 
 
 def forbidden(message: str = "permission check failed") -> ApiError:

@@ -1,8 +1,8 @@
 """HTTP/2 on a connection after its upgrade: many requests at a time, with bounded memory.
 
 h2 keeps the protocol's state. What a client may make us keep is limited: bodies that are not answered yet by the
-credit that is given back for them, answers by the number that is made at a time, answers to control frames by their
-bytes, and unfinished streams by their number.
+credit that is given back for them (less of it when the bodies of all clients together are many), answers by the number
+that is made at a time, answers to control frames by their bytes, and unfinished streams by their number.
 """
 
 import logging
@@ -14,7 +14,6 @@ from typing import Final
 
 import trio
 from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -27,13 +26,19 @@ from h2.events import (
 )
 from h2.exceptions import FlowControlError, NoSuchStreamError, ProtocolError, StreamClosedError
 from h2.settings import SettingCodes, Settings
+from trio.lowlevel import RunVar
 
 from core.buffers import Buffer
+from core.errors import FleeceError, os_reason
+from core.http2 import BulkConnection
 from core.nursery import open_nursery
 from server.answers import Answer
 
 _LOG = logging.getLogger(__name__)
 WINDOW: Final = 32 << 20
+#: Bytes that a connection may send before it gets credit, beside many others.
+SMALL_WINDOW: Final = 8 << 20
+MANY_CONNECTIONS: Final = 16
 #: PBS announces 4 MiB; h2 in Python is slow with frames above this.
 RECEIVED_FRAME: Final = 256 << 10
 #: Bytes of a frame that is sent, as long as the client takes that.
@@ -46,15 +51,43 @@ _MAX_HEADER_BLOCK: Final = 256 << 10
 #: and if none is, since all of them are still on their way.
 PARKED: Final = 64 << 20
 MAX_PARKED: Final = 256 << 20
+#: Bytes of bodies of all connections from which on each gets credit for only so many while some of its own are being
+#: answered. Those go on in any case, so that no connection waits for another one.
+SHARED: Final = 512 << 20
+FLOOR: Final = 8 << 20
 #: Answers with a body from the store that are held at a time.
 ANSWERS_AT_ONCE: Final = 12
-#: Streams that may be reset before their answer, and requests at work: with them it is no client but an attack.
+#: Streams that may be reset at once, and per second for ever, and requests at work: with more it is an attack. A mount
+#: that reads ahead resets some all its life.
 _MAX_RESETS: Final = 2000
+_RESETS_PER_S: Final = 50
 _MAX_AT_WORK: Final = 512
 _MAX_CONTROL: Final = 1 << 20
 _PIECE: Final = 256 << 10
 #: Seconds that the sender has for the last frame.
 _GOODBYE_S: Final = 0.2
+#: Bytes of a frame's data that are put together with those before it: an object for each would weigh more than they do.
+_SMALL: Final = 16 << 10
+_JOINED: Final = 256 << 10
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What all connections of this trio loop have together."""
+
+    connections: int = 0
+    credited: int = 0  #: bytes of bodies for which credit was given back
+
+
+_shared: RunVar[_Shared] = RunVar("bodies of all connections")
+
+
+def _of_all() -> _Shared:
+    try:
+        return _shared.get()
+    except LookupError:
+        _shared.set(_Shared())
+        return _shared.get()
 
 
 @dataclass(slots=True)
@@ -75,7 +108,7 @@ class _Stream:
     target: str = ""
     content_type: str | None = None
     limit: int = 0
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes | bytearray] = field(default_factory=list)
     size: int = 0
     credited: int = 0  #: bytes of `size` for which the client got credit
     too_large: bool = False
@@ -99,7 +132,7 @@ class Http2Server:
         self._stream = stream
         self._respond = respond
         self._limit = limit
-        self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        self._h2 = BulkConnection(H2Configuration(client_side=False, header_encoding=None))
         # Not by `update`: that would only be sent later, and hold from then on.
         self._h2.local_settings = Settings(
             client=False,
@@ -113,10 +146,12 @@ class Http2Server:
         self._h2.max_inbound_frame_size = RECEIVED_FRAME
         self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
         self._streams: dict[int, _Stream] = {}
-        self._owed: deque[tuple[_Stream, int]] = deque()
+        self._owed: dict[_Stream, int] = {}  #: bytes for which the client got no credit yet, the oldest first
         self._credited = 0  #: bytes of all streams
+        self._all: Final = _of_all()
         self._at_work = 0
-        self._resets = 0
+        self._resets = 0.0
+        self._last_reset = 0.0
         self._wake = trio.Event()
         self._queue: deque[_Stream] = deque()  #: have something to send
         self._slots = trio.Semaphore(ANSWERS_AT_ONCE)
@@ -128,12 +163,19 @@ class Http2Server:
             first: bytes that came with the request for the upgrade.
         """
         self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(WINDOW - 65535)
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async with open_nursery() as nursery:
-                nursery.start_soon(self._send)
-                await self._receive(nursery, first)
-                nursery.cancel_scope.cancel()
+        window = WINDOW if self._all.connections < MANY_CONNECTIONS else SMALL_WINDOW
+        self._h2.increment_flow_control_window(window - 65535)
+        self._all.connections += 1
+        try:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                async with open_nursery() as nursery:
+                    nursery.start_soon(self._send)
+                    await self._receive(nursery, first)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._all.connections -= 1
+            self._all.credited -= self._credited
+            self._credited = 0
 
     async def _receive(self, nursery: trio.Nursery, data: bytes) -> None:
         while True:
@@ -169,7 +211,9 @@ class Http2Server:
                         return False
                     nursery.start_soon(self._answer, stream)
             case StreamReset():
-                self._resets += 1
+                now = trio.current_time()
+                self._resets = max(0.0, self._resets - _RESETS_PER_S * (now - self._last_reset)) + 1
+                self._last_reset = now
                 stream = self._streams.get(event.stream_id or 0)
                 if stream is not None:
                     stream.gone = True
@@ -216,22 +260,33 @@ class Http2Server:
             stream.parts.clear()
             self._h2.acknowledge_received_data(length, stream.number)
             return
-        stream.parts.append(data)
+        if len(data) > _SMALL:
+            stream.parts.append(data)
+        elif data:
+            if stream.parts and isinstance(stream.parts[-1], bytearray) and len(stream.parts[-1]) < _JOINED:
+                stream.parts[-1] += data
+            else:
+                stream.parts.append(bytearray(data))
         stream.size += len(data)
-        self._owed.append((stream, length))
+        if length:
+            self._owed[stream] = self._owed.get(stream, 0) + length
 
     def _settle(self) -> None:
         """Give credit back for what came, as far as memory may be used."""
         while self._owed:
-            limit = PARKED if self._at_work else MAX_PARKED
+            limit = MAX_PARKED
+            if self._at_work:
+                limit = PARKED if self._all.credited < SHARED else FLOOR
             if self._credited >= limit:
                 if not self._at_work and not any(one.outgoing for one in self._streams.values()):
                     raise ProtocolError("more bodies at a time than can be kept")
                 break
-            stream, length = self._owed.popleft()
+            stream = next(iter(self._owed))
+            length = self._owed.pop(stream)
             if stream.number in self._streams:
                 stream.credited += length
                 self._credited += length
+                self._all.credited += length
             with suppress(StreamClosedError, NoSuchStreamError):
                 self._h2.acknowledge_received_data(length, stream.number)
         self._wake.set()
@@ -239,6 +294,8 @@ class Http2Server:
     def _forget(self, stream: _Stream) -> None:
         if self._streams.pop(stream.number, None) is not None:
             self._credited -= stream.credited
+            self._all.credited -= stream.credited
+            stream.credited = 0
             stream.parts.clear()
 
     async def _answer(self, stream: _Stream) -> None:
@@ -257,10 +314,24 @@ class Http2Server:
                     await self._send_answer(stream, answer)
                     return
             await self._send_answer(stream, answer)
+        except Exception as error:
+            # A chunk that cannot be read in the middle of an answer must not end the requests beside it.
+            why = os_reason(error) if isinstance(error, OSError) else str(error)
+            known = isinstance(error, FleeceError | OSError)
+            what = f"the answer to {stream.method} {stream.target.partition('?')[0]!r} ended early"
+            _LOG.error("%s: %s", what, why, exc_info=None if known else error)
+            self._reset(stream)
         finally:
             self._at_work -= 1
             self._forget(stream)
             self._settle_quietly()
+
+    def _reset(self, stream: _Stream) -> None:
+        stream.gone = True
+        stream.outgoing.clear()
+        with suppress(ProtocolError):  # it has ended, or the connection has
+            self._h2.reset_stream(stream.number, ErrorCodes.INTERNAL_ERROR)
+        self._wake.set()
 
     def _settle_quietly(self) -> None:
         with suppress(ProtocolError):  # the receiver finds out at the next frame

@@ -8,7 +8,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes
 
-import h11
 import trio
 
 from core.errors import FleeceError
@@ -16,7 +15,7 @@ from datastore.blob import MAX_ENCODED_CHUNK
 from server.access.auth_ids import AuthId
 from server.access.roles import Privilege
 from server.answers import Answer, envelope, refusal
-from server.errors import ApiError, TooLargeError, forbidden
+from server.errors import ApiError, BodyError, TooLargeError, forbidden
 from server.schema import Schema, from_json, from_pairs, parse_pairs
 
 if TYPE_CHECKING:
@@ -196,13 +195,7 @@ async def answer(work: Callable[[], Awaitable[object]], what: str, *, extjs: boo
     """What `work` returns as an answer; what it raises too, after the delay that belongs to it."""
     try:
         return envelope(await work(), extjs=extjs)
-    except (
-        TooLargeError,
-        trio.BrokenResourceError,
-        trio.ClosedResourceError,
-        trio.TooSlowError,
-        h11.RemoteProtocolError,
-    ):
+    except (TooLargeError, BodyError):
         raise  # the connection is of no use any more
     except Exception as error:
         refused = as_api_error(error, what)
@@ -217,5 +210,5 @@ def as_api_error(error: Exception, what: str) -> ApiError:
         return error
     if isinstance(error, FleeceError):
         return ApiError(str(error))
-    _LOG.error("%s failed unexpectedly", what, exc_info=error)
+    _LOG.error("%r failed unexpectedly", what, exc_info=error)
     return ApiError(f"internal error ({type(error).__name__})")

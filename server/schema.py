@@ -44,6 +44,8 @@ class Text:
         """The value of JSON; raises ValueError with the reason."""
         if not isinstance(value, str):
             raise ValueError("Expected string value.")
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("value is no Unicode text.")  # half of a pair, which no file can hold
         return self.from_text(value)
 
 
@@ -166,7 +168,7 @@ def from_pairs(schema: Schema, pairs: Sequence[tuple[str, str]], path: Mapping[s
     for key, text in [*path.items(), *pairs]:
         parameter = schema.get(key)
         if parameter is None:
-            faults.append((key, "schema does not allow additional properties."))
+            faults.append((key[:200], "schema does not allow additional properties."))
         elif isinstance(parameter.type, Array):
             lists.setdefault(key, []).append(text)
         elif key in values:
@@ -308,7 +310,7 @@ UPID: Final = Text(
         r"[0-9A-Fa-f]{8}:[A-Za-z0-9_-]+:[^:\s/\x00-\x1f]*:[^:\s/\x00-\x1f]+:"
     ),
     36,
-    512,
+    2048,
 )
 
 IN_STORE: Final = {"store": Parameter(STORE), "ns": optional(NAMESPACE, "")}

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from core.nursery import open_nursery
 from core.tls import TlsStream
 from server.application import Application
 from server.certificate import Certificate
+from server.compression import compressing
 from server.errors import ServerError
-from server.http1 import Http1Connection, redirect
+from server.http1 import LINGER, LINGER_S, Http1Connection, redirect
 from server.state import ServerState
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ DRAIN_S: Final = 900.0
 #: First byte of a TLS handshake.
 _TLS: Final = 0x16
 _SOCKETS_START: Final = 3
+_DESCRIPTORS: Final = 65_536
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ class Service:
         self._application: Final = Application(state)
         self._closing: Final = trio.Event()
         self._slots: Final = trio.Semaphore(MAX_CONNECTIONS)
+        self._unknown: dict[trio.CancelScope, None] = {}  #: connections of nobody yet, the oldest first
         self._connections = 0
         self._idle = trio.Event()
         self.ended: Final = trio.Event()  #: `run` is over
@@ -94,30 +98,43 @@ class Service:
                 await self._idle.wait()
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        failing: int | None = None
         while True:
-            await self._slots.acquire()
             try:
                 stream = await listener.accept()
             except OSError as error:
-                self._slots.release()
-                _LOG.warning("a connection could not be accepted: %s", os_reason(error))
+                if error.errno != failing:
+                    _LOG.warning("connections cannot be accepted: %s", os_reason(error))
+                failing = error.errno
                 await trio.sleep(0.1)
+                continue
+            failing = None
+            try:
+                # Who has shown no credentials must not keep those out who have some.
+                if self._slots.value == 0 and self._unknown:
+                    next(iter(self._unknown)).cancel()
+                await self._slots.acquire()
             except BaseException:
-                self._slots.release()
+                await trio.aclose_forcefully(stream)
                 raise
-            else:
-                nursery.start_soon(self._guarded, stream)
+            nursery.start_soon(self._guarded, stream)
 
     async def _guarded(self, stream: trio.SocketStream) -> None:
         self._connections += 1
+        scope = trio.CancelScope()
+        self._unknown[scope] = None
         try:
-            await self._connection(stream)
+            with scope:
+                await self._connection(stream, lambda: self._unknown.pop(scope, None))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ssl.SSLError) as error:
             _LOG.debug("connection lost: %s", error)
+        except FleeceError as error:
+            _LOG.error("a session did not end as it should: %s", error)
         except Exception:
             # One connection must not end the others.
             _LOG.exception("a connection failed unexpectedly")
         finally:
+            self._unknown.pop(scope, None)
             self._connections -= 1
             self._idle.set()
             self._idle = trio.Event()
@@ -125,7 +142,7 @@ class Service:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
 
-    async def _connection(self, stream: trio.SocketStream) -> None:
+    async def _connection(self, stream: trio.SocketStream, known: Callable[[], object]) -> None:
         with suppress(OSError):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -138,7 +155,7 @@ class Service:
             await tls.do_handshake()
         if scope.cancelled_caught or not first:
             return None
-        connection = Http1Connection(tls, _peer(stream), self._application.handle, self._closing)
+        connection = Http1Connection(tls, _peer(stream), compressing(self._application.handle), self._closing, known)
         await connection.serve()
         return None
 
@@ -150,8 +167,11 @@ class Service:
                 return
             head += more
         await stream.send_all(redirect(head))
-        with suppress(trio.BrokenResourceError):
+        with suppress(trio.BrokenResourceError), trio.move_on_after(LINGER_S):
             await stream.send_eof()
+            left = LINGER
+            while left > 0 and (more := await stream.receive_some(8192)):  # or the answer would go with the socket
+                left -= len(more)
 
 
 def _peer(stream: trio.SocketStream) -> str:
@@ -198,7 +218,11 @@ async def _bound(family: int, address: str, port: int, *, dual: bool) -> trio.so
 
 
 def systemd_listeners() -> list[trio.SocketListener]:
-    """The sockets that systemd hands over; none if there are none."""
+    """The sockets that systemd hands over; none if there are none.
+
+    Raises:
+        ServerError: one of them cannot be listened at.
+    """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     text = os.environ.get("LISTEN_FDS", "0")
@@ -207,9 +231,37 @@ def systemd_listeners() -> list[trio.SocketListener]:
         os.environ.pop(name, None)
     listeners = []
     for descriptor in range(_SOCKETS_START, _SOCKETS_START + count):
-        os.set_inheritable(descriptor, False)
-        listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor))))
+        try:
+            listeners.append(_given(descriptor))
+        except (OSError, ValueError) as error:
+            reason = os_reason(error) if isinstance(error, OSError) and error.strerror else str(error)
+            hint = "the socket unit needs ListenStream=PORT and Accept=no"
+            raise ServerError("listen at", f"descriptor {descriptor} of systemd", reason, hint) from error
     return listeners
+
+
+def _given(descriptor: int) -> trio.SocketListener:
+    os.set_inheritable(descriptor, False)
+    given = socket.socket(fileno=descriptor)
+    try:
+        if given.family not in (socket.AF_INET, socket.AF_INET6):
+            raise ValueError("it is no TCP socket")
+        given.setblocking(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(given))
+    except BaseException:
+        given.close()
+        raise
+
+
+def raise_descriptor_limit() -> None:
+    """Allow more open files: every session has some, and the connections alone are half of what is usual."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, _DESCRIPTORS) if hard != resource.RLIM_INFINITY else _DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def notify(message: str) -> None:
@@ -247,6 +299,7 @@ async def run_until_signal(
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, which let sessions end (a second one does not); SIGHUP reads certificates anew."""
+    raise_descriptor_limit()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with open_nursery() as nursery, watchdog():
             await nursery.start(service.run, listeners)
@@ -258,10 +311,10 @@ async def run_until_signal(
                 asked = False
                 async for number in signals:
                     if number == signal.SIGHUP:
-                        notify("RELOADING=1")
+                        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
                         try:
                             settings.certificate.reload()
-                            settings.say("the certificate was read again")
+                            settings.say(f"the certificate was read again: {settings.certificate.fingerprint}")
                         except FleeceError as error:
                             settings.say(f"the old certificate stays in use: {error}")
                         notify("READY=1")

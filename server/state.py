@@ -1,5 +1,6 @@
 """What the whole server shares: users and rights, tickets, tasks, datastores."""
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from server.errors import ApiError
 from server.remotes import NoRemotes, Remotes
 from server.tasks import Tasks
 
+_LOG = logging.getLogger(__name__)
 #: The PBS whose behaviour this server has; clients derive from it what they may ask for (spec 6.1).
 VERSION: Final = "4.1"
 RELEASE: Final = "1"
@@ -101,6 +103,9 @@ class StorePool:
                 await trio.sleep_forever()
         except FleeceError as error:
             opened.error = error
+        except Exception as error:  # one store must not end the others
+            _LOG.exception("datastore '%s' failed unexpectedly", name)
+            opened.error = ApiError(f"internal error ({type(error).__name__})")
         finally:
             self._opened.pop(name, None)
             if opened.error is None and opened.repository is None:

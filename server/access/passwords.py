@@ -34,7 +34,7 @@ def verify_password(password: str, kept: str | None) -> bool:
         if kind != "scrypt" or not hmac.compare_digest(f"{n}.{r}.{p}", f"{_N}.{_R}.{_P}"):
             return False
         scrypt = Scrypt(salt=base64.b64decode(salt), length=_LENGTH, n=_N, r=_R, p=_P)
-        scrypt.verify(password.encode(), base64.b64decode(key))
+        scrypt.verify(password.encode("utf-8", "replace"), base64.b64decode(key))
     except (InvalidKey, ValueError, Base64Error):
         return False
     return True

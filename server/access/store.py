@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.errors import FleeceError, NotFoundError, UsageError
-from core.limits import in_cpu_thread
 from core.state_files import Plain, StateFile
 from server.access.acl import AclEntry, AclTree, check_path
-from server.access.auth_ids import ROOT_USER, AuthId
+from server.access.auth_ids import ROOT_USER, AuthId, parse_holder
 from server.access.passwords import MAX_PASSWORD, hash_password, verify_password
 from server.access.roles import ROLES
+from server.access.turns import Turns
 
 #: Realms that a user may be of: the server keeps the passwords of both.
 REALMS: Final = ("pam", "pbs")
@@ -27,6 +27,9 @@ _TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]*")
 _REPAIR: Final = "repair or remove the file; 'fleece user', 'fleece token' and 'fleece acl' write it anew"
 #: Secrets of tokens that were right lately and need not be hashed again.
 _MAX_REMEMBERED: Final = 1024
+#: Tokens of a user, and rights of a user and its tokens together: anybody who can log in may add some.
+MAX_TOKENS: Final = 256
+MAX_RIGHTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class AccessStore:
         self._tree: tuple[object, AclTree] = (None, AclTree())
         self._remembered: dict[bytes, str] = {}
         self._remember_key: Final = os.urandom(32)
+        self._turns: Final = Turns()
 
     # Reading.
 
@@ -121,22 +125,22 @@ class AccessStore:
         if not texts or role not in ROLES or not isinstance(propagate, bool):
             raise self._acl_file.wrong(f"acl.{name} is no right")
         try:
-            return AclEntry(check_path(str(path)), str(AuthId.parse(str(auth_id))), str(role), propagate)
+            return AclEntry(check_path(str(path)), parse_holder(str(auth_id)), str(role), propagate)
         except UsageError as error:
             raise self._acl_file.wrong(f"acl.{name}: {error.why}") from None
 
     # Checking.
 
-    async def check_password(self, user: AuthId, password: str) -> bool:
-        """True if `password` is that of the active user."""
+    async def check_password(self, user: AuthId, password: str, peer: str = "") -> bool:
+        """True if `password` is that of the active user; the checks for one `peer` wait for each other."""
         account = self.account(user)
         kept = account.hash if account is not None and self.active(user) and user.token is None else None
         if len(password) > MAX_PASSWORD:
             return False
-        return await in_cpu_thread(verify_password, password, kept)
+        return await self._turns.run(peer, lambda: verify_password(password, kept))
 
-    async def check_secret(self, token: AuthId, secret: str) -> bool:
-        """True if `secret` is that of the token, which exists."""
+    async def check_secret(self, token: AuthId, secret: str, peer: str = "") -> bool:
+        """True if `secret` is that of the token, which exists; the checks for one `peer` wait for each other."""
         account = self.account(token)
         kept = None if account is None or token.token is None else account.hash
         if kept is None or len(secret) > MAX_PASSWORD:
@@ -144,7 +148,7 @@ class AccessStore:
         mark = hmac.new(self._remember_key, f"{token}\n{secret}".encode("utf-8", "replace"), hashlib.sha256).digest()
         if self._remembered.get(mark) == kept:
             return True
-        right = await in_cpu_thread(verify_password, secret, kept)
+        right = await self._turns.run(peer, lambda: verify_password(secret, kept))
         if right:
             while len(self._remembered) >= _MAX_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
@@ -218,6 +222,8 @@ class AccessStore:
                 raise NotFoundError("add the token", str(token), f"there is no user {token.user}")
             if str(token) in known:
                 raise FleeceError("add the token", str(token), "it exists already")
+            if sum(name.startswith(f"{token.user}!") for name in known) >= MAX_TOKENS:
+                raise FleeceError("add the token", str(token), f"{token.user} has {MAX_TOKENS} already")
             known[str(token)] = Account(token, kept, comment, True, expire)
         return secret
 
@@ -242,7 +248,8 @@ class AccessStore:
         if entry.role not in ROLES:
             raise UsageError("change the rights", entry.path, f"there is no role {entry.role!r}: {', '.join(ROLES)}")
         entry = AclEntry(check_path(entry.path), entry.auth_id, entry.role, entry.propagate)
-        if not delete and self.account(AuthId.parse(entry.auth_id)) is None:
+        holder = parse_holder(entry.auth_id)
+        if not delete and not holder.startswith("@") and self.account(AuthId.parse(holder)) is None:
             raise NotFoundError("change the rights", entry.path, f"there is no user or token {entry.auth_id}")
         with self._acl_file.changing():
             tables = self._acl_file.read()
@@ -252,6 +259,11 @@ class AccessStore:
                     why = f"{entry.auth_id} has not the role {entry.role} there"
                     raise NotFoundError("change the rights", entry.path, why)
             else:
+                user = entry.auth_id.partition("!")[0]
+                owned = [one for one in tables.values() if str(one.get("auth-id")).partition("!")[0] == user]
+                if name not in tables and len(owned) >= MAX_RIGHTS:
+                    why = f"{user} and its tokens have {MAX_RIGHTS} rights already"
+                    raise FleeceError("change the rights", entry.path, why)
                 tables[name] = {
                     "path": entry.path,
                     "auth-id": entry.auth_id,

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import re
+import tempfile
 import time
 from binascii import Error as Base64Error
 from collections.abc import Callable
@@ -116,21 +117,31 @@ def _secret(path: Path, size: int) -> bytes:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
             raw = path.read_bytes()
-        else:
-            raw = os.urandom(size)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
+        except FileNotFoundError:
+            raw = _made(path, os.urandom(size))
     except OSError as error:
         raise ServerError("use the key", str(path), os_reason(error)) from error
     if len(raw) != size:
         raise ServerError(
             "use the key", str(path), f"{len(raw)} bytes, not {size}", "remove it: a new one will be made"
         )
+    return raw
+
+
+def _made(path: Path, raw: bytes) -> bytes:
+    """Write the file, whole or not at all; gives what is in it, which somebody else may have been quicker to write."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return path.read_bytes()
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     return raw
 
 

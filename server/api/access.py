@@ -15,7 +15,7 @@ from server.answers import Answer, Result, as_json, digest_of
 from server.errors import ApiError, UnauthorizedError, forbidden
 from server.routing import Call, Endpoint, Open
 from server.schema import AUTH, BOOL, COMMENT, ROLE, TOKEN_NAME, USER, Integer, Parameter, Text, optional
-from server.state import RELEASE, VERSION, ServerState
+from server.state import RELEASE, VERSION
 
 _PATH: Final = Text(ACL_PATH, 1, 128)
 _PASSWORD: Final = Text(longest=1024)
@@ -38,7 +38,7 @@ async def login(call: Call) -> object:
     user, password = AuthId(call["username"]), call["password"]
     if call["path"] is not None or call["privs"] is not None or call["port"] is not None:
         raise ApiError("terminal tickets are not offered")
-    if password is None or call["tfa-challenge"] is not None or not await _is_right(state, user, password):
+    if password is None or call["tfa-challenge"] is not None or not await _is_right(call, user, password):
         raise ApiError("permission check failed.", 401)
     ticket = state.tickets.ticket(str(user))
     data = {"username": str(user), "CSRFPreventionToken": state.tickets.csrf_token(str(user))}
@@ -55,13 +55,14 @@ async def login(call: Call) -> object:
     return Answer(content_type="application/json", parts=[as_json(document)], headers=headers)
 
 
-async def _is_right(state: ServerState, user: AuthId, password: str) -> bool:
+async def _is_right(call: Call, user: AuthId, password: str) -> bool:
+    state = call.state
     if password.startswith("PBS:"):
         try:
             return state.tickets.verify(password) == str(user) and state.access.active(user)
         except UnauthorizedError:
             return False
-    return await state.access.check_password(user, password)
+    return await state.access.check_password(user, password, call.peer)
 
 
 async def logout(call: Call) -> object:

@@ -1,19 +1,31 @@
 """Tasks: list, status, log, stop (spec 6.10)."""
 
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
 from typing import Any, Final
 
+from core.buffers import Buffer
 from core.errors import FormatError
 from core.limits import in_io_thread
+from datastore.names import Namespace
 from datastore.upid import Upid
 from server.access.auth_ids import AuthId
 from server.access.roles import Privilege
-from server.answers import Answer, Result
+from server.answers import Answer, Result, as_json
 from server.errors import ApiError
 from server.routing import Call, Endpoint
 from server.schema import BOOL, STORE, UPID, Array, Integer, Parameter, Text, optional
-from server.tasks import UNKNOWN, TaskInfo
+from server.state import namespace
+from server.store_files import file_answer
+from server.tasks import UNKNOWN, TaskFiles, TaskInfo
 
 _P = Privilege
+#: Lines of a log in memory at a time.
+_LINES: Final = 5000
+#: The one label of JSON without a character set.
+_LOG_TYPE: Final = "application/json"
 _NODE: Final = {"node": Parameter(Text(shortest=1, longest=64))}
 _STATUS: Final = Text(choices=("ok", "warning", "error", "unknown"))
 _TASK: Final = {**_NODE, "upid": Parameter(UPID)}
@@ -26,7 +38,6 @@ def _may_see(call: Call, upid: Upid) -> bool:
         return True
     if call.state.privileges(caller, ("system", "tasks")) & _P.SYS_AUDIT:
         return True
-    store = upid.id.partition(":")[0]
     needed = {
         "garbage_collection": _P.DATASTORE_MODIFY,
         "verify": _P.DATASTORE_VERIFY,
@@ -34,7 +45,22 @@ def _may_see(call: Call, upid: Upid) -> bool:
         "verify_snapshot": _P.DATASTORE_VERIFY,
         "prune": _P.DATASTORE_MODIFY,
     }.get(upid.kind)
-    return needed is not None and bool(call.state.on(caller, store) & needed)
+    if needed is None:
+        return False
+    store, ns = _where(upid)
+    return bool(call.state.on(caller, store, ns) & needed)
+
+
+def _where(upid: Upid) -> tuple[str, Namespace]:
+    """The store and the namespace that a task works on."""
+    store, _, rest = upid.id.partition(":")
+    if upid.kind == "prune":
+        return store, namespace(rest.partition(":")[0])
+    parts = rest.split("/")
+    count = 0
+    while parts[2 * count : 2 * count + 1] == ["ns"]:
+        count += 1
+    return store, namespace("/".join(parts[1 : 2 * count : 2]))
 
 
 async def tasks(call: Call) -> object:
@@ -139,19 +165,52 @@ async def log(call: Call) -> object:
     start, limit = call["start"], call["limit"]
     # Whether it runs is asked first: what is written later than the answer says is read by the next call.
     active = call.state.tasks.get(call["upid"]) is not None
-    lines = await in_io_thread(call.state.tasks.files.read_log, call["upid"])
+    files = call.state.tasks.files
     if call["download"]:
         if start is not None or limit is not None or call["test-status"] is not None:
             raise ApiError("Parameter 'download' cannot be used with other parameters")
-        data = "".join(f"{line}\n" for line in lines).encode()
-        return Answer(content_type="text/plain", parts=[data])
-    first = max(0, (start or 0) - 1) if start else 0
+        missing = ApiError("unable to open the log - No such file or directory (os error 2)")
+        return replace(await file_answer(files.log_path(call["upid"]), missing), content_type="text/plain")
+    first = max(0, (start or 0) - 1)
     count = 50 if limit is None else limit
-    shown = lines[first : first + count] if count else lines[first:]
-    attributes: dict[str, Any] = {"total": len(lines), "success": 1}
-    if call["test-status"]:
-        attributes["active"] = active
-    return Result([{"n": first + number, "t": text} for number, text in enumerate(shown, 1)], attributes)
+    attributes: dict[str, Any] = {"success": 1, **({"active": active} if call["test-status"] else {})}
+    if not 0 < count <= _LINES:
+        stream = _streamed(files, call["upid"], first, count or None, attributes)
+        return Answer(content_type=_LOG_TYPE, stream=stream)
+    shown, total = await in_io_thread(files.log_lines, call["upid"], first, count)
+    data = [{"n": first + number, "t": text} for number, text in enumerate(shown, 1)]
+    document = {"data": data, "total": total, **attributes}
+    return Answer(content_type=_LOG_TYPE, parts=[as_json(document)])
+
+
+async def _streamed(
+    files: TaskFiles, upid: str, first: int, count: int | None, attributes: Mapping[str, Any]
+) -> AsyncGenerator[Buffer, None]:
+    """The same document for any number of lines, of which few are in memory."""
+    yield b'{"data":['
+    total = 0
+
+    def counted(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+        nonlocal total
+        for line in lines:
+            total += 1
+            yield total, line
+
+    try:
+        file = await in_io_thread(files.open_log, upid)
+    except OSError:
+        file = None
+    if file is not None:
+        with file:
+            lines = counted(file)
+            shown = islice(lines, first, None if count is None else first + count)
+            separator = b""
+            while batch := await in_io_thread(lambda: list(islice(shown, _LINES))):
+                entries = [{"n": number, "t": line.removesuffix("\n")} for number, line in batch]
+                yield separator + as_json(entries)[1:-1]
+                separator = b","
+            await in_io_thread(lambda: deque(lines, maxlen=0))
+    yield b"]," + as_json({"total": total, **attributes})[1:]
 
 
 async def stop(call: Call) -> None:

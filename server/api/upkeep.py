@@ -1,6 +1,6 @@
 """Prune, verify and garbage collection (spec 6.7 to 6.9)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import trio
@@ -14,7 +14,6 @@ from datastore.prune import KeepOptions, PruneResult
 from datastore.upid import Upid
 from repository.local import LocalRepository
 from repository.verify import VerifyOptions, choose, verify
-from server.access.auth_ids import AuthId
 from server.access.roles import Privilege
 from server.api.snapshots import MISSING, opened
 from server.api.stores import gc_document
@@ -134,10 +133,17 @@ async def verify_call(call: Call) -> object:
         await call.state.check_owner(call.caller, repository, of)
     options = VerifyOptions(ignore_verified=values["ignore-verified"], outdated_after=values["outdated-after"])
     kind, worker = _verify_id(values["store"], ns, target)
-    owner = None if everything else call.caller
+    state, caller = call.state, call.caller
+
+    def may(group: Group) -> bool:
+        rights = state.on(caller, values["store"], group.ns)
+        if rights & _P.DATASTORE_VERIFY:
+            return True
+        own = bool(rights & _P.DATASTORE_BACKUP)
+        return own and caller.owns(repository.store.listed_owner(group) or "")
 
     async def work(task: Task) -> None:
-        chosen = await _chosen(repository, ns, target, values["max-depth"], owner)
+        chosen = await _chosen(repository, ns, target, values["max-depth"], may)
         results = await verify(repository, chosen, ChunkCodec(), task, options, upid=task.upid)
         failed = [result for result in results if result.errors]
         for result in failed:
@@ -161,7 +167,11 @@ def _verify_id(store: str, ns: Namespace, target: Group | Snapshot | None) -> tu
 
 
 async def _chosen(
-    repository: LocalRepository, ns: Namespace, target: Group | Snapshot | None, depth: int | None, owner: AuthId | None
+    repository: LocalRepository,
+    ns: Namespace,
+    target: Group | Snapshot | None,
+    depth: int | None,
+    may: Callable[[Group], bool],
 ) -> list[Snapshot]:
     if isinstance(target, Snapshot):
         await repository.snapshot(target)  # raises if it is not there
@@ -170,10 +180,9 @@ async def _chosen(
         found = await repository.snapshots(ns, target)
         return [info.snapshot for info in reversed(found)]
     chosen = await choose(repository, ns, depth=depth)
-    if owner is None:
-        return chosen
-    owners = {one.group for one in chosen if owner.owns(repository.store.listed_owner(one.group) or "")}
-    return [one for one in chosen if one.group in owners]
+    # Rights on a namespace say nothing of those below it, which may be hidden.
+    allowed = await in_io_thread(lambda: {group for group in {one.group for one in chosen} if may(group)})
+    return [one for one in chosen if one.group in allowed]
 
 
 async def collect(call: Call) -> object:

@@ -1,6 +1,7 @@
 """`fleece user`, `token`, `acl`, `task`: what they write is what the server reads."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_tasks_are_listed_shown_and_stopped(state: Path, capsys: pytest.CaptureF
     files.note(f"S {going}")
     files.note(f"E {done} 5 WARNINGS: 1")
     files.log_path(done).write_text("one\ntwo\n")
+    # No server has the folder: what did not end never will.
+    assert run(["task", "list", "--output", "json"]) == 0
+    assert [one["status"] for one in json.loads(capsys.readouterr().out)] == ["unknown", "WARNINGS: 1"]
+    assert run(["task", "list", "--running", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert run(["task", "log", going, "--follow"]) == 0
+    assert run(["task", "stop", going]) == 0
+    assert "It had ended already" in capsys.readouterr().out
+    assert list(files.requests_to_stop()) == []
+    server = files.lock()
     assert run(["task", "list", "--output", "json"]) == 0
     assert [one["status"] for one in json.loads(capsys.readouterr().out)] == [None, "WARNINGS: 1"]
     assert run(["task", "log", done]) == 0
@@ -73,6 +84,7 @@ def test_tasks_are_listed_shown_and_stopped(state: Path, capsys: pytest.CaptureF
     assert run(["task", "stop", going]) == 0
     assert len(list(files.requests_to_stop())) == 1
     assert run(["task", "log", "UPID:x"]) == 1
+    os.close(server)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Given(Body):
         self.data = data
         self.read = False
 
-    async def all(self, limit: int) -> bytes:
+    async def all(self, limit: int, timeout_s: float = 0.0) -> bytes:
         assert len(self.data) <= limit
         return self.data
 
