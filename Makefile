@@ -1,5 +1,5 @@
 # `make help` lists what there is. Every target sets up first; that is instant when nothing changed.
-.PHONY: help setup setup-bench demo test test-long test-quick test-s3 lint format bench clean
+.PHONY: help setup setup-bench demo test test-long test-quick test-s3 fuzz lint format bench clean
 PYTHON := .venv/bin/python
 # Tests wait for QEMU and for each other's processes: two at a time use two cores well.
 WORKERS := 2
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-quick  only those that need no QEMU and no guest'
 	@echo 'make test-s3     what needs S3, on an emulator and on a real Ceph gateway, which is fetched and started'
 	@echo 'make test-long   everything, on every QEMU'
+	@echo 'make fuzz        changed inputs for every parser that reads what others wrote, SECONDS=60 for each'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
 	@echo 'make bench       all benchmarks, beside restic, borg, boto3 and rclone'
@@ -36,6 +37,14 @@ test-s3: setup
 
 test-long: setup
 	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+
+SECONDS := 60
+fuzz: setup
+	for target in accessor decoder listing metadata patterns; do \
+	  $(PYTHON) -m tests.fuzz.fuzz_archives $$target --seconds $(SECONDS) --seed $$(date +%N | sed 's/^0*/1/') || exit 1; done
+	for target in http1 http2; do \
+	  $(PYTHON) -m tests.fuzz.fuzz_server $$target --seconds $(SECONDS) --seed $$(date +%N | sed 's/^0*/1/') || exit 1; done
+	$(PYTHON) tests/fuzz/fuzz_catalog.py --seconds $(SECONDS)
 
 lint: setup
 	$(PYTHON) -m ruff format --check .
