@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import FleeceError
@@ -26,6 +26,7 @@ D0, D1 = "drive-d0.img", "drive-d1.img"
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32).map(lambda n: f"{n:08x}"[-8:]), st.text(min_size=1), st.integers(0, 10**12 - 1))
 def test_a_name_reads_back_as_it_was_made(target: str, archive: str, number: int) -> None:
     name = BitmapName(target, disk_id(archive), number)

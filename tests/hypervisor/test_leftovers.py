@@ -69,7 +69,7 @@ def run_that_dies(vm: RunningQemu, bench: Bench, number: int, phase: str, *more:
 async def killed(vm: RunningQemu, bench: Bench, phase: str, *more: Path) -> int:
     """A run that dies at `phase`; returns the id of its snapshot."""
     number = bench.store.next_id()
-    with trio.fail_after(60):
+    with trio.fail_after(240):  # of a start under any load; it only says that something hangs
         ended = await trio.run_process(
             run_that_dies(vm, bench, number, phase, *more), cwd=ROOT, check=False, stdin=DEVNULL, capture_stdout=True
         )

@@ -300,7 +300,7 @@ async def test_a_run_that_was_killed_is_cleaned_up_by_looking_at_qemu(qemu: Qemu
             await vm.qemu_io("d0", f"write -P {number + 1} {4 * number}M 1M")
             command = [sys.executable, "-m", "tests.hypervisor.killed_backup", double.path, bench.folder, base]
             command += [bench.store.next_id(), phase]
-            with trio.fail_after(120):
+            with trio.fail_after(240):
                 ended = await trio.run_process(
                     [str(word) for word in command], cwd=ROOT, check=False, stdin=DEVNULL, capture_stdout=True
                 )
