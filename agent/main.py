@@ -19,6 +19,7 @@ from agent import (
     cli_host,
     cli_job,
     cli_key,
+    cli_log,
     cli_login,
     cli_look,
     cli_mount,
@@ -76,6 +77,7 @@ def build() -> typer.Typer:
     general_options(application)
     cli_vm.add_to(application)
     cli_backup.add_to(application)
+    cli_log.add_to(application)
     cli_snapshots.add_to(application)
     cli_verify.add_to(application)
     cli_gc.add_to(application)

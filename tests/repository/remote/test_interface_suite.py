@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import FleeceError
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
+from datastore.errors import LockedError, OwnerError, SnapshotNotFoundError
+from datastore.names import Group
 from repository.interface import Repository
 from repository.local import LocalRepository, open_local
 from tests.repository import test_interface as suite
@@ -23,7 +26,8 @@ from tests.support.wire_server import wire_server
 #: Servers write fixed indexes with chunks of 4 MiB only.
 CHUNK = 4 << 20
 ADMIN = "adm@pbs"
-#: What is different, and has a test of its own below or in `test_upkeep.py`.
+OTHER = "other@pbs"
+#: What is different, and has a test of its own below.
 LEFT_OUT = {
     "test_the_owner_of_a_group_changes_unless_a_backup_runs",  # a user does not own what it gave away
 }
@@ -92,6 +96,26 @@ async def repo(
             stack.callback(local.close)
         server = await stack.enter_async_context(wire_server(tmp_path / "server", {"main": local}))
         server.right("/", ADMIN, "Admin")
+        server.user(OTHER)
         async with server.repository(ADMIN) as remote:
             remote._name = "test"
             yield remote
+
+
+async def test_the_owner_changes_to_a_user_that_exists_unless_a_backup_runs(repo: Repository) -> None:
+    group = Group.parse("vm/100")
+    await snapshots.write_snapshot(repo, group, 1000, {"vm.conf.blob": b"x"})
+    async with repo.backup(group.at(2000)):
+        with pytest.raises(LockedError):
+            await repo.set_owner(group, OTHER)
+    with pytest.raises(FleeceError):
+        await repo.set_owner(group, "nobody@pbs")
+    assert [info.owner for info in await repo.groups()] == [ADMIN]
+    await repo.set_owner(group, OTHER)
+    assert [info.owner for info in await repo.groups()] == [OTHER]
+    with pytest.raises(OwnerError):  # it is not ours any more
+        await snapshots.write_snapshot(repo, group, 3000, {"vm.conf.blob": b"x"})
+    await repo.set_owner(group, ADMIN)
+    await snapshots.write_snapshot(repo, group, 3000, {"vm.conf.blob": b"x"})
+    with pytest.raises(SnapshotNotFoundError):
+        await repo.set_owner(Group.parse("vm/101"), OTHER)
