@@ -3,15 +3,22 @@
 trio's own hands over one record (16 KiB) for each pass through its scheduler, which takes longer than decrypting it.
 """
 
+import fcntl
+import os
 import ssl
+import sys
+import termios
 from typing import Final
 
 import trio
 
 from core.buffers import Buffer, WritableBuffer
+from core.limits import in_io_thread
 
 #: Bytes that are read from the socket, and encrypted, at once.
 _PIECE: Final = 256 << 10
+#: Bytes at hand from which on handing over to a thread costs little beside decrypting them.
+_WORTH_A_THREAD: Final = 128 << 10
 #: Bytes of a TLS record.
 _RECORD: Final = 16 << 10
 
@@ -88,10 +95,15 @@ class TlsStream(trio.abc.Stream):
         count = await self.receive_into(buffer)
         return bytes(buffer[:count])
 
-    async def receive_into(self, buffer: WritableBuffer) -> int:
+    async def receive_into(self, buffer: WritableBuffer, *, in_thread: bool = False) -> int:
         """Wait for data, and fill `buffer` as far as they go; returns how many bytes, 0 at the end.
 
         Cancelled, nothing is lost.
+
+        Args:
+            buffer: large or small.
+            in_thread: decrypt in a worker thread while much is at hand, so that several connections are decrypted side
+                by side; nobody may send meanwhile.
 
         Raises:
             trio.BrokenResourceError: the connection broke, or what came is no TLS.
@@ -101,9 +113,69 @@ class TlsStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint_if_cancelled()
         self._receiving = True
         try:
+            if in_thread:
+                return await self._receive_in_thread(memoryview(buffer))
             return await self._receive_into(memoryview(buffer))
         finally:
             self._receiving = False
+
+    async def _receive_in_thread(self, view: memoryview) -> int:
+        while True:
+            if self._at_hand() < _WORTH_A_THREAD:
+                return await self._receive_into(view)
+            count, ended = await in_io_thread(self._drain, view)
+            if self._goes.pending:  # an answer to a message of the protocol itself
+                await self._flush()
+            if count or ended:
+                return count
+
+    def _at_hand(self) -> int:
+        """Bytes that the socket has, encrypted."""
+        waiting = bytearray(4)
+        try:
+            fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, waiting)
+        except OSError:
+            return 0  # reading says why
+        return int.from_bytes(waiting, sys.byteorder)
+
+    def _drain(self, view: memoryview) -> tuple[int, bool]:
+        """In a worker thread: fill `view` as far as the socket has data; how many bytes, and whether it has ended.
+
+        Raises:
+            trio.BrokenResourceError: as `receive_into`.
+        """
+        count = 0
+        while count < len(view):
+            if self._broken is not None:
+                if count:
+                    break
+                raise trio.BrokenResourceError from self._broken
+            try:
+                more = int(self._tls.read(len(view) - count, view[count:]))
+            except ssl.SSLWantReadError:
+                if self._goes.pending:
+                    break
+                try:
+                    came = os.readv(self.socket.fileno(), [self._piece])
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if count:
+                        break  # the next call says so
+                    raise trio.BrokenResourceError from error
+                if came:
+                    self._came.write(self._piece[:came])
+                else:
+                    self._came.write_eof()
+            except ssl.SSLEOFError:
+                return count, True
+            except ssl.SSLError as error:
+                self._broken = error
+            else:
+                if not more:
+                    return count, True
+                count += more
+        return count, False
 
     async def _receive_into(self, view: memoryview) -> int:
         count = 0

@@ -28,6 +28,8 @@ INACTIVITY_TIMEOUT_S: Final = 60.0
 _SEND_PIECE: Final = 256 << 10
 #: Bytes of a first receive: what comes of the body with the head is copied once more.
 _RECEIVE_PIECE: Final = 64 << 10
+#: Bytes of a body from which on it is decrypted in a worker thread.
+_THREAD_FROM: Final = 256 << 10
 #: Bytes that the head of an answer may have.
 _MAX_HEAD: Final = 64 << 10
 _WITHOUT_BODY: Final = frozenset({204, 304})
@@ -237,7 +239,8 @@ class Wire:
         while view:
             with trio.fail_after(self._settings.inactivity_s):
                 if isinstance(self._stream, TlsStream):
-                    count = await self._stream.receive_into(view)
+                    # The request is sent, so nobody else uses the connection.
+                    count = await self._stream.receive_into(view, in_thread=len(view) > _THREAD_FROM)
                 else:
                     count = await self._socket.recv_into(view)
             if not count:

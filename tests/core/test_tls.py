@@ -2,6 +2,7 @@
 
 import os
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -125,3 +126,80 @@ async def test_a_cancelled_receive_loses_nothing(certificate: Certificate) -> No
             await stream.receive_some()
         proceed.set()
         assert await stream.receive_some() == b"late"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_much_at_hand_is_decrypted_in_a_thread(
+    certificate: Certificate, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(9_000_001)
+    threads = set()
+    drain = TlsStream._drain
+
+    def watched(stream: TlsStream, view: memoryview) -> tuple[int, bool]:
+        threads.add(threading.get_ident())
+        return drain(stream, view)
+
+    monkeypatch.setattr(TlsStream, "_drain", watched)
+    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
+
+    async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+        await stream.send_all(data)
+
+    async with served(serve, certificate.context()) as transport:
+        stream = TlsStream(transport, client_context(certificate, version), "127.0.0.1")
+        await stream.do_handshake()
+        head = await stream.receive_some(1000)
+        found = bytearray(len(data) - len(head) + 50)
+        done = 0
+        while count := await stream.receive_into(memoryview(found)[done:], in_thread=True):
+            done += count
+        assert head + found[:done] == data
+        assert await stream.receive_into(found, in_thread=True) == 0
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+async def test_garbage_behind_good_data_breaks_a_receive_in_a_thread_after_them(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
+
+    async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+        await stream.send_all(b"good")
+        await stream.transport_stream.send_all(b"this is no record of TLS" * 10)
+
+    async with served(serve, certificate.context()) as transport:
+        stream = TlsStream(transport, client_context(certificate), "127.0.0.1")
+        await stream.do_handshake()
+        found = bytearray()
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                buffer = bytearray(100)
+                found += buffer[: await stream.receive_into(buffer, in_thread=True)]
+        assert found == b"good"
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_into(bytearray(5), in_thread=True)
+
+
+async def test_a_receive_in_a_thread_waits_for_data_and_can_be_cancelled(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
+    proceed = trio.Event()
+
+    async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+        await stream.do_handshake()
+        await proceed.wait()
+        await stream.send_all(b"late")
+
+    async with served(serve, certificate.context()) as transport:
+        stream = TlsStream(transport, client_context(certificate), "127.0.0.1")
+        await stream.do_handshake()
+        with trio.move_on_after(0.05) as scope:
+            await stream.receive_into(bytearray(10), in_thread=True)
+        assert scope.cancelled_caught
+        proceed.set()
+        buffer = bytearray(10)
+        count = await stream.receive_into(buffer, in_thread=True)
+        assert buffer[:count] == b"late"
