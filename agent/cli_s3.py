@@ -121,6 +121,16 @@ fleece s3 endpoint check aws --bucket backups --output json | jq '."quirks-to-se
     command(endpoint, "remove", repository=False, examples="fleece s3 endpoint remove aws")(remove)
     command(
         group,
+        "counters",
+        repository=False,
+        examples="""
+fleece s3 counters cloud                                          what all commands on this host have needed so far
+fleece s3 counters cloud --threshold get=100000,download=500GiB   warn once they pass that; none: no more
+fleece s3 counters cloud --reset                                  begin anew, for example monthly from a timer
+""",
+    )(counters)
+    command(
+        group,
         "reconcile",
         repository=False,
         examples="""
@@ -345,6 +355,53 @@ def buckets(invocation: Invocation, id: EndpointId) -> None:
         [{"name": name, "created": created} for name, created in rows],
         lambda: list(table(("bucket", "created"), rows)) if rows else ["No buckets."],
     )
+
+
+def counters(
+    invocation: Invocation,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A datastore in a bucket.")],
+    threshold: Annotated[
+        str | None,
+        typer.Option("--threshold", metavar="LIMITS", help="get=N,put=N,post=N,head=N,delete=N,upload=SIZE,"
+                     "download=SIZE: whatever passes one of them warns; none takes all away."),
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Begin to count anew; thresholds stay.")] = False,
+) -> None:  # fmt: skip
+    """Show what a datastore in a bucket has needed: requests and bytes of all commands and jobs of this host.
+
+    The command or job that passes a threshold has a warning. The bucket is asked nothing.
+    """
+    from agent.bucket_stores import named_bucket
+    from agent.s3_budget import parse_thresholds
+    from core.units import format_size
+    from datastore.files import Owner
+    from datastore.s3.counter_file import NAMES, CounterFile
+
+    wanted = None if threshold is None else parse_thresholds(threshold)
+    datastore = named_bucket(invocation, name, "show the counters of")
+    if not datastore.path.is_dir():
+        raise FleeceError("show the counters of", datastore.name, f"its cache {datastore.path} is not there")
+    file = CounterFile(datastore.path, Owner.of(datastore.path))
+    if wanted is not None:
+        file.set_thresholds(wanted)
+    if reset:
+        file.reset()
+    values = file.read()
+    counts = {name.removeprefix("s3-"): values.counts[name] for name in NAMES}
+    thresholds = {name.removeprefix("s3-"): values.thresholds[name] or None for name in NAMES}
+
+    def lines() -> list[str]:
+        from agent.documents import table
+
+        def shown(name: str, value: int | None) -> str:
+            if value is None:
+                return "-"
+            return format_size(value) if name in ("upload", "download") else str(value)
+
+        rows = [(name, shown(name, count), shown(name, thresholds[name])) for name, count in counts.items()]
+        return list(table(("counter", "so far", "threshold"), rows))
+
+    invocation.emit({"name": datastore.name, "counters": counts, "thresholds": thresholds}, lines)
 
 
 def remove(invocation: Invocation, id: EndpointId) -> None:

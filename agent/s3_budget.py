@@ -65,9 +65,32 @@ def _wrong(text: str, why: str) -> UsageError:
 
 
 def crossing(name: str, value: int, threshold: int) -> str:
-    """The warning for a threshold that was passed; `name` is PBS's."""
+    """The warning for a threshold of a command or job that was passed; `name` is PBS's."""
+    return f"S3 budget: {_more(name, value, threshold)}"
+
+
+def passed(store: str, name: str, value: int, threshold: int) -> str:
+    """The warning for a threshold of the counters of the datastore `store`."""
+    return f"S3 counters of {store}: {_more(name, value, threshold)} since they were set back"
+
+
+def _more(name: str, value: int, threshold: int) -> str:
     method = name.removeprefix("s3-")
     if method in _SIZES:
         verb = "sent" if method == "upload" else "received"
-        return f"S3 budget: {format_size(value)} {verb}, more than {format_size(threshold)}"
-    return f"S3 budget: more than {threshold} {method.upper()} requests"
+        return f"{format_size(value)} {verb}, more than {format_size(threshold)}"
+    return f"more than {threshold} {method.upper()} requests"
+
+
+def parse_thresholds(text: str) -> dict[str, int]:
+    """Read `get=10000,download=50GiB` or `none`: thresholds by PBS's names.
+
+    Raises:
+        UsageError: another form, or a limit.
+    """
+    if text.strip() == "none":
+        return {}
+    budget = Budget.parse(text)
+    if budget.limit_requests is not None or budget.limit_downloaded is not None:
+        raise _wrong(text, "counters have no limits, only thresholds")
+    return dict(budget.thresholds)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from agent.registry import Datastore
-from agent.s3_budget import Budget, crossing
+from agent.s3_budget import Budget, crossing, passed
 from agent.s3_endpoints import EndpointRegistry
 from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
@@ -130,6 +130,8 @@ class S3Use:
             raise StoreError("open datastore", datastore.name, f"its cache {datastore.path} is not there", hint)
         policy = self.policy(attended=attended)
         async with open_store(settings, counters=self.counters, policy=policy) as store, open_nursery() as nursery:
+            name = datastore.name
+            store.s3.crossed = lambda counter, value, limit: self._warn(passed(name, counter, value, limit))
             nursery.start_soon(_watch_keys, self.endpoints, store.client.link, stamp)
             try:
                 yield store

@@ -85,6 +85,8 @@ class S3Backend:
         )
         self.meta: Final = S3MetaStore(client, self.keys, self.base, owner, settings.sync_level, self.in_use)
         self.chunks.before_sweep = self.catch_up
+        #: Told of a threshold of the store's counters that was passed: name, value, threshold; in a worker thread.
+        self.crossed: Callable[[str, int, int], None] = self._log_crossed
 
     async def catch_up(self) -> None:
         """Do what earlier failures left to be done.
@@ -121,10 +123,18 @@ class S3Backend:
         added = {name: value - noted[name] for name, value in now.items()}
         if any(added.values()) and (self.base / S3_STATE).exists():  # it may just have been destroyed
             try:
-                self.counter_file.add(added)
+                values = self.counter_file.add(added)
             except StoreError as error:
                 _LOG.info("%s: requests are not counted: %s", self.keys.store, error)
+            else:
+                for name, threshold in values.thresholds.items():
+                    value = values.counts[name]
+                    if threshold and value - added[name] <= threshold < value:  # it was us, and only now
+                        self.crossed(name, value, threshold)
         return now
+
+    def _log_crossed(self, name: str, value: int, threshold: int) -> None:
+        _LOG.warning("%s: %s is %d, more than the threshold %d", self.keys.store, name, value, threshold)
 
     async def count_cache(self) -> None:
         """Keep the cache within its limit; for a background task, which failures do not end."""

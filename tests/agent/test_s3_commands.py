@@ -209,6 +209,20 @@ def test_a_datastore_in_a_bucket_is_made_used_taken_over_and_destroyed(
     # What all commands on it have cost so far.
     assert status["requests"]["put"] >= 4
     assert status["requests"].keys() == {"get", "put", "post", "head", "delete"}
+    counted = fleece("s3", "counters", "cloud", "--threshold", "head=0,put=1,download=1MiB").document
+    assert counted["counters"]["put"] == status["requests"]["put"]
+    assert counted["thresholds"]["put"] == 1
+    assert counted["thresholds"]["get"] is None
+    assert fleece("s3", "counters", "cloud", "--reset").document["counters"]["put"] == 0
+    note = tmpfs / "note"
+    note.write_text("a note\n")
+    for number, code in enumerate((3, 0)):
+        said = fleece("backup", f"x.conf:{note}", "--backup-id", f"n{number}", "--repo", "cloud", code=code)
+        assert ("S3 counters of cloud: more than 1 PUT" in said.out) == (code == 3)
+    fleece("forget", "--group", "host/n0", "--repo", "cloud")
+    fleece("forget", "--group", "host/n1", "--repo", "cloud")
+    assert "GET" not in fleece("s3", "counters", "cloud", "--threshold", "none", as_json=False).err
+    assert "hard" in fleece("s3", "counters", "cloud", "--threshold", "get=1,download=1,hard-limit", code=2).err
     assert status["uploaded"] > 0
     assert "PUT" in fleece("datastore", "status", "cloud", as_json=False).out
     # Given back, it is taken over without force; its chunks are known again.

@@ -78,6 +78,23 @@ async def test_a_store_counts_while_it_is_open_and_when_it_ends(
     assert file.read().counts == {**file.read().counts, "s3-head": 2, "s3-put": puts}
 
 
+async def test_a_threshold_is_told_once_by_whoever_passes_it(store_folder: Path, s3_emulator: S3Emulator) -> None:
+    told: list[tuple[str, int, int]] = []
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        store.s3.counter_file.set_thresholds({"s3-head": 3})
+    for _ in range(6):
+        async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+            store.s3.crossed = lambda *words: told.append(words)
+            await store.client.head_bucket()
+    assert told == [("s3-head", 4, 3)]
+    store.s3.counter_file.reset()
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        store.s3.crossed = lambda *words: told.append(words)
+        for _ in range(5):
+            await store.client.head_bucket()
+    assert told[1:] == [("s3-head", 5, 3)]
+
+
 async def test_what_is_used_of_a_bucket_is_what_the_last_garbage_collection_found(
     store_folder: Path, s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
