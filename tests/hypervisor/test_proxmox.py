@@ -174,8 +174,8 @@ async def test_every_command_may_fail_or_be_lost(
         assert number > 30
 
 
-async def test_without_bitmaps_everything_is_read_and_none_stays(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs) as (vm, bench, double):
+async def test_without_bitmaps_everything_is_read_and_none_stays(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs) as (vm, bench, double):
         await bench.backup(vm)
         assert len(await names(vm, "fmt-d0")) == 2
         for _ in range(2):
@@ -185,8 +185,8 @@ async def test_without_bitmaps_everything_is_read_and_none_stays(qemu: QemuBinar
             assert await names(vm, "fmt-d0") == []
 
 
-async def test_a_bitmap_that_counts_from_another_backup_is_not_used(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs) as (vm, bench, double):
+async def test_a_bitmap_that_counts_from_another_backup_is_not_used(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs) as (vm, bench, double):
         await bench.backup(vm)
         base = bench.store.base
         assert base is not None
@@ -200,8 +200,8 @@ async def test_a_bitmap_that_counts_from_another_backup_is_not_used(qemu: QemuBi
         assert (reads[D0].mode, reads[D0].reason) == ("full", "previous snapshot gone")
 
 
-async def test_a_base_that_is_found_to_be_of_no_use_is_not_used_again(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs) as (vm, bench, _):
+async def test_a_base_that_is_found_to_be_of_no_use_is_not_used_again(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs) as (vm, bench, _):
         await bench.backup(vm)
         await vm.qemu_io("d0", "write -P 1 0 1M")
         with pytest.raises(FleecingError, match="shows only what changed"):
@@ -212,8 +212,8 @@ async def test_a_base_that_is_found_to_be_of_no_use_is_not_used_again(qemu: Qemu
         assert reads[D0].image[0] == 1
 
 
-async def test_a_backup_of_somebody_else_is_told_and_left_alone(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs, size=8 * MIB) as (vm, bench, double):
+async def test_a_backup_of_somebody_else_is_told_and_left_alone(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs, size=8 * MIB) as (vm, bench, double):
         double.native_backup = True
         with pytest.raises(VmStateError, match="previous backup for target 'Proxmox VE' not finished"):
             await bench.backup(vm)
@@ -242,7 +242,7 @@ async def foreign_access(vm: RunningQemu, double: ProxmoxQemu) -> AsyncIterator[
         await qmp.execute("blockdev-del", {"node-name": "fmt-d0-fleecing"})
 
 
-async def test_efi_variables_and_the_state_of_a_tpm_are_disks(qemu: QemuBinary, tmpfs: Path) -> None:
+async def test_efi_variables_and_the_state_of_a_tpm_are_disks(backports: QemuBinary, tmpfs: Path) -> None:
     efi, tpm = tmpfs / "efi", tmpfs / "tpm"
     efi.write_bytes(b"\x0e" * 540672)
     tpm.write_bytes(b"\x0a" * (4 * MIB))
@@ -254,7 +254,7 @@ async def test_efi_variables_and_the_state_of_a_tpm_are_disks(qemu: QemuBinary, 
     rom = {"driver": "raw", "node-name": "rom", "read-only": True}
     rom["file"] = {"driver": "file", "filename": str(code), "read-only": True}
     blockdevs += ["-blockdev", json.dumps(rom), "-machine", "pflash0=rom"]
-    async with proxmox(qemu, tmpfs, disk, size=8 * MIB, extra=blockdevs) as (vm, bench, double):
+    async with proxmox(backports, tmpfs, disk, size=8 * MIB, extra=blockdevs) as (vm, bench, double):
         for mode in ("new", "use"):
             reads = await bench.backup(vm, tpm_state=tpm)
             asked = devices(double.seen)
@@ -268,7 +268,7 @@ async def test_efi_variables_and_the_state_of_a_tpm_are_disks(qemu: QemuBinary, 
         assert list(without) == [D0]
 
 
-async def test_limits_of_speed_stay_above_the_filter(qemu: QemuBinary, tmpfs: Path) -> None:
+async def test_limits_of_speed_stay_above_the_filter(backports: QemuBinary, tmpfs: Path) -> None:
     path = tmpfs / "d0"
     disk = VmDisk(path, "d0", blockdev_options={})
     group = ["-object", "throttle-group,id=group0"]
@@ -277,7 +277,7 @@ async def test_limits_of_speed_stay_above_the_filter(qemu: QemuBinary, tmpfs: Pa
     lower.write_bytes(b"\x07" * (8 * MIB))
     throttle["file"] = {"driver": "raw", "node-name": "fmt-d1", "file": {"driver": "file", "filename": str(lower)}}  # type: ignore[assignment]
     extra = [*group, "-blockdev", json.dumps(throttle), "-device", "virtio-blk-pci,id=d1,drive=drive-d1"]
-    async with proxmox(qemu, tmpfs, disk, size=8 * MIB, extra=extra) as (vm, bench, double):
+    async with proxmox(backports, tmpfs, disk, size=8 * MIB, extra=extra) as (vm, bench, double):
         await bench.backup(vm)
         assert devices(double.seen) == {"fmt-d0": "new", "drive-d1": "new"}
         assert len(await names(vm, "fmt-d1")) == 2
@@ -324,8 +324,8 @@ async def test_a_run_that_was_killed_is_cleaned_up_by_looking_at_qemu(qemu: Qemu
         assert await names(vm, "fmt-d0") == await names(vm, "fmt-d1") == []
 
 
-async def test_the_preview_is_what_the_backup_does(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs, VmDisk(tmpfs / "d0", "d0"), VmDisk(tmpfs / "d1", "d1", form="drive")) as (
+async def test_the_preview_is_what_the_backup_does(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs, VmDisk(tmpfs / "d0", "d0"), VmDisk(tmpfs / "d1", "d1", form="drive")) as (
         vm,
         bench,
         _,
@@ -349,8 +349,8 @@ async def test_the_preview_is_what_the_backup_does(qemu: QemuBinary, tmpfs: Path
         }
 
 
-async def test_a_disk_is_not_resized_into_a_crash_while_it_is_read(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs, size=8 * MIB) as (vm, bench, _):
+async def test_a_disk_is_not_resized_into_a_crash_while_it_is_read(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs, size=8 * MIB) as (vm, bench, _):
         await bench.backup(vm)
         async with bench.view(vm) as view:
             with suppress(QmpRefused):
@@ -360,8 +360,8 @@ async def test_a_disk_is_not_resized_into_a_crash_while_it_is_read(qemu: QemuBin
         assert vm.alive()
 
 
-async def test_the_flavour_is_found_by_looking_or_asked_for(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs, size=8 * MIB) as (vm, bench, double):
+async def test_the_flavour_is_found_by_looking_or_asked_for(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs, size=8 * MIB) as (vm, bench, double):
         async with bench.view(vm) as view:
             assert view.flavour is FlavourName.PROXMOX
         async with bench.view(vm, flavour=FlavourName.STOCK) as view:
@@ -378,8 +378,8 @@ async def test_the_flavour_is_found_by_looking_or_asked_for(qemu: QemuBinary, tm
             await flavour_of(qmp, FlavourName.PROXMOX)
 
 
-async def test_the_flavours_do_not_count_on_the_bitmaps_of_each_other(qemu: QemuBinary, tmpfs: Path) -> None:
-    async with proxmox(qemu, tmpfs) as (vm, bench, _):
+async def test_the_flavours_do_not_count_on_the_bitmaps_of_each_other(backports: QemuBinary, tmpfs: Path) -> None:
+    async with proxmox(backports, tmpfs) as (vm, bench, _):
         model = bytearray(b"\x05" * SIZE)
         for number, flavour in enumerate((None, FlavourName.STOCK, None, None, FlavourName.STOCK, FlavourName.STOCK)):
             await vm.qemu_io("d0", f"write -P {number} {number * 4}M 1M")
