@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from core.errors import FleeceError
 from core.state_files import StateFile
@@ -76,7 +77,7 @@ def test_what_is_no_text_takes_as_long_to_refuse_for_known_users_as_for_unknown_
     kept = hash_password("long enough")
     worked: list[str] = []
 
-    class Counted(passwords.Scrypt):
+    class Counted(Scrypt):
         def derive(self, key_material: bytes) -> bytes:
             worked.append("derive")
             return super().derive(key_material)
