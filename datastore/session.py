@@ -67,7 +67,6 @@ class LocalBackupSession:
     snapshot: Snapshot
     base: Snapshot | None
     warnings: list[str] = field(default_factory=list)  #: for people, for example about a foreign owner
-    cache_chunks: bool = True  #: False asks a store with a cache in front not to keep uploaded chunks there
     _set_aside: int = 0  #: `ChunkStore.times_set_aside` when it began, or when it looked last
     _known: DigestSet = field(default_factory=DigestSet)
     _writers: dict[int, _OpenIndex] = field(default_factory=dict)
@@ -76,6 +75,7 @@ class LocalBackupSession:
     _manifest: Blob | None = None
     _finished: bool = False
     _aborted: bool = False
+    cache_chunks: bool = True  #: False asks a store with a cache in front not to keep uploaded chunks there
 
     async def previous_manifest(self) -> bytes | None:
         """See `BackupSession.previous_manifest`."""
@@ -392,7 +392,7 @@ async def open_session(
                 raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            session = LocalBackupSession(store, snapshot, usable, warnings, cache_chunks, set_aside)
+            session = LocalBackupSession(store, snapshot, usable, warnings, set_aside, cache_chunks=cache_chunks)
         except BaseException as error:
             if new_group:
                 async with _cleaning(snapshot, error):
