@@ -114,10 +114,16 @@ class Direct:
 
     @asynccontextmanager
     async def session(
-        self, kind: str, user: str, query: Mapping[str, Any], *, protocol: str | None = None
+        self,
+        kind: str,
+        user: str | Mapping[str, str],
+        query: Mapping[str, Any],
+        *,
+        protocol: str | None = None,
     ) -> AsyncIterator["Session"]:
-        """An upgraded connection; raises what refuses it."""
-        headers = {**self.ticket(user), "upgrade": protocol or PROTOCOLS[kind]}
+        """An upgraded connection of a user, or of whom headers tell; raises what refuses it."""
+        who = self.ticket(user) if isinstance(user, str) else user
+        headers = {**who, "upgrade": protocol or PROTOCOLS[kind]}
         target = f"//api2/json/{kind}?{query_of(query)}"
         upgrade = await self.application.handle(Request("GET", target, headers, "192.0.2.1"), Given(b""))
         assert isinstance(upgrade, Upgrade), await body_of(upgrade)

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 
 from datastore.codec import ChunkCodec
-from datastore.crypt_mode import CryptMode
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import Group, Snapshot
 from repository.interface import BackupSession, Repository
@@ -26,14 +25,14 @@ async def put_image(session: BackupSession, name: str, data: bytes, *, chunk_siz
     await session.append(writer, [(number * chunk_size, digest) for number, digest in enumerate(digests)])
     csum = hashlib.sha256(b"".join(digests)).digest()
     await session.close_index(writer, len(digests), len(data), csum)
-    return ManifestFile(name, CryptMode.NONE, len(data), csum)
+    return ManifestFile(name, CODEC.mode, len(data), csum)
 
 
 async def put_file(session: BackupSession, name: str, data: bytes) -> ManifestFile:
     """Store `data` as the blob `name`."""
     blob = CODEC.encode_blob(data)
     await session.put_blob(name, blob)
-    return ManifestFile(name, CryptMode.NONE, len(blob), hashlib.sha256(bytes(blob)).digest())
+    return ManifestFile(name, CODEC.mode, len(blob), hashlib.sha256(bytes(blob)).digest())
 
 
 async def put_all(session: BackupSession, files: Mapping[str, bytes], *, chunk_size: int | None = None) -> None:
@@ -67,5 +66,5 @@ async def read_image(repo: Repository, snapshot: Snapshot, name: str) -> bytes:
         for number in range(index.count):
             digest, size = index.digest(number), index.span(number)[1]
             blob = await reader.read_chunk(digest)
-            data += CODEC.decode(blob, digest=digest, size=size, crypt_mode=CryptMode.NONE, where=index.where)
+            data += CODEC.decode(blob, digest=digest, size=size, crypt_mode=CODEC.mode, where=index.where)
         return bytes(data)
