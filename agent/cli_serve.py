@@ -23,6 +23,13 @@ DrainOption = Annotated[
     float, typer.Option("--drain", metavar="SECONDS", min=0, help="How long sessions may go on after SIGTERM.")
 ]
 
+VerifyNewOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--verify-new", metavar="STORE", help="Verify what clients back up to STORE at once; may be repeated."
+    ),
+]
+
 
 def add_to(application: typer.Typer) -> None:
     """Register the verb."""
@@ -62,6 +69,7 @@ def serve(
     cert: CertOption = None,
     key: KeyOption = None,
     drain: DrainOption = 900.0,
+    verify_new: VerifyNewOption = None,
 ) -> None:
     """Serve the datastores of this host to Proxmox Backup Server's clients and to other Fleece hosts.
 
@@ -84,6 +92,10 @@ def serve(
     certificate = own_certificate(folder) if cert is None or key is None else Certificate(cert, key)
     settings = Settings(certificate, drain, to_stderr)
     state = ServerState(folder, RegisteredStores(invocation), RegisteredRemotes(invocation.remotes))
+    unknown = sorted(set(verify_new or ()) - set(invocation.registry.datastores()))
+    if unknown:
+        raise UsageError("use", "--verify-new", f"there is no datastore {unknown[0]}", "see 'fleece datastore list'")
+    state.verify_new = frozenset(verify_new or ())
 
     async def run() -> None:
         listeners = systemd_listeners() or await listen_at(address, port)

@@ -179,9 +179,9 @@ def acl_update(
 ) -> None:
     """Give a user or token a role on a path, or take it away. A running server uses it at once."""
     from server.access.acl import AclEntry
-    from server.access.auth_ids import AuthId
+    from server.access.auth_ids import parse_holder
 
-    entry = AclEntry(path, str(AuthId.parse(who)), role, propagate)
+    entry = AclEntry(path, parse_holder(who), role, propagate)
     _access().set_right(entry, delete=delete)
     words = f"{who} has the role {role} on {path}" if not delete else f"{who} has no longer the role {role} on {path}"
     document = {"path": path, "auth-id": who, "role": role, "propagate": propagate, "deleted": delete}

@@ -20,6 +20,7 @@ from server.errors import ApiError
 from server.h2_session import H2Session
 from server.routing import Call
 from server.state import namespace, snapshot
+from server.verify_new import verify_new
 
 PROTOCOL: Final = "proxmox-backup-protocol-v1"
 #: Seconds that a client waits for a garbage collection that excludes writers.
@@ -52,6 +53,7 @@ class _Holder:
                 owner=str(self.call.caller),
                 lock_wait_s=_WRITER_WAIT_S,
                 for_client=True,
+                cache_chunks=not self.call.values["no-cache"],
             ) as session:
                 task_status.started(session)
                 await self._wanted.wait()
@@ -113,6 +115,8 @@ async def backup(call: Call) -> AsyncIterator[H2Session]:
                 if not await holder.settled():
                     raise _UnfinishedError("backup ended but finished state is not set.")
                 task.log("backup finished successfully")
+                if store in state.verify_new and not values["benchmark"]:
+                    await verify_new(state, store, repository, wanted, caller)
         except _UnfinishedError:
             pass
         nursery.cancel_scope.cancel()

@@ -213,7 +213,7 @@ def from_json(schema: Schema, body: bytes, path: Mapping[str, str]) -> dict[str,
         except ValueError as error:
             values[key] = None
             faults.append((key, str(error)))
-    for key, value in document.items():
+    for key, value in sorted(document.items()):  # so that faults come in PBS's order
         parameter = schema.get(key)
         if parameter is None:
             faults.append((key[:200], "schema does not allow additional properties"))

@@ -146,6 +146,7 @@ class ServerState:
         self.tasks: Final = Tasks(folder / "tasks")
         self.stores: Final = StorePool(stores)
         self.walks: Final = trio.CapacityLimiter(MAX_WALKS)
+        self.verify_new: frozenset[str] = frozenset()  #: datastores in which new snapshots are verified at once
         self._nursery: trio.Nursery | None = None
 
     @asynccontextmanager

@@ -14,11 +14,12 @@ from server.access.tickets import LIFETIME_S, unsigned
 from server.answers import Answer, Result, as_json, digest_of
 from server.errors import ApiError, UnauthorizedError, forbidden
 from server.routing import Call, Endpoint, Open
-from server.schema import AUTH, BOOL, COMMENT, ROLE, TOKEN_NAME, USER, Integer, Parameter, Text, optional
+from server.schema import AUTH, BOOL, COMMENT, ROLE, SAFE, TOKEN_NAME, USER, Integer, Parameter, Text, optional
 from server.state import RELEASE, VERSION
 
 _PATH: Final = Text(ACL_PATH, 1, 128)
 _PASSWORD: Final = Text(longest=1024)
+_GROUP: Final = Text(SAFE, 3, 64)
 _COOKIE: Final = "__Host-PBSAuthCookie"
 
 
@@ -171,8 +172,8 @@ async def acl(call: Call) -> object:
                 "path": entry.path,
                 "propagate": entry.propagate,
                 "roleid": entry.role,
-                "ugid": entry.auth_id,
-                "ugid_type": "user",
+                "ugid": entry.auth_id.removeprefix("@"),
+                "ugid_type": "group" if entry.auth_id.startswith("@") else "user",
             }
         )
     return Result(found, {"digest": digest_of(found)})
@@ -181,6 +182,8 @@ async def acl(call: Call) -> object:
 async def change_acl(call: Call) -> None:
     """`PUT /access/acl`."""
     state, caller = call.state, call.caller
+    if call["group"] is not None:
+        raise ApiError("parameter 'group' - groups are currently not supported.")
     if call["auth-id"] is None:
         raise ApiError("missing 'userid' or 'group' parameter.")
     target = AuthId.parse(call["auth-id"])
@@ -237,6 +240,7 @@ ENDPOINTS: Final = (
             "path": Parameter(_PATH),
             "role": Parameter(ROLE),
             "auth-id": optional(AUTH),
+            "group": optional(_GROUP),
             "propagate": optional(BOOL, True),
             "delete": optional(BOOL, False),
         },
