@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from core.errors import UsageError
 from datastore.names import Group, Namespace
 from repository.local import LocalRepository
 from server.access.acl import AclEntry, AclTree
@@ -175,3 +176,24 @@ def test_a_token_may_what_it_and_its_user_may() -> None:
 )
 def test_owners(caller: str, owner: str, owns: bool) -> None:
     assert AuthId.parse(caller).owns(owner) is owns
+
+
+async def test_groups_are_only_known_by_name(direct: Direct) -> None:
+    access = direct.state.access
+    access.add_user(AuthId("u@pbs"))
+    access.set_right(AclEntry("/datastore/main", "@admins", "Admin"))
+    access.set_right(AclEntry("/datastore/main", "u@pbs", "DatastoreAudit"))
+    shown = (await direct.call("GET", "/access/acl")).data
+    assert [(one["ugid"], one["ugid_type"], one["roleid"]) for one in shown] == [
+        ("admins", "group", "Admin"),
+        ("u@pbs", "user", "DatastoreAudit"),
+    ]
+    assert direct.state.privileges(AuthId("u@pbs"), ("datastore", "main")) == P.DATASTORE_AUDIT
+    change = {"path": "/", "role": "Admin", "group": "admins"}
+    got = await direct.call("PUT", "/access/acl", json_body=change)
+    assert (got.status, got.text) == (400, "parameter 'group' - groups are currently not supported.")
+    access.set_right(AclEntry("/datastore/main", "@admins", "Admin"), delete=True)
+    assert [one.auth_id for one in access.tree().entries] == ["u@pbs"]
+    for wrong in ("@", "@a b", "@../x", "@" + "x" * 64):
+        with pytest.raises(UsageError, match="use the auth-id"):
+            access.set_right(AclEntry("/", wrong, "Admin"))

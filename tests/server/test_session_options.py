@@ -1,0 +1,95 @@
+"""What a client or the server may want of a backup session besides the backup."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import trio
+
+from datastore.blob import Blob, BlobKind
+from datastore.names import Group, Snapshot
+from repository.local import LocalRepository
+from server.application import Application
+from server.state import ServerState
+from tests.support.direct_server import Direct, Session
+from tests.support.s3_emulator import S3Emulator
+from tests.support.s3_stores import s3_store
+from tests.support.snapshots import CODEC
+from tests.support.wire_server import Stores
+
+USER = "u@pbs"
+DATA = b"a chunk of some bytes"
+DIGEST = hashlib.sha256(DATA).digest()
+GROUP = Group.parse("host/web")
+
+
+async def back_up(direct: Direct, ctime: int, **more: object) -> Snapshot:
+    """One archive of one chunk, as a client sends it."""
+    query = {"store": "main", "backup-type": "host", "backup-id": "web", "backup-time": ctime, **more}
+    async with direct.session("backup", USER, query) as session:
+        assert (await session.call("POST", "/dynamic_index", {"archive-name": "a.pxar.didx"})).data == 1
+        blob = bytes(Blob.make(BlobKind.PLAIN, DATA))
+        sizes = {"size": len(DATA), "encoded-size": len(blob)}
+        await ok(session, "POST", "/dynamic_chunk", {"wid": 1, "digest": DIGEST.hex(), **sizes}, blob)
+        await ok(session, "PUT", "/dynamic_index", {"wid": 1, "digest-list": DIGEST.hex(), "offset-list": 0})
+        csum = hashlib.sha256(len(DATA).to_bytes(8, "little") + DIGEST).hexdigest()
+        await ok(session, "POST", "/dynamic_close", {"wid": 1, "chunk-count": 1, "size": len(DATA), "csum": csum})
+        from datastore.crypt_mode import CryptMode
+        from datastore.manifest import Manifest, ManifestFile
+
+        manifest = Manifest.new(GROUP.at(ctime))
+        manifest.add(ManifestFile("a.pxar.didx", CryptMode.NONE, len(DATA), bytes.fromhex(csum)))
+        raw = bytes(manifest.encode(CODEC))
+        await ok(session, "POST", "/blob", {"file-name": "index.json.blob", "encoded-size": len(raw)}, raw)
+        await ok(session, "POST", "/finish", {})
+    return GROUP.at(ctime)
+
+
+async def ok(session: Session, method: str, path: str, query: dict[str, object], body: bytes = b"") -> None:
+    got = await session.call(method, path, query, body=body)
+    assert got.status == 200, got.text
+
+
+@pytest.mark.parametrize("no_cache", [False, True])
+async def test_chunks_stay_out_of_the_cache_of_a_bucket_if_the_client_wants(
+    no_cache: bool, store_folder: Path, tmp_path: Path, s3_emulator: S3Emulator
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repository = LocalRepository(store, "main")
+        state = ServerState(tmp_path / "server", Stores({"main": repository}))
+        async with state.running():
+            direct = Direct(state, Application(state))
+            direct.right("/datastore/main", USER, "DatastoreBackup")
+            snapshot = await back_up(direct, 1000, **{"no-cache": no_cache})
+            cached = store_folder / ".chunks" / DIGEST.hex()[:4] / DIGEST.hex()
+            # Without its content a file of no bytes stands for the chunk.
+            assert (cached.stat().st_size > 0) is not no_cache
+            async with repository.reader(snapshot) as reader:
+                assert bytes((await reader.read_chunk(DIGEST)).payload) == DATA
+
+
+async def test_what_was_backed_up_is_verified_if_the_store_wants(direct: Direct, local: LocalRepository) -> None:
+    direct.right("/datastore/main", USER, "DatastoreBackup")
+    await back_up(direct, 1000)
+    assert [info.upid.kind for info in direct.state.tasks.infos()] == ["backup"]
+    direct.state.verify_new = frozenset({"main"})
+    snapshot = await back_up(direct, 2000)
+    await idle(direct)
+    newest = direct.state.tasks.infos()[0]
+    assert (newest.upid.kind, newest.upid.id, newest.status) == ("verify_snapshot", "main:/host/web/000007D0", "OK")
+    verification = (await local.snapshot(snapshot)).verification
+    assert verification == {"upid": str(newest.upid), "state": "ok"}
+    assert (await local.snapshot(GROUP.at(1000))).verification is None
+    # A chunk that was damaged before: the backup is whole, as far as its client can tell.
+    path = local.store.base / ".chunks" / DIGEST.hex()[:4] / DIGEST.hex()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    await back_up(direct, 3000)
+    await idle(direct)
+    assert str(direct.state.tasks.infos()[0].status).startswith("verification failed")
+
+
+async def idle(direct: Direct) -> None:
+    """Wait for the end of all tasks."""
+    with trio.fail_after(60):
+        while direct.state.tasks.busy:  # noqa: ASYNC110 - it lasts some milliseconds
+            await trio.sleep(0.01)
