@@ -1,10 +1,10 @@
 """Death and disk errors at every single change of a small backup."""
 
-import errno
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from core.errors import FleeceError
 from datastore.files import SyncLevel
 from tests.support.cache import ROOT
 from tests.support.crash import back_up, check, failing_at, leftovers
+from tests.support.disk_errors import each_in_turn
 
 #: More changing calls than the small backup makes.
 MOST_CALLS = 45
@@ -47,15 +48,17 @@ def run(store: Path, level: str, how: str, most: int, step: int) -> "subprocess.
     return done
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
-async def test_a_disk_error_at_any_call_is_a_clear_error_and_harms_nothing(store_folder: Path, code: int) -> None:
+@each_in_turn
+async def test_a_disk_error_at_any_call_is_a_clear_error_and_harms_nothing(
+    store_folder: Path, codes: Sequence[int]
+) -> None:
     await back_up(store_folder, SyncLevel.FILE, 1000)
     number, ctime, failures = 0, 1000, 0
     while True:
         number += 1
         ctime += 10
         try:
-            with failing_at(number, code) as count:
+            with failing_at(number, codes[number % len(codes)]) as count:
                 await back_up(store_folder, SyncLevel.FILE, ctime)
         except FleeceError:
             failures += 1

@@ -17,12 +17,13 @@ from datastore.names import Group
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, choose, verify
 from tests.support.cache import ROOT
-from tests.support.upkeep import STEP_S, chunk_files, let_time_pass, oldest_start, run_and_kill, write_rounds
+from tests.support.stores import chunk_files
+from tests.support.upkeep import STEP_S, let_time_pass, oldest_start, run_and_kill, write_rounds
 
 #: Rounds of each writer, and kills; all of them with `make test-long`.
 LONG = bool(os.environ.get("FLEECE_TEST_LONG"))
-ROUNDS = 200 if LONG else 10
-KILLS = 100 if LONG else 12
+ROUNDS = 200 if LONG else 7
+KILLS = 100 if LONG else 8
 
 
 @pytest.fixture(autouse=True)

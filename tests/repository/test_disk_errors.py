@@ -1,11 +1,10 @@
 """A full, broken or suddenly read-only disk at every single call of garbage collection, verify, prune and changes."""
 
-import errno
 import os
 import random
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from datastore.store import Datastore
 from repository.local import LocalRepository, open_local
 from repository.verify import VerifyOptions, choose, verify
 from tests.support.crash import leftovers
-from tests.support.disk_errors import at_every_call
+from tests.support.disk_errors import at_every_call, each_in_turn
 from tests.support.snapshots import CHUNK, write_snapshot
 
 CODEC = ChunkCodec()
@@ -28,8 +27,6 @@ NAME = "disk.img.fidx"
 GROUP = Group.parse("vm/100")
 #: Chunk folders that the tests use, which makes a sweep quick; every chunk must fall into one of them.
 FOLDERS = 1024
-
-codes = pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
 
 
 @pytest.fixture
@@ -73,10 +70,10 @@ async def is_whole(repo: LocalRepository) -> None:
     assert [result.errors for result in results if result.errors] == []
 
 
-@codes
+@each_in_turn
 @pytest.mark.timeout(300)
 async def test_garbage_collection_leaves_what_is_used_and_the_next_one_ends_it(
-    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch, code: int
+    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch, codes: Sequence[int]
 ) -> None:
     base = repo.store.base
     monkeypatch.setattr("datastore.local_chunks._ACCESS_TIME_WAIT_S", 0.02)
@@ -109,15 +106,17 @@ async def test_garbage_collection_leaves_what_is_used_and_the_next_one_ends_it(
         assert report.missing_count == 0
         assert leftovers(base) == []
 
-    calls = await at_every_call(code, prepare, act, check)
+    calls = await at_every_call(codes, prepare, act, check)
     assert len(calls) > 40
     assert calls.count("utimensat") > 25, "marks"
     assert calls.count("unlink") >= 13, "removals"
     assert calls.count("rename") == 2, "the status, and the history"
 
 
-@codes
-async def test_verify_never_sets_a_chunk_aside_without_a_failed_snapshot(repo: LocalRepository, code: int) -> None:
+@each_in_turn
+async def test_verify_never_sets_a_chunk_aside_without_a_failed_snapshot(
+    repo: LocalRepository, codes: Sequence[int]
+) -> None:
     data = image("verified", 4)
     other = await write_snapshot(repo, "vm/1", 1000, {NAME: data[:CHUNK]})
 
@@ -149,14 +148,16 @@ async def test_verify_never_sets_a_chunk_aside_without_a_failed_snapshot(repo: L
             if path.name.endswith(".bad"):
                 path.unlink()
 
-    calls = await at_every_call(code, prepare, act, check)
+    calls = await at_every_call(codes, prepare, act, check)
     # The state of this snapshot, of the other one, and the two chunks.
     assert calls.count("rename") == 4
     assert len(calls) > 20
 
 
-@codes
-async def test_prune_leaves_whole_snapshots_and_the_next_one_ends_it(repo: LocalRepository, code: int) -> None:
+@each_in_turn
+async def test_prune_leaves_whole_snapshots_and_the_next_one_ends_it(
+    repo: LocalRepository, codes: Sequence[int]
+) -> None:
     data = {NAME: image("pruned", 1)}
 
     async def prepare(number: int) -> Group:
@@ -178,7 +179,7 @@ async def test_prune_leaves_whole_snapshots_and_the_next_one_ends_it(repo: Local
         await repo.forget_group(group)
         assert not (repo.store.base / group.path).exists()
 
-    calls = await at_every_call(code, prepare, act, check)
+    calls = await at_every_call(codes, prepare, act, check)
     assert calls.count("unlink") >= 12
     assert len(calls) > 20
 
@@ -191,8 +192,8 @@ class TestChanges:
         await repo.create_namespace(Namespace.parse("kept"))
         return await write_snapshot(repo, GROUP, 1000, {NAME: image("changed", 2)})
 
-    @codes
-    async def test_notes_of_a_snapshot(self, repo: LocalRepository, subject: Snapshot, code: int) -> None:
+    @each_in_turn
+    async def test_notes_of_a_snapshot(self, repo: LocalRepository, subject: Snapshot, codes: Sequence[int]) -> None:
         async def prepare(number: int) -> str:
             return f"round {number}"
 
@@ -206,11 +207,13 @@ class TestChanges:
             await repo.set_notes(subject, "before")
             assert leftovers(repo.store.base) == []
 
-        calls = await at_every_call(code, prepare, act, check)
+        calls = await at_every_call(codes, prepare, act, check)
         assert {"open", "writev", "fsync", "rename"} <= set(calls)
 
-    @codes
-    async def test_notes_and_owner_of_a_group(self, repo: LocalRepository, subject: Snapshot, code: int) -> None:
+    @each_in_turn
+    async def test_notes_and_owner_of_a_group(
+        self, repo: LocalRepository, subject: Snapshot, codes: Sequence[int]
+    ) -> None:
         group = subject.group
 
         async def prepare(number: int) -> int:
@@ -229,11 +232,11 @@ class TestChanges:
             assert info.owner in ("before@pbs", f"round{number}@pbs")
             assert leftovers(repo.store.base) == []
 
-        calls = await at_every_call(code, prepare, act, check)
+        calls = await at_every_call(codes, prepare, act, check)
         assert (calls.count("rename"), calls.count("unlink")) == (2, 1)
 
-    @codes
-    async def test_protection(self, repo: LocalRepository, subject: Snapshot, code: int) -> None:
+    @each_in_turn
+    async def test_protection(self, repo: LocalRepository, subject: Snapshot, codes: Sequence[int]) -> None:
         async def prepare(number: int) -> None:
             await repo.set_protected(subject, protected=False)
 
@@ -249,15 +252,15 @@ class TestChanges:
             await repo.set_protected(subject, protected=True)
             assert (await repo.snapshot(subject)).protected
 
-        assert "rename" in await at_every_call(code, prepare, act, check)
+        assert "rename" in await at_every_call(codes, prepare, act, check)
 
         async def protect(number: int) -> None:
             await repo.set_protected(subject, protected=True)
 
-        assert "unlink" in await at_every_call(code, protect, back, check)
+        assert "unlink" in await at_every_call(codes, protect, back, check)
 
-    @codes
-    async def test_forgetting(self, repo: LocalRepository, subject: Snapshot, code: int) -> None:
+    @each_in_turn
+    async def test_forgetting(self, repo: LocalRepository, subject: Snapshot, codes: Sequence[int]) -> None:
         async def prepare(number: int) -> Group:
             group = Group.parse(f"ct/{number}", Namespace.parse("kept"))
             for ctime in (1000, 2000):
@@ -275,11 +278,11 @@ class TestChanges:
                 await repo.forget_group(group)
             assert not (repo.store.base / group.path).exists()
 
-        calls = await at_every_call(code, prepare, act, check)
+        calls = await at_every_call(codes, prepare, act, check)
         assert calls.count("rmdir") == 3
 
-    @codes
-    async def test_namespaces(self, repo: LocalRepository, subject: Snapshot, code: int) -> None:
+    @each_in_turn
+    async def test_namespaces(self, repo: LocalRepository, subject: Snapshot, codes: Sequence[int]) -> None:
         a, b = Namespace.parse("a/x"), Namespace.parse("b")
         base = repo.store.base
 
@@ -303,7 +306,7 @@ class TestChanges:
                     await repo.delete_namespace(ns, groups=True)
             assert sorted(path.name for path in (base / "ns").iterdir()) == ["kept"]
 
-        calls = await at_every_call(code, prepare, act, check)
+        calls = await at_every_call(codes, prepare, act, check)
         assert len(calls) > 50
 
 

@@ -1,11 +1,14 @@
 """One error of the disk, at the N-th call that changes or locks something: full, broken, or suddenly read-only."""
 
 import ctypes
+import errno
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 import datastore.files
 from core.errors import FleeceError
@@ -37,6 +40,19 @@ class _Libc:
     def syncfs(self, *arguments: Any) -> int:
         """See syncfs(2)."""
         return self._call("syncfs", *arguments)
+
+
+#: For tests with a parameter `codes`: at each call one of the errors, in turn; in `make test-long` each at every call.
+each_in_turn = pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param([errno.ENOSPC, errno.EIO, errno.EROFS], id="in turn"),
+        *(
+            pytest.param([code], id=errno.errorcode[code], marks=pytest.mark.long)
+            for code in (errno.ENOSPC, errno.EIO, errno.EROFS)
+        ),
+    ],
+)
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def failing_call(number: int, code: int) -> Iterator[list[str]]:
 
 
 async def at_every_call(
-    code: int,
+    codes: Sequence[int],
     prepare: Callable[[int], Awaitable[Any]],
     act: Callable[[Any], Awaitable[Any]],
     check: Callable[[Any, bool], Awaitable[None]],
@@ -83,7 +99,7 @@ async def at_every_call(
     """Run `act` with its first call failing, its second, ... until it makes no more; returns the calls of a whole run.
 
     Args:
-        code: the error.
+        codes: the errors, one for each round in turn.
         prepare: makes what `act` works on, given the number of the round.
         act: may raise a `FleeceError`, and nothing else.
         check: looks at what is left; True: `act` ended well.
@@ -92,6 +108,7 @@ async def at_every_call(
     for number in range(1, most):
         subject = await prepare(number)
         ended_well = True
+        code = codes[number % len(codes)]
         with failing_call(number, code) as calls:
             try:
                 await act(subject)

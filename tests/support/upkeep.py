@@ -35,6 +35,7 @@ from repository.local import open_local
 from repository.verify import choose, verify
 from tests.support.cache import ROOT
 from tests.support.snapshots import CHUNK, put_all, read_image
+from tests.support.stores import chunk_files
 
 #: Chunks that writers have in common.
 POOL = 12
@@ -56,13 +57,6 @@ def image(dice: random.Random, before: bytes) -> bytes:
         else:
             pieces.append(random.Random(dice.randrange(POOL)).randbytes(PIECE))
     return b"".join(pieces)
-
-
-def chunk_files(base: Path) -> Iterator[Path]:
-    """Every file in the chunk folders; three times as quick as a glob."""
-    for folder in os.scandir(base / ".chunks"):
-        for file in os.scandir(folder.path):
-            yield Path(file.path)
 
 
 def let_time_pass(base: Path, since: float) -> None:
