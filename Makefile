@@ -66,6 +66,7 @@ bench: setup-bench
 	$(PYTHON) bench/detection_modes.py
 	$(PYTHON) bench/gc.py
 	$(PYTHON) bench/verify.py
+	$(PYTHON) bench/wire.py
 	$(PYTHON) bench/s3.py
 
 clean:
