@@ -28,6 +28,7 @@ from agent.config_types import (
 from agent.job_sections import JOB_MODELS, Duration, JobName, JobSection
 from agent.s3_budget import Budget
 from agent.toml_lines import find_line
+from agent.vzdump_hook import VzdumpHookSection
 from core.errors import UsageError, os_reason
 
 #: Bytes; a configuration is read whole.
@@ -142,6 +143,7 @@ class Config(KeySettings):
     job: dict[JobName, JobSection] = Field(default_factory=dict)
     s3: S3Section | None = None
     limits: LimitsSection = Field(default_factory=LimitsSection)
+    vzdump_hook: VzdumpHookSection = Field(default_factory=VzdumpHookSection)
     hook: AbsolutePath | None = None  #: script that jobs call
     hook_timeout: Duration = "10m"
 
@@ -164,6 +166,7 @@ def _known_keys(error: Any) -> list[str]:
         "vm": VmSection,
         "s3": S3Section,
         "limits": LimitsSection,
+        "vzdump-hook": VzdumpHookSection,
     }
     model = Config if len(location) == 1 else sections.get(str(location[0]), Config)
     if location[:1] == ("job",) and len(location) > 2:

@@ -13,6 +13,7 @@ from typing import Final
 import typer
 
 from agent import (
+    cli_agent,
     cli_backup,
     cli_datastore,
     cli_gc,
@@ -35,6 +36,7 @@ from agent import (
     cli_users,
     cli_verify,
     cli_vm,
+    cli_vzdump_hook,
 )
 from agent.invocation import flush_stdout, general_options, silence_stdout, to_stderr
 from core.errors import ExitCode, FleeceError, TargetError, os_reason
@@ -96,6 +98,8 @@ def build() -> typer.Typer:
     cli_remote.add_to(application)
     cli_sync.add_to(application)
     cli_job.add_to(application)
+    cli_agent.add_to(application)
+    cli_vzdump_hook.add_to(application)
     cli_host.add_to(application)
     return application
 

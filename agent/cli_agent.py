@@ -1,0 +1,51 @@
+"""`fleece agent`: the service that runs jobs when they are due."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.invocation import Invocation, command, to_stderr
+
+if TYPE_CHECKING:
+    from agent.config import Config
+
+
+def add_to(application: typer.Typer) -> None:
+    """Register the verb."""
+    command(
+        application,
+        "agent",
+        repository=False,
+        output=False,
+        examples="""
+systemctl enable --now fleece-agent                      as the service it is made for
+fleece agent                                             in a terminal; Ctrl-C ends it
+systemctl reload fleece-agent                            after a change of fleece.toml
+""",
+    )(agent)
+
+
+def agent(
+    invocation: Invocation,
+    stop_timeout: Annotated[
+        float, typer.Option("--stop-timeout", metavar="SECONDS", min=1, help="How long jobs may clean up at the end.")
+    ] = 300.0,
+) -> None:
+    """Run the jobs of the configuration when they are due, until SIGTERM or SIGINT.
+
+    A time that was missed is made up for, once, unless the job says catch-up = false. SIGHUP reads the configuration
+    again. Jobs that run when the agent ends clean up first; what was cut off runs again at the next start.
+    """
+    import trio
+
+    from agent.host_agent import ChildRunner, HostAgent, run_until_signal
+    from agent.places import private_run_dir, state_dir
+
+    def load() -> "Config":
+        invocation.__dict__.pop("config", None)
+        return invocation.config
+
+    private_run_dir()
+    say = (lambda text: None) if invocation.quiet else to_stderr
+    runner = ChildRunner(invocation.config_path, stop_timeout)
+    trio.run(run_until_signal, HostAgent(load, runner, state_dir(), say))

@@ -1,0 +1,289 @@
+"""The service: what is due when, missed times, reload, stop, and what it tells systemd."""
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from agent.config import Config, parse_config
+from agent.due_jobs import DueJobs
+from agent.host_agent import HostAgent
+from agent.job_store import JobStore
+from core.errors import UsageError
+from core.systemd import notify, watchdog_s
+from datastore.names import parse_time
+
+from .conftest import Fleece, Popen
+
+START = parse_time("2026-03-02T12:00:00Z")
+HOUR = 3600
+
+
+def jobs(text: str) -> Config:
+    return parse_config(text, "f")
+
+
+DAILY = '[job.sweep]\ntype = "gc"\nschedule = "02:00 UTC"\n'
+
+
+class Notified:
+    """The socket that systemd would listen at."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self._path)
+        self._lines: list[str] = []
+        self._marks: queue.Queue[str] = queue.Queue()
+        self._thread = threading.Thread(target=self._receive)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        while (message := self._socket.recv(65536).decode()) != "end":
+            if message == "mark":
+                self._marks.put(message)
+            else:
+                self._lines += message.splitlines()
+
+    def _send(self, message: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode(), self._path)
+
+    def read(self) -> list[str]:
+        """All lines that were sent until now."""
+        self._send("mark")
+        self._marks.get(timeout=120)
+        return list(self._lines)
+
+    def close(self) -> None:
+        self._send("end")
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def notified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Notified]:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    found = Notified(tmp_path / "notify")
+    yield found
+    found.close()
+
+
+def due_at(folder: Path, now: float, config: Config, last: float | None = None) -> tuple[float, str] | None:
+    found = DueJobs(folder, lambda: now)
+    found.take(config.job, lambda name: last)
+    return found.next()
+
+
+def test_a_new_job_waits_for_its_time_and_a_missed_one_is_made_up_for_once(tmp_path: Path) -> None:
+    config = jobs(DAILY)
+    assert due_at(tmp_path, START, config) == (START + 14 * HOUR, "sweep")
+    # The host was off for three days.
+    later = START + 72 * HOUR
+    found = DueJobs(tmp_path, lambda: later)
+    found.take(config.job, lambda name: None)
+    assert found.due() == ["sweep"]
+    found.begin("sweep")
+    assert found.due() == []
+    found.end("sweep")
+    assert due_at(tmp_path, later + 1, config) == (START + 86 * HOUR, "sweep")
+
+
+def test_no_time_is_made_up_for_that_a_run_by_hand_or_a_new_schedule_came_after(tmp_path: Path) -> None:
+    due_at(tmp_path, START, jobs(DAILY))
+    later = START + 20 * HOUR
+    assert due_at(tmp_path, later, jobs(DAILY), last=START + 15 * HOUR) == (START + 38 * HOUR, "sweep")
+    assert due_at(tmp_path, later, jobs(DAILY + "catch-up = false\n")) == (START + 38 * HOUR, "sweep")
+    assert due_at(tmp_path, later, jobs(DAILY), last=START + 1) == (START + 14 * HOUR, "sweep")
+    assert due_at(tmp_path, later, jobs(DAILY.replace("02:00", "03:00"))) == (START + 39 * HOUR, "sweep")
+    assert due_at(tmp_path, later, jobs("")) is None
+    assert due_at(tmp_path, later, jobs('[job.x]\ntype = "gc"\n')) is None
+
+
+def test_a_run_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    found = DueJobs(tmp_path, lambda: START)
+    found.take(jobs(DAILY).job, lambda name: None)
+    found.begin("sweep")
+    assert due_at(tmp_path, START + 60, jobs(DAILY)) == (START + 60, "sweep")
+    assert due_at(tmp_path, START + 60, jobs(DAILY + "catch-up = false\n")) == (START + 14 * HOUR, "sweep")
+
+
+def test_a_damaged_state_and_a_clock_that_was_set_back_count_from_now(tmp_path: Path) -> None:
+    for text in (b"", b"{", b"[]", b'{"sweep": 1}', b'{"sweep": {"schedule": "02:00 UTC", "since": "x", "begun": 0}}'):
+        (tmp_path / "schedule.json").write_bytes(text)
+        assert due_at(tmp_path, START, jobs(DAILY)) == (START + 14 * HOUR, "sweep")
+    due_at(tmp_path, START + 1000 * HOUR, jobs(DAILY))
+    assert due_at(tmp_path, START, jobs(DAILY), last=START + 900 * HOUR) == (START + 14 * HOUR, "sweep")
+
+
+class Host:
+    """An agent with a clock of its own and jobs that last as long as the test says."""
+
+    def __init__(self, folder: Path, text: str, lasts_s: float = 60.0) -> None:
+        self.text, self.lasts_s = text, lasts_s
+        self.ran: list[tuple[str, float]] = []
+        self.ended: list[str] = []
+        self.said: list[str] = []
+        self.agent = HostAgent(lambda: jobs(self.text), self.run_job, folder, self.said.append, self.now)
+
+    def now(self) -> float:
+        return START + trio.current_time()
+
+    async def run_job(self, name: str) -> int:
+        self.ran.append((name, self.now() - START))
+        try:
+            await trio.sleep(self.lasts_s)
+        except trio.Cancelled:
+            self.ended.append(name)
+            raise
+        return 0
+
+
+async def test_jobs_run_when_they_are_due_side_by_side_and_never_twice_at_a_time(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    text = '[job.a]\ntype = "gc"\nschedule = "*:0/20 UTC"\n[job.b]\ntype = "gc"\nschedule = "hourly UTC"\n'
+    host = Host(tmp_path, text, lasts_s=25 * 60)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.agent.run)
+        await trio.sleep(2 * HOUR + 60)
+        nursery.cancel_scope.cancel()
+    begun = [(name, round(at / 60)) for name, at in host.ran]
+    assert sorted(begun) == [("a", 20), ("a", 60), ("a", 100), ("b", 60), ("b", 120)]
+    assert sum("job a is due, but still runs" in text for text in host.said) == 3
+
+
+async def test_reload_takes_a_new_configuration_and_leaves_a_wrong_one_and_running_jobs_alone(
+    tmp_path: Path, autojump_clock: MockClock, notified: Notified
+) -> None:
+    host = Host(tmp_path, '[job.a]\ntype = "gc"\nschedule = "12:10 UTC"\n', lasts_s=HOUR)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.agent.run)
+        first = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START + 600))
+        assert notified.read()[:2] == ["READY=1", f"STATUS=Next: a at {first}"]
+        await trio.sleep(700)
+        host.text = "[job.a]\n"
+        await host.agent.reload()
+        assert "the old configuration stays in use" in host.said[-1]
+        host.text = '[job.b]\ntype = "gc"\nschedule = "12:30 UTC"\n'
+        await host.agent.reload()
+        host.text += '[job.a]\ntype = "gc"\nschedule = "12:10 UTC"\n'
+        await host.agent.reload()
+        await trio.sleep(1800)
+        host.agent.stop()
+    assert [(name, round(at)) for name, at in host.ran] == [("a", 600), ("b", 1800)]
+    lines = notified.read()
+    assert [line for line in lines if line in ("READY=1", "RELOADING=1", "STOPPING=1")] == [
+        "READY=1", *["RELOADING=1", "READY=1"] * 3, "STOPPING=1",
+    ]  # fmt: skip
+    assert sum(line.startswith("MONOTONIC_USEC=") for line in lines) == 3
+
+
+async def test_stop_ends_running_jobs_and_their_time_is_made_up_for_at_the_next_start(
+    tmp_path: Path, autojump_clock: MockClock, notified: Notified
+) -> None:
+    host = Host(tmp_path, '[job.a]\ntype = "gc"\nschedule = "12:10 UTC"\n', lasts_s=HOUR)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.agent.run)
+        await trio.sleep(700)
+        host.agent.stop()
+        host.agent.stop()
+    assert host.ended == ["a"]
+    assert notified.read().count("STOPPING=1") == 1
+    again = Host(tmp_path, host.text)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(again.agent.run)
+        await trio.sleep(100)
+        again.agent.stop()
+    assert len(again.ran) == 1
+    third = Host(tmp_path, host.text)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(third.agent.run)
+        await trio.sleep(100)
+        third.agent.stop()
+    assert third.ran == []
+
+
+async def test_a_configuration_that_is_wrong_at_the_start_ends_the_agent(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"job\.a\.type is missing"):
+        await Host(tmp_path, "[job.a]\n").agent.run()
+
+
+async def test_the_watchdog_hears_of_the_loop_and_not_of_one_that_hangs(
+    tmp_path: Path, autojump_clock: MockClock, notified: Notified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    host = Host(tmp_path, DAILY)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.agent.run)
+        await trio.sleep(1000)
+        assert notified.read().count("WATCHDOG=1") >= 100
+        # As if the loop had not come round for long.
+        monkeypatch.setattr(host.agent, "_looked", -1e9)
+        before = len(notified.read())
+        await trio.sleep(15)
+        assert len(notified.read()) == before
+        host.agent.stop()
+
+
+def test_what_systemd_does_not_ask_for_it_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for socket_name in ("", "relative", "/nowhere/at/all", "@nobody-listens-here"):
+        monkeypatch.setenv("NOTIFY_SOCKET", socket_name)
+        notify("READY=1")
+    for text, pid, expected in (("", "", None), ("0", "", None), ("x", "", None), ("5000000", "1", None)):
+        monkeypatch.setenv("WATCHDOG_USEC", text)
+        monkeypatch.setenv("WATCHDOG_PID", pid or str(os.getpid()))
+        assert watchdog_s() == expected
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert watchdog_s() == 5.0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_command_runs_jobs_is_small_and_ends_one_in_the_middle_leaving_nothing_half(
+    fleece: Fleece, store_folder: Path, ended: Callable[[Popen], Popen], notified: Notified
+) -> None:
+    hook = fleece.home / "hook"
+    hook.write_text(
+        f"#!/bin/sh\necho $1 >> {fleece.home}/calls\n"
+        f"[ $1 = backup-end ] && [ -e {fleece.home}/hang ] && exec sleep 1000\nexit 0\n"
+    )
+    hook.chmod(0o755)
+    (fleece.home / "fleece.toml").write_text(
+        f'default-repository = "main"\n[repository.main]\npath = "{store_folder}"\n'
+        f'[job.night]\ntype = "backup"\nschedule = "*:*:0/2"\nbackup-id = "box"\nhook = "{hook}"\n'
+        f'archives = ["conf.conf:{fleece.home}/fleece.toml"]\n'
+    )
+    calls, store = fleece.home / "calls", JobStore(fleece.home / "state", "night")
+    running = ended(fleece.start("agent"))
+    wait_until(lambda: any(run.state == "ok" for run in store.runs()))
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert resident < 60_000, f"{resident} KiB"
+    running.send_signal(signal.SIGHUP)
+    wait_until(lambda: notified.read().count("READY=1") == 2)
+    (fleece.home / "hang").touch()
+    before = calls.read_text().count("backup-end")
+    wait_until(lambda: calls.read_text().count("backup-end") > before and store.runs()[-1].state == "running")
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=120)
+    assert (running.returncode, "Traceback" in said) == (0, False), said
+    assert store.runs()[-1].state == "interrupted"
+    assert calls.read_text().split()[-3:] == ["backup-abort", "log-end", "job-abort"]
+    assert "STOPPING=1" in notified.read()
+    listed = fleece.json("list", "--unfinished", "--repo", "main")
+    assert all(one["files"] for one in listed)
