@@ -40,7 +40,7 @@ class Request:
     target: str  #: path and query as sent
     headers: Mapping[str, str]  #: names in lower case; of repeated ones the last, but all of `cookie`
     peer: str = ""
-    known: Callable[[], None] = lambda: None  #: called when it is clear that a user sent it
+    known: Callable[[], object] = lambda: None  #: called when it is clear that a user sent it
 
     @property
     def path(self) -> str:
@@ -114,7 +114,7 @@ class Http1Connection:
         peer: str,
         handle: Handle,
         closing: trio.Event | None = None,
-        known: Callable[[], None] = lambda: None,
+        known: Callable[[], object] = lambda: None,
     ) -> None:
         """`closing`: no further request is waited for; `known` is called once a user has shown who it is."""
         self._known = known

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def serving(listening: socket.socket, folder: Path) -> Iterator[subprocess.Popen
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         (folder / "notify").unlink(missing_ok=True)
         systemd.bind(str(folder / "notify"))
-        systemd.settimeout(60)
+        systemd.settimeout(1)
 
         def hand_over() -> None:  # between fork and exec: the descriptor's number is what systemd uses
             os.dup2(listening.fileno(), 3)
@@ -57,11 +57,14 @@ def serving(listening: socket.socket, folder: Path) -> Iterator[subprocess.Popen
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            while b"READY=1" not in systemd.recv(4096):
-                pass
+            told = b""
+            while b"READY=1" not in told:
+                assert process.poll() is None
+                with suppress(TimeoutError):
+                    told = systemd.recv(4096)
             yield process
             process.terminate()
-            assert process.wait(60) in (0, -signal.SIGKILL)
+            assert process.wait() in (0, -signal.SIGKILL)
         finally:
             process.kill()
             process.wait()
