@@ -392,10 +392,11 @@ class Http2Client:
             self._refuse(number, exchange, self._too_long(exchange))
         else:
             exchange.received += len(data)
+            last = exchange.body[-1] if exchange.body else None
             if len(data) >= _SMALL_PIECE:
                 exchange.body.append(data)
-            elif exchange.body and isinstance(exchange.body[-1], bytearray):
-                exchange.body[-1] += data
+            elif isinstance(last, bytearray):
+                last += data
             else:
                 exchange.body.append(bytearray(data))
 
