@@ -42,27 +42,29 @@ class _Holder:
     def __post_init__(self) -> None:
         self._wanted = trio.Event()
         self._left = trio.Event()
+        self._scope = trio.CancelScope()
         self._error: Exception | None = None
         self.finished = False
 
     async def hold(self, *, task_status: trio.TaskStatus[LocalBackupSession] = trio.TASK_STATUS_IGNORED) -> None:
         try:
-            async with open_session(
-                self.repository.store,
-                snapshot(self.call.values),
-                owner=str(self.call.caller),
-                lock_wait_s=_WRITER_WAIT_S,
-                for_client=True,
-                cache_chunks=not self.call.values["no-cache"],
-            ) as session:
-                task_status.started(session)
-                await self._wanted.wait()
-                try:
-                    if not self.benchmark:
-                        await session.finish()
-                    self.finished = True
-                except FleeceError as error:
-                    self._error = error
+            with self._scope:
+                async with open_session(
+                    self.repository.store,
+                    snapshot(self.call.values),
+                    owner=str(self.call.caller),
+                    lock_wait_s=_WRITER_WAIT_S,
+                    for_client=True,
+                    cache_chunks=not self.call.values["no-cache"],
+                ) as session:
+                    task_status.started(session)
+                    await self._wanted.wait()
+                    try:
+                        if not self.benchmark:
+                            await session.finish()
+                        self.finished = True
+                    except FleeceError as error:
+                        self._error = error
         finally:
             self._left.set()
 
@@ -78,6 +80,12 @@ class _Holder:
         if self._wanted.is_set():
             await self._left.wait()
         return self.finished
+
+    async def drop(self) -> None:
+        """Undo what was not finished and let go of the locks; after `finish` nothing is left to do."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._left.wait()
 
 
 @asynccontextmanager
@@ -110,9 +118,13 @@ async def backup(call: Call) -> AsyncIterator[H2Session]:
             async with state.tasks.task(kind, f"{store}:{_in_ns(call)}{wanted.group}", str(caller)) as task:
                 task.log(f"starting new {kind} on datastore '{store}' from {call.peer}: \"{_in_ns(call)}{wanted}\"")
                 calls = BackupCalls(repository, session, holder.finish, task, debug=values["debug"])
-                yield H2Session(calls, state, caller)
-                # The connection may end while `finish` is at work: what is on the disk decides.
-                if not await holder.settled():
+                try:
+                    yield H2Session(calls, state, caller)
+                    # The connection may end while `finish` is at work: what is on the disk decides.
+                    finished = await holder.settled()
+                finally:
+                    await holder.drop()  # whoever sees that the task has ended may begin the next backup
+                if not finished:
                     raise _UnfinishedError("backup ended but finished state is not set.")
                 task.log("backup finished successfully")
                 if store in state.verify_new and not values["benchmark"]:
