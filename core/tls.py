@@ -5,9 +5,11 @@ trio's own hands over one record (16 KiB) for each pass through its scheduler, w
 
 import fcntl
 import os
+import select
 import ssl
 import sys
 import termios
+import time
 from typing import Final
 
 import trio
@@ -19,6 +21,10 @@ from core.limits import in_io_thread
 _PIECE: Final = 256 << 10
 #: Bytes at hand from which on handing over to a thread costs little beside decrypting them.
 _WORTH_A_THREAD: Final = 128 << 10
+#: Milliseconds that a thread waits for more: on a busy machine less than the way to the event loop and back.
+_LINGER_MS: Final = 5
+#: Seconds that a thread is kept by one connection.
+_AT_MOST_S: Final = 0.2
 #: Bytes of a TLS record.
 _RECORD: Final = 16 << 10
 
@@ -139,12 +145,15 @@ class TlsStream(trio.abc.Stream):
         return int.from_bytes(waiting, sys.byteorder)
 
     def _drain(self, view: memoryview) -> tuple[int, bool]:
-        """In a worker thread: fill `view` as far as the socket has data; how many bytes, and whether it has ended.
+        """In a worker thread: fill `view` as long as data come; how many bytes, and whether it has ended.
+
+        Cancellation waits for it: until `view` is full, nothing comes for `_LINGER_MS`, or `_AT_MOST_S` have passed.
 
         Raises:
             trio.BrokenResourceError: as `receive_into`.
         """
         count = 0
+        until = time.monotonic() + _AT_MOST_S
         while count < len(view):
             if self._broken is not None:
                 if count:
@@ -153,12 +162,16 @@ class TlsStream(trio.abc.Stream):
             try:
                 more = int(self._tls.read(len(view) - count, view[count:]))
             except ssl.SSLWantReadError:
+                if time.monotonic() > until:
+                    break
                 if self._goes.pending:
                     break
                 try:
                     came = os.readv(self.socket.fileno(), [self._piece])
                 except BlockingIOError:
-                    break
+                    if not _readable(self.socket.fileno(), _LINGER_MS):
+                        break
+                    continue
                 except OSError as error:
                     if count:
                         break  # the next call says so
@@ -232,3 +245,9 @@ class TlsStream(trio.abc.Stream):
             data = self._goes.read()
             if data:
                 await self._transport.send_all(data)
+
+
+def _readable(descriptor: int, wait_ms: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(wait_ms))
