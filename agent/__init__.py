@@ -6,6 +6,10 @@
     running.py         trio, signals, one error out of many
     vm_backup.py       the backup of a virtual machine; vm_settings.py: what is known of one
     sessions.py        a backup session at a free second
+    jobs.py            jobs of the configuration, run and recorded (job_store.py); job_backup.py: those of type backup
+    host_agent.py      the service; due_jobs.py, calendar_times.py: when what is due
+    hooks.py           scripts that jobs call; vzdump_hook.py: Fleece as vzdump's
+    slots.py           limits on what runs at the same time; vm_choice.py: which VMs a job means
     config.py          fleece.toml, its schema; toml_lines.py: on which line a key stands
     registry.py        the datastores that commands made; repositories.py: what `--repo` means
     s3_endpoints.py    S3 endpoints, their secrets in secrets.py; state_files.py: TOML files that commands write

@@ -285,12 +285,20 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
     else:
         sections = f"{len(config.repository)} repositories, {len(config.vm)} virtual machines"
         yield Check("configuration", State.OK, f"{path}: {sections}")
+    from agent.hooks import check_script
     from agent.job_sections import LATER_TYPES
 
     later = sorted(name for name, job in config.job.items() if job.type in LATER_TYPES)
     if later:
-        why = f"this version does not run {', '.join(later)}: it knows the types prune, verify and gc"
+        why = f"this version does not run {', '.join(later)}: it knows backup, prune, verify, gc and sync"
         yield Check("jobs", State.WARNING, why, "use systemd timers or cron with the commands")
+    hooks = {config.hook, *(getattr(job, "hook", None) for job in config.job.values())}
+    for script in sorted(path for path in hooks if path is not None):
+        try:
+            check_script(script)
+            yield Check("hook", State.OK, f"{script} can be run")
+        except FleeceError as error:
+            yield Check("hook", State.FAILED, str(error), error.hint)
     for name, vm in config.vm.items():
         if vm.qmp is None:
             continue

@@ -4,11 +4,13 @@ The agent itself stays small: what a job needs is imported in its process, and g
 takes nothing along, and one that is ended cleans up as `fleece job run` does. docs/agent.md.
 """
 
+import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL
@@ -18,7 +20,7 @@ import trio
 
 from agent.due_jobs import DueJobs
 from agent.job_store import JobStore
-from core.errors import FleeceError, os_reason
+from core.errors import BusyError, FleeceError, os_reason
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.systemd import notify, watchdog_s
@@ -93,8 +95,13 @@ class HostAgent:
         """Run jobs until `stop` is called; those that run then are ended, and clean up.
 
         Raises:
-            FleeceError: the configuration is not valid at the start, or the state cannot be written.
+            BusyError: another agent runs on this host.
+            FleeceError: the configuration is not valid at the start, or the state folder cannot be used.
         """
+        with _only_one(self.state_dir / "agent"):
+            await self._run(task_status)
+
+    async def _run(self, task_status: "trio.TaskStatus[None]") -> None:
         self._due = DueJobs(self.state_dir / "agent", self.now)
         await self._take(self.load())
         self._looked = trio.current_time()
@@ -136,7 +143,14 @@ class HostAgent:
     async def _take(self, config: "Config") -> None:
         # A history is read whole: not while the watchdog waits.
         starts = await in_io_thread(_last_starts, self.state_dir, [*config.job])
-        self._due.take(config.job, starts.get, self._running)
+        self._noted(lambda: self._due.take(config.job, starts.get, self._running))
+
+    def _noted(self, note: Callable[[], None]) -> None:
+        """Note what is known of jobs; a full disk must not keep them, garbage collection among them, from running."""
+        try:
+            note()
+        except FleeceError as error:
+            self.say(str(error))
 
     async def _loop(self, nursery: trio.Nursery) -> None:
         while True:
@@ -152,9 +166,9 @@ class HostAgent:
     def _begin(self, nursery: trio.Nursery, name: str) -> None:
         if name in self._running:
             self.say(f"job {name} is due, but still runs: this time is left out")
-            self._due.begin(name, begun=False)
+            self._noted(lambda: self._due.begin(name, begun=False))
             return
-        self._due.begin(name)
+        self._noted(lambda: self._due.begin(name))
         self._running.add(name)
         self.say(f"job {name} begins")
         notify(self._status())
@@ -171,7 +185,7 @@ class HostAgent:
             self._running.discard(name)
         # Not after a cancellation: what the agent's end cut off is made up for at its next start.
         if not self._stopping:
-            self._due.end(name)
+            self._noted(lambda: self._due.end(name))
             notify(self._status())
 
     async def _beat(self) -> None:
@@ -192,6 +206,25 @@ class HostAgent:
         if coming is None:
             return "STATUS=No job has a schedule"
         return f"STATUS=Next: {coming[1]} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(coming[0]))}"
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep a second agent of this state folder out while the block runs."""
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise FleeceError("use the agent's state in", str(folder), os_reason(error)) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BusyError("run", "the agent", f"another one runs already and uses {folder}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _last_starts(state_dir: Path, names: Sequence[str]) -> dict[str, float]:

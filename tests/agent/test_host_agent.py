@@ -17,7 +17,7 @@ from agent.config import Config, parse_config
 from agent.due_jobs import DueJobs
 from agent.host_agent import HostAgent
 from agent.job_store import JobStore
-from core.errors import UsageError
+from core.errors import BusyError, UsageError
 from core.systemd import notify, watchdog_s
 from datastore.names import parse_time
 
@@ -210,6 +210,21 @@ async def test_stop_ends_running_jobs_and_their_time_is_made_up_for_at_the_next_
         await trio.sleep(100)
         third.agent.stop()
     assert third.ran == []
+
+
+async def test_a_second_agent_is_refused_and_a_state_that_cannot_be_written_stops_no_job(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    host = Host(tmp_path, '[job.a]\ntype = "gc"\nschedule = "12:10 UTC"\n')
+    (tmp_path / "agent/schedule.new").mkdir(parents=True)  # in the way of the file
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.agent.run)
+        with pytest.raises(BusyError, match="another one runs already"):
+            await Host(tmp_path, host.text).agent.run()
+        await trio.sleep(700)
+        host.agent.stop()
+    assert len(host.ran) == 1
+    assert "cannot write the agent's state" in host.said[0]
 
 
 async def test_a_configuration_that_is_wrong_at_the_start_ends_the_agent(tmp_path: Path) -> None:
