@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent.invocation import Invocation, command
+from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
 from core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", metavar="STORE", help="Datastore there, when a sync names none.")
 ]
 NsOption = Annotated[str | None, typer.Option("--ns", metavar="NS", help="Namespace there, likewise.")]
-RateInOption = Annotated[str | None, typer.Option("--rate-in", metavar="SIZE", help="Bytes received a second: 50M.")]
-BurstInOption = Annotated[str | None, typer.Option("--burst-in", metavar="SIZE", help="So many at once.")]
-RateOutOption = Annotated[str | None, typer.Option("--rate-out", metavar="SIZE", help="Bytes sent a second.")]
-BurstOutOption = Annotated[str | None, typer.Option("--burst-out", metavar="SIZE", help="So many at once.")]
 CommentOption = Annotated[str | None, typer.Option("--comment", metavar="TEXT", help="For people.")]
 
 

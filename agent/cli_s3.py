@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agent.invocation import Invocation, command
+from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
 from core.errors import FleeceError, UsageError
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ PutRateOption = Annotated[float | None, typer.Option("--put-rate-limit", metavar
 RequestRateOption = Annotated[
     float | None, typer.Option("--request-rate-limit", metavar="N", help="Requests of all kinds a second.")
 ]
-RateInOption = Annotated[str | None, typer.Option("--rate-in", metavar="SIZE", help="Bytes received a second: 50M.")]
-BurstInOption = Annotated[str | None, typer.Option("--burst-in", metavar="SIZE", help="So many at once.")]
-RateOutOption = Annotated[str | None, typer.Option("--rate-out", metavar="SIZE", help="Bytes sent a second.")]
-BurstOutOption = Annotated[str | None, typer.Option("--burst-out", metavar="SIZE", help="So many at once.")]
 QuirkOption = Annotated[
     list[str] | None,
     typer.Option(

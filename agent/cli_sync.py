@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent.invocation import Invocation, command
+from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
 from core.errors import FleeceError
 
 if TYPE_CHECKING:
@@ -61,10 +62,6 @@ OwnerOption = Annotated[
     typer.Option("--owner", metavar="AUTHID", show_default=False,
                  help="Owner of new groups, and of those that are synced at all (a server has its user for that)."),
 ]  # fmt: skip
-RateInOption = Annotated[str | None, typer.Option("--rate-in", metavar="SIZE", help="Bytes received a second: 50M.")]
-BurstInOption = Annotated[str | None, typer.Option("--burst-in", metavar="SIZE", help="So many at once.")]
-RateOutOption = Annotated[str | None, typer.Option("--rate-out", metavar="SIZE", help="Bytes sent a second.")]
-BurstOutOption = Annotated[str | None, typer.Option("--burst-out", metavar="SIZE", help="So many at once.")]
 
 
 def add_to(application: typer.Typer) -> None:
