@@ -3,12 +3,9 @@
 trio's own hands over one record (16 KiB) for each pass through its scheduler, which takes longer than decrypting it.
 """
 
-import fcntl
 import os
 import select
 import ssl
-import sys
-import termios
 import time
 from typing import Final
 
@@ -19,8 +16,6 @@ from core.limits import in_io_thread
 
 #: Bytes that are read from the socket, and encrypted, at once.
 _PIECE: Final = 256 << 10
-#: Bytes at hand from which on handing over to a thread costs little beside decrypting them.
-_WORTH_A_THREAD: Final = 128 << 10
 #: Milliseconds that a thread waits for more: on a busy machine less than the way to the event loop and back.
 _LINGER_MS: Final = 5
 #: Seconds that a thread is kept by one connection.
@@ -108,7 +103,7 @@ class TlsStream(trio.abc.Stream):
 
         Args:
             buffer: large or small.
-            in_thread: decrypt in a worker thread while much is at hand, so that several connections are decrypted side
+            in_thread: decrypt in a worker thread as long as data come, so that several connections are decrypted side
                 by side; nobody may send meanwhile.
 
         Raises:
@@ -127,22 +122,13 @@ class TlsStream(trio.abc.Stream):
 
     async def _receive_in_thread(self, view: memoryview) -> int:
         while True:
-            if self._at_hand() < _WORTH_A_THREAD:
-                return await self._receive_into(view)
+            if not self._came.pending and not self._tls.pending():
+                await trio.lowlevel.wait_readable(self.socket)
             count, ended = await in_io_thread(self._drain, view)
             if self._goes.pending:  # an answer to a message of the protocol itself
                 await self._flush()
             if count or ended:
                 return count
-
-    def _at_hand(self) -> int:
-        """Bytes that the socket has, encrypted."""
-        waiting = bytearray(4)
-        try:
-            fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, waiting)
-        except OSError:
-            return 0  # reading says why
-        return int.from_bytes(waiting, sys.byteorder)
 
     def _drain(self, view: memoryview) -> tuple[int, bool]:
         """In a worker thread: fill `view` as long as data come; how many bytes, and whether it has ended.

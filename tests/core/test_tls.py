@@ -129,7 +129,7 @@ async def test_a_cancelled_receive_loses_nothing(certificate: Certificate) -> No
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-async def test_much_at_hand_is_decrypted_in_a_thread(
+async def test_much_can_be_decrypted_in_a_thread(
     certificate: Certificate, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = os.urandom(9_000_001)
@@ -141,7 +141,6 @@ async def test_much_at_hand_is_decrypted_in_a_thread(
         return drain(stream, view)
 
     monkeypatch.setattr(TlsStream, "_drain", watched)
-    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
 
     async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
         await stream.send_all(data)
@@ -160,11 +159,7 @@ async def test_much_at_hand_is_decrypted_in_a_thread(
     assert threading.get_ident() not in threads
 
 
-async def test_garbage_behind_good_data_breaks_a_receive_in_a_thread_after_them(
-    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
-
+async def test_garbage_behind_good_data_breaks_a_receive_in_a_thread_after_them(certificate: Certificate) -> None:
     async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
         await stream.send_all(b"good")
         await stream.transport_stream.send_all(b"this is no record of TLS" * 10)
@@ -182,10 +177,7 @@ async def test_garbage_behind_good_data_breaks_a_receive_in_a_thread_after_them(
             await stream.receive_into(bytearray(5), in_thread=True)
 
 
-async def test_a_receive_in_a_thread_waits_for_data_and_can_be_cancelled(
-    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("core.tls._WORTH_A_THREAD", 1)
+async def test_a_receive_in_a_thread_waits_for_data_and_can_be_cancelled(certificate: Certificate) -> None:
     proceed = trio.Event()
 
     async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
