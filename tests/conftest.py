@@ -1,5 +1,6 @@
 """Fixtures for all rooms; docs/development.md shows how they are used."""
 
+import ctypes
 import logging
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,7 +19,7 @@ from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
 from tests.support.rgw import RunningRgw, ceph, running_rgw
 from tests.support.s3_emulator import S3Emulator
-from tests.support.stores import StorePool
+from tests.support.stores import StorePool, open_pool
 from tests.support.warm_command import WarmCommand
 
 # A background shell or nohup may have set these to be ignored, which Fleece respects and tests of signals cannot use.
@@ -36,6 +37,7 @@ settings.register_profile(
 settings.load_profile("always the same")
 
 T = TypeVar("T")
+_LIBC: Final = ctypes.CDLL(None)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,14 @@ def log_as_before() -> Iterator[None]:
     for handler in list(root.handlers):
         if type(handler) is logging.StreamHandler:  # not those of pytest
             root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_given_back() -> Iterator[None]:
+    """What a module has freed goes back to the system: the C library would keep a gigabyte of it."""
+    yield
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 _QEMUS: dict[str, Callable[[], QemuBinary]] = {"distribution": distribution_qemu, "backports": backports_qemu}
@@ -137,11 +147,8 @@ def store_pool() -> Iterator[StorePool]:
     """Empty datastores in memory, their chunk folders used again from test to test."""
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix="fleece-stores-", dir=parent))
-    try:
-        yield StorePool(folder)
-    finally:
-        shutil.rmtree(folder)
+    with open_pool(parent) as pool:
+        yield pool
 
 
 @pytest.fixture

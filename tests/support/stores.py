@@ -1,11 +1,22 @@
 """Datastores for tests without paying for 65536 folders each time."""
 
+import fcntl
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from datastore.files import Owner, create_file, make_folder
 from datastore.local_chunks import CHUNK_FOLDER_MODE, fill_chunk_folder
+
+#: Beginning of the names of the folders of pools.
+_POOL: Final = "fleece-pool-"
+#: Seconds after which a pool that nobody holds was left behind.
+_YOUNG_S: Final = 60.0
 
 
 class StorePool:
@@ -30,8 +41,12 @@ class StorePool:
         if self._free:
             self._free.pop().rename(chunks)
         else:
-            make_folder(chunks, owner, CHUNK_FOLDER_MODE)
-            fill_chunk_folder(chunks, owner)
+            try:
+                make_folder(chunks, owner, CHUNK_FOLDER_MODE)
+                fill_chunk_folder(chunks, owner)
+            except OSError:
+                shutil.rmtree(base)  # half of one would leave even less room for the next
+                raise
             for made in chunks.iterdir():
                 _mark_unused(made)
         return base
@@ -49,6 +64,40 @@ class StorePool:
             chunks.rename(kept)
             self._free.append(kept)
         shutil.rmtree(base, ignore_errors=True)
+
+
+@contextmanager
+def open_pool(parent: Path | None) -> Iterator[StorePool]:
+    """A pool in a new folder of `parent`; what killed test runs have left there is removed first."""
+    place = Path(parent or tempfile.gettempdir())
+    for left in place.glob(f"{_POOL}*"):
+        _remove_if_left(left)
+    folder = Path(tempfile.mkdtemp(prefix=_POOL, dir=place))
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield StorePool(folder)
+    finally:
+        os.close(held)
+        shutil.rmtree(folder)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a pool that no process holds; a young one may be about to be held."""
+    try:
+        if time.time() - folder.stat().st_mtime < _YOUNG_S:
+            return
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return  # another one is quicker
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(held)
 
 
 def chunk_files(base: Path) -> list[Path]:
