@@ -22,6 +22,8 @@ from agent.vm_choice import choose_vms
 from core.errors import FleeceError, NotFoundError
 from core.progress import Progress
 from repository.local import open_local
+from tests.support.qemu_binaries import QemuBinary
+from tests.support.running import RunningQemu, VmDisk
 
 VMS = """
 [vm.web]
@@ -369,3 +371,32 @@ async def test_the_phases_around_the_instant_come_when_the_guest_goes_on_again(
         assert len(order) == 2 * set_up
         (listening / f"fail-{phase}-101").unlink()
     assert [str(one) for one in await job.snapshots("vm/101")] == [snapshot]
+
+
+@pytest.mark.qemu
+async def test_a_hook_that_fails_after_the_instant_leaves_a_real_vm_as_it_was_and_the_next_backup_incremental(
+    make: Callable[..., Job], qemu: QemuBinary, tmpfs: Path, tmp_path: Path
+) -> None:
+    with (tmpfs / "a.raw").open("wb") as file:
+        file.truncate(8 << 20)
+    (tmpfs / "scratch").mkdir()
+    async with RunningQemu.start(qemu, [VmDisk(tmpfs / "a.raw", "disk0")], memory_mib=64) as vm:
+        await vm.qemu_io("disk0", "write -P 0x11 0 8M")
+        before = await vm.nodes()
+        section = f'[vm.web]\nqmp = "{vm.qmp}"\nscratch = "{tmpfs}/scratch"\nscratch-beside-disks = true\n'
+        job = make('vm = ["web"]\n', section)
+        first = await job.run()
+        assert first.result is not None
+        assert first.result["guests"][0]["reasons"] == ["drive-disk0.img: first backup of this group"]
+        await vm.qemu_io("disk0", "write -P 0x22 4M 64k")
+        (tmp_path / "fail-post-restart").touch()
+        with pytest.raises(FailedJobError):
+            await job.run()
+        assert (await vm.nodes(), await vm.exports()) == (before, [])
+        (tmp_path / "fail-post-restart").unlink()
+        last = await job.run()
+        assert last.result is not None
+        (guest,) = last.result["guests"]
+        assert guest["reasons"] == []
+        assert 4 << 20 <= guest["read"] < 5 << 20
+    assert len(await job.snapshots("vm/web")) == 2
