@@ -1,5 +1,6 @@
 """The doubles that other tests lean on do what they promise."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.support.guest import SmallGuest, newc_archive
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.ring import BLOCK, Ring, file_reader
 from tests.support.running import QmpRefused, RunningQemu, RunningStorageDaemon, VmDisk
+from tests.support.stores import chunk_files, open_pool
 
 MIB = 1 << 20
 
@@ -194,3 +196,22 @@ async def test_guest_writes_both_disks_in_order(qemu: QemuBinary, guest: SmallGu
         await vm.execute("stop")
         newest = ring.assert_one_instant(*(file_reader(disk.path) for disk in disks))
     assert newest >= 100
+
+
+def test_pools_of_killed_runs_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
+    with open_pool(tmp_path) as pool:
+        (used,) = tmp_path.iterdir()
+        left, young = used.with_name(f"{used.name}-left"), used.with_name(f"{used.name}-young")
+        for folder in (left, young):
+            (folder / "store-1").mkdir(parents=True)
+        for folder in (used, left):
+            os.utime(folder, (1, 1))
+        with open_pool(tmp_path):
+            assert not left.exists()
+            assert young.exists()
+        assert used.exists()
+        base = pool.lend()
+        (base / ".chunks/12ab/chunk").write_bytes(b"x")
+        assert [path.name for path in chunk_files(base)] == ["chunk"]
+        pool.take_back(base)
+        assert chunk_files(pool.lend()) == []
