@@ -27,6 +27,7 @@ from server.errors import ApiError, UnauthorizedError
 from server.routing import answer
 from tests.support.direct_server import Direct, query_of
 from tests.support.snapshots import write_snapshot
+from tests.support.waiting import until
 from tests.support.wire_server import WireServer, wire_server
 
 CHUNK = 4 << 20
@@ -169,13 +170,14 @@ async def test_a_cut_connection_leaves_no_snapshot_and_no_lock(server: WireServe
             assert server.state.tasks.infos()[0].status == "backup ended but finished state is not set."
         async with server.repository(TOKEN) as remote:
             await write_snapshot(remote, "host/web", 2000, {"a.conf.blob": b"x"})
+        await until(lambda: not server.state.tasks.busy)
         async with upgraded(server, time=3000), server.repository(TOKEN) as remote:
             with pytest.raises(FleeceError):
                 await write_snapshot(remote, "host/web", 4000, {"a.conf.blob": b"x"})
 
 
 async def test_a_stopped_task_ends_its_session(server: WireServer, local: LocalRepository) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with upgraded(server) as client:
             (info,) = server.state.tasks.infos()
             server.state.tasks.files.ask_to_stop(str(info.upid))
