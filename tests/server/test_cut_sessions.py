@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,8 +189,8 @@ async def write_snapshot_slowly(direct: Direct, begun: trio.Event, go_on: trio.E
 async def _without_base(wire: Wire) -> None:
     ask = wire.ask
 
-    async def asked(method: str, path: str, *rest: Any) -> bytes:
-        return b"" if path == "previous" else await ask(method, path, *rest)
+    async def asked(method: str, path: str, query: dict[str, Any], body: bytes = b"", kind: str = "") -> bytes:
+        return b"" if path == "previous" else await ask(method, path, query, body, kind)
 
     wire.ask = asked  # type: ignore[method-assign]
     with suppress(AssertionError, trio.ClosedResourceError, trio.BrokenResourceError):  # it is taken from it
@@ -215,8 +216,8 @@ async def test_requests_that_are_pipelined_do_not_pass_each_other_s_checks(
         got.clear()
         async with trio.open_nursery() as nursery:
             for number in range(4):
-                name = f"{number}.img.fidx"
-                nursery.start_soon(lambda name=name: ask("fixed_index", archive_name=name, size=6 * (4 << 20)))
+                image = partial(ask, archive_name=f"{number}.img.fidx", size=6 * (4 << 20))
+                nursery.start_soon(image, "fixed_index")
         assert sorted(status for status, _ in got) == [200, 400, 400, 400]
         assert sum("TiB" in text for _, text in got) == 3
 
