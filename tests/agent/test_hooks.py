@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from agent import hooks as module
 from agent.errors import HookError
@@ -85,14 +86,31 @@ async def test_what_is_no_program_at_all_is_an_error_and_no_crash(tmp_path: Path
 
 
 async def test_a_script_that_hangs_is_ended_with_its_children_even_if_they_ignore_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mock_clock: MockClock
 ) -> None:
-    monkeypatch.setattr(module, "_GRACE_S", 0.1)
     path = script(tmp_path, f"trap '' TERM; (trap '' TERM; sleep 1000) & echo $! > {tmp_path}/child; sleep 1000")
-    said: list[str] = []
-    with pytest.raises(HookError, match=r"did not end in .* and was killed; hook-timeout gives it more time"):
-        await Hook(path, timeout_s=1.0).call(("pre-stop", "snapshot", "1"), {}, said.append)
-    await gone(await number_in(tmp_path / "child"))
+    failures: list[HookError] = []
+
+    async def call() -> None:
+        with pytest.raises(HookError) as caught:
+            await Hook(path).call(("pre-stop", "snapshot", "1"), {}, lambda line: None)
+        failures.append(caught.value)
+
+    def child() -> int:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().endswith("\n"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return int((tmp_path / "child").read_text())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        pid = await trio.to_thread.run_sync(child)
+        mock_clock.rate = 1000.0  # the ten minutes that it has
+    assert "it did not end in 10 min" in str(failures[0])
+    assert "hook-timeout gives it more time" in str(failures[0])
+    mock_clock.rate = 1.0
+    await gone(pid)
 
 
 async def test_a_cancelled_call_leaves_no_process(tmp_path: Path) -> None:
