@@ -77,7 +77,9 @@ print(os.read(read, 1 << 16).count(b"<heap nr="))
 """
 
 
-@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(
+    libc_ver()[0] != "glibc", reason="the places (arenas) that are limited are those of glibc; others have none"
+)
 def test_threads_share_the_places_of_memory() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 

@@ -32,7 +32,7 @@ def build(folder: Path) -> Path:
     """The parser as a program of its own.
 
     Raises:
-        FileNotFoundError, CalledProcessError: there is no compiler, or it has no sanitizers.
+        FileNotFoundError, CalledProcessError: there is no compiler, it has no sanitizers, or the parser is broken.
     """
     program = folder / "acls"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
