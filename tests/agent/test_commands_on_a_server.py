@@ -10,6 +10,7 @@ import trio
 
 from repository.local import open_local
 from tests.support.fleece_command import FleeceCommand
+from tests.support.fuse import NEEDS_FUSE
 from tests.support.pbs_double import plain
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
@@ -154,7 +155,7 @@ async def test_a_log_of_ones_own_is_stored_once(
 
 
 @pytest.mark.fuse
-@pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="no usable /dev/fuse on this machine")
+@NEEDS_FUSE
 async def test_a_server_is_mounted(fleece: FleeceCommand, snapshots: list[str], tmp_path: Path) -> None:
     point = tmp_path / "mnt"
     point.mkdir()

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fuse import NEEDS_FUSE
+
 from .conftest import Fleece
 
 pytestmark = [
     pytest.mark.fuse,
-    pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="no usable /dev/fuse on this machine"),
+    NEEDS_FUSE,
 ]
 MIB = 1 << 20
 

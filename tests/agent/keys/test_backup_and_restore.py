@@ -14,6 +14,7 @@ from agent.keys import (
 )
 from datastore.crypt_mode import CryptMode
 from datastore.manifest import Manifest
+from tests.support.fuse import NEEDS_FUSE
 from tests.support.stores import chunk_files
 
 from ..conftest import Answer, Fleece
@@ -237,7 +238,7 @@ def test_a_locked_default_key_does_not_stand_in_the_way_of_plain_snapshots(
 
 
 @pytest.mark.fuse
-@pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="no usable /dev/fuse on this machine")
+@NEEDS_FUSE
 def test_a_mount_shows_encrypted_archives_with_their_key_only(
     stored: Fleece, image: Path, small: Path, key: Path, other_key: Path, tmp_path: Path
 ) -> None:
