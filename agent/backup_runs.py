@@ -1,12 +1,13 @@
 """One backup from beginning to end, into a repository that is open: what commands and jobs have in common."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.cli_backup import open_images, read_small_files
-from agent.client_log import client_log
+from agent.client_log import ClientLog, client_log
 from agent.sessions import new_session
 from agent.specifications import Specification, SpecificationKind
 from repository.backup import SnapshotWriter
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from agent.vm_settings import VmSettings
     from core.progress import Progress
     from datastore.names import Group, Snapshot
-    from repository.interface import Repository
+    from repository.interface import BackupSession, Repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,25 @@ class SnapshotOptions:
     bwlimit: int | None = None  #: bytes a second
     notes: str | None = None
     lock_wait_s: float = 0.0
+
+
+@asynccontextmanager
+async def _begun(
+    repository: "Repository", options: SnapshotOptions, progress: "Progress"
+) -> AsyncIterator[tuple[ClientLog, "BackupSession"]]:
+    """A session, and the log that goes along with its snapshot."""
+    async with (
+        client_log(repository, progress, options.keys.codec) as log,
+        new_session(
+            repository,
+            options.group,
+            owner=options.owner,
+            progress=log.progress,
+            ctime=options.ctime,
+            lock_wait_s=options.lock_wait_s,
+        ) as session,
+    ):
+        yield log, session
 
 
 async def vm_into(
@@ -52,17 +72,7 @@ async def vm_into(
     from agent.vm_backup import back_up_vm
 
     keys = options.keys
-    async with (
-        client_log(repository, progress, keys.codec) as log,
-        new_session(
-            repository,
-            options.group,
-            owner=options.owner,
-            progress=log.progress,
-            ctime=options.ctime,
-            lock_wait_s=options.lock_wait_s,
-        ) as session,
-    ):
+    async with _begun(repository, options, progress) as (log, session):
         report = await back_up_vm(
             settings,
             repository,
@@ -100,17 +110,7 @@ async def archives_into(
     # A small file that is missing should not cost the time of a disk.
     blobs = await read_small_files(specifications)
     trees = [one for one in specifications if one.kind is SpecificationKind.ARCHIVE]
-    async with (
-        client_log(repository, progress, keys.codec) as log,
-        new_session(
-            repository,
-            options.group,
-            owner=options.owner,
-            progress=log.progress,
-            ctime=options.ctime,
-            lock_wait_s=options.lock_wait_s,
-        ) as session,
-    ):
+    async with _begun(repository, options, progress) as (log, session):
         writer = SnapshotWriter(session, keys.codec, log.progress, wrapped_key=keys.wrapped_key)
         async with open_images(specifications, progress, image_format=image_format, force=force) as sources:
             if sources:
