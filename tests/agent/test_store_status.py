@@ -137,10 +137,13 @@ def test_garbage_collections_of_the_real_command_make_the_history(stored: Fleece
     stored.json("gc")
     path = store_folder / ".fleece/usage-history"
     (line,) = path.read_text().splitlines()
-    used = int(line.split()[1])
-    path.write_text(
-        "".join(f"{now - day * DAY} {used - day * 1000} 0\n" for day in (28, 21, 14, 7)) + "damaged\n" + line
-    )
+    end, used, _chunks = map(int, line.split())
+    assert now <= end <= time.time()
+    assert used > 0
+    # Figures of our own from here: the real ones are what other tests leave on the same file system.
+    used = 1_000_000
+    earlier = [f"{end - day * DAY} {used - day * 1000} 0\n" for day in (28, 21, 14, 7)]
+    path.write_text("".join([*earlier, "damaged\n", f"{end} {used} 0\n"]))
     status = stored.json("datastore", "status")
     assert status["estimate-basis"] == "history"
     assert status["net-growth-per-day"] == pytest.approx(1000, abs=5)
