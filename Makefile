@@ -3,6 +3,8 @@
 PYTHON := .venv/bin/python
 # Tests wait for QEMU and for each other's processes: two at a time use two cores well.
 WORKERS := 2
+# A test that fails is tried once more, three of them at most, and both results are shown: docs/development.md says why.
+AGAIN := --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 
 help:
 	@echo 'make setup       install what is missing, make .venv, build the C parts'
@@ -27,7 +29,7 @@ demo: setup
 	@$(PYTHON) -m demo
 
 test: setup
-	$(PYTHON) -m pytest -m 'not long' -n $(WORKERS) --dist worksteal
+	$(PYTHON) -m pytest -m 'not long' -n $(WORKERS) --dist worksteal $(AGAIN)
 
 test-quick: setup
 	$(PYTHON) -m pytest -m 'not long and not qemu and not guest'
