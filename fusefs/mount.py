@@ -5,23 +5,21 @@
 """
 
 import contextlib
-import json
 import logging
-import logging.handlers
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import trio
 
-from core.errors import FleeceError, UsageError, os_reason
+from core import background
+from core.background import Background
 from core.nursery import one_error, open_nursery
 from datastore.codec import CryptKey, parse_fingerprint
 from datastore.crypt_mode import CryptMode
@@ -46,7 +44,6 @@ OpenRepository = Callable[[], AbstractAsyncContextManager[Repository]]
 GRACE_S: Final = 5.0
 #: Seconds after which a request that was cut off and does not end counts as hanging.
 HANGING_S: Final = 1.0
-_READY: Final = b"ready"
 _LOG = logging.getLogger(__name__)
 
 
@@ -107,11 +104,14 @@ def mount(
     if foreground:
         serve_it(on_ready)
     else:
-        child = _in_background(serve_it, folder, options.log)
+        child, _ = background.start(
+            lambda ready: serve_it(lambda: ready(None)),
+            Background("mount on", str(mountpoint), "fleece mount", MountError, options.log),
+        )
         try:
             on_ready()
         except BaseException:
-            _end(child)  # who is told of a failure is not to find a mount
+            background.end(child)  # who is told of a failure is not to find a mount
             raise
 
 
@@ -281,116 +281,3 @@ def _fill_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-
-
-def _in_background(serve_it: Callable[[Callable[[], None]], None], mountpoint: Path, log: Path | None) -> int:
-    """Run `serve_it(ready)` in a new process, and return its id when it calls `ready`.
-
-    Raises:
-        FleeceError: it ended before, with this error.
-    """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the caller closed it
-        stream.flush()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _background(serve_it, writing, log)
-    os.close(writing)
-    try:
-        with os.fdopen(reading, "rb") as pipe:
-            answer = pipe.read()
-    except BaseException:
-        # Interrupted: nobody is to find a mount later that he gave up.
-        os.kill(child, signal.SIGTERM)
-        raise
-    if answer == _READY:
-        return child
-    os.waitpid(child, 0)
-    try:
-        is_usage, *words = json.loads(answer)
-    except ValueError:
-        raise MountError("mount on", str(mountpoint), "the serving process was killed") from None
-    raise (UsageError if is_usage else MountError)(*words)
-
-
-def _end(child: int) -> None:
-    """End the mount that `child` serves, and wait until it is gone."""
-    os.kill(child, signal.SIGTERM)
-    os.waitpid(child, 0)
-
-
-def _background(serve_it: Callable[[Callable[[], None]], None], pipe: int, log: Path | None) -> NoReturn:
-    """The life of the serving process, in a session of its own, without terminal and standard streams."""
-    code = 1
-    told = False
-
-    def tell(answer: bytes) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            try:
-                os.write(pipe, answer)
-            except BrokenPipeError:
-                if answer == _READY:
-                    # Nobody is to find a mount later that he gave up.
-                    raise MountError("mount", "it", "the command was killed before it was usable") from None
-            finally:
-                os.close(pipe)
-
-    def ready() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        os.close(null)
-        tell(_READY)
-
-    try:
-        os.setsid()
-        os.chdir("/")
-        # Whoever waits for the end of a pipe that the caller inherited must not wait for the mount.
-        os.closerange(3, pipe)
-        os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
-        _log_to(log)
-        serve_it(ready)
-        code = 0
-        tell(_error_words(MountError("mount", "it", "it was unmounted before it was usable")))
-    except FleeceError as error:
-        if told:
-            _LOG.error("%s", error)
-        tell(_error_words(error))
-    except BaseException as error:
-        if told:
-            _LOG.exception("the mount ended")
-        tell(_error_words(MountError("mount", "it", f"{type(error).__name__}: {error}")))
-    finally:
-        logging.shutdown()
-        # Nothing of the parent's stack (its finally blocks, its exit handlers) may run a second time.
-        os._exit(code)
-
-
-def _error_words(error: FleeceError) -> bytes:
-    return json.dumps([isinstance(error, UsageError), error.what, error.where, error.why, error.hint]).encode()
-
-
-def _log_to(log: Path | None) -> None:
-    """Send log lines to a file, else to the system log, else nowhere."""
-    handler: logging.Handler
-    if log is not None:
-        try:
-            handler = logging.FileHandler(log)
-        except OSError as error:
-            raise MountError("write the log", str(log), os_reason(error)) from error
-        handler.setFormatter(logging.Formatter("%(asctime)s fleece mount[%(process)d]: %(message)s"))
-    else:
-        handler = logging.NullHandler()
-        if Path("/dev/log").is_socket():
-            handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter("fleece mount[%(process)d]: %(message)s"))
-    # A log that cannot be written must not end the mount, and there is nobody to tell.
-    logging.raiseExceptions = False
-    root = logging.getLogger()
-    for old in list(root.handlers):
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)

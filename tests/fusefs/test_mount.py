@@ -344,8 +344,9 @@ def test_a_caller_without_standard_streams_gets_a_mount(
 
 def test_a_command_that_was_killed_leaves_no_mount_to_be_made_in_the_background() -> None:
     code = (
-        "import os; from fusefs.mount import _background; reading, writing = os.pipe(); os.close(reading);"
-        "_background(lambda ready: ready(), writing, None)"
+        "import os; from core.background import Background, run_and_exit; from core.errors import FleeceError;"
+        "reading, writing = os.pipe(); os.close(reading);"
+        "run_and_exit(lambda ready: ready(None), writing, Background('mount on', '/mnt', 'fleece mount', FleeceError))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, env=ENVIRONMENT, timeout=60).returncode == 1
 
