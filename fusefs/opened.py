@@ -105,7 +105,8 @@ class RangeContent:
     async def read(self, offset: int, length: int) -> Buffer:
         """See `Content.read`."""
         length = min(length, self.size - offset)
-        return await self._reader.read(self._start + offset, length) if length > 0 else b""
+        within = self._start, self._start + self.size
+        return await self._reader.read(self._start + offset, length, within=within) if length > 0 else b""
 
 
 class OpenSnapshot:

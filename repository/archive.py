@@ -3,7 +3,7 @@
 An `ArchiveReader` answers ranges from chunks that lie decoded in a `ChunkCache`, which all archives of a mount share
 and which is bounded in bytes. A chunk that several readers want is read once. Who reads one chunk after the other is
 read ahead for, in batches that grow while he goes on; not while he goes over what was used before, where it would only
-drive out what he comes back to.
+drive out what he comes back to. From afar, who begins a file with a long read is taken for one of them at once.
 """
 
 import logging
@@ -33,6 +33,12 @@ _STREAMS: Final = 16
 #: Chunks read ahead at most from a bucket or server, whose answers take a while: one batch of requests is under way
 #: while the answers of another are worked on.
 _FAR_WINDOW: Final = 16
+#: Chunks that are asked for at once where a file is begun with a long read, from afar: if one came alone, two round
+#: trips would pass before as many requests are under way as may be.
+_FAR_START: Final = 4
+#: Bytes from which on a read is long: the kernel makes it of reads of 256 KiB or more. What looks for a signature or a
+#: partition table reads less at the beginning of a file.
+_LONG_READ: Final = 512 << 10
 #: Part of the cache that read-ahead may fill before it is asked for.
 _READ_AHEAD_SHARE: Final = 2
 _LOG = logging.getLogger(__name__)
@@ -239,8 +245,13 @@ class ArchiveReader:
         self._last = (start, start + size, digest)
         return memoryview(chunk)[offset - start : offset - start + length]
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, within: tuple[int, int] | None = None) -> bytes:
         """The bytes from `offset` on, `length` of them or up to the end of the archive.
+
+        Args:
+            offset: of the first byte.
+            length: in bytes.
+            within: offset and end of the file of which this is read, as far as that is known; None: the archive's.
 
         Raises:
             FleeceError: a chunk of this range is bad, missing or unreadable; other ranges are not concerned.
@@ -250,6 +261,10 @@ class ArchiveReader:
             return bytes(answer)
         index = self.archive.index
         end = offset + self._clip(offset, length)
+        if length >= _LONG_READ and self.is_far:
+            first, last = within or (0, self.size)
+            if offset == first:
+                self._begin(index.find(offset), index.find(min(last, self.size) - 1))
         pieces: list[Buffer] = []
         while offset < end:
             number = index.find(offset)
@@ -288,21 +303,22 @@ class ArchiveReader:
             why = f"the chunk has {len(chunk)} bytes, the index says {size}"
             raise FormatError("read", self.archive.chunk_where(number), why)
 
+    def _begin(self, number: int, last: int) -> None:
+        """Note that a file, which ends in chunk `last`, is begun in chunk `number`, and read ahead in it."""
+        if self.is_zero(number) or self._stream_at(number) is not None:
+            return
+        stream = self._new_stream(number)
+        stream.window = _FAR_START
+        end = min(number + _FAR_START, last + 1)
+        if end > stream.ahead:
+            stream.ahead = self.cache.read_ahead(self, range(stream.ahead, end))
+
     def _follow(self, number: int, ahead: bool) -> None:
         """Note a read in chunk `number`; with `ahead`, read ahead if it continues one that is known."""
-        streams = self._streams
-        for position in range(len(streams) - 1, -1, -1):
-            stream = streams[position]
-            # The kernel's own read-ahead asks out of order now and then, so a chunk back still counts.
-            if stream.chunk - 1 <= number <= stream.chunk + 1:
-                break
-        else:
-            if len(streams) >= _STREAMS:
-                del streams[0]
-            streams.append(_Stream(number, ahead=number + 1))
+        stream = self._stream_at(number)
+        if stream is None:
+            self._new_stream(number)
             return
-        if position != len(streams) - 1:
-            streams.append(streams.pop(position))
         if number <= stream.chunk:
             return
         stream.chunk = number
@@ -320,6 +336,26 @@ class ArchiveReader:
             first = max(stream.ahead, number + 1)
             stream.ahead = min(first + stream.window, self.archive.index.count)
             self.cache.read_ahead(self, range(first, stream.ahead))
+
+    def _stream_at(self, number: int) -> _Stream | None:
+        """The stream that a read in chunk `number` continues, from now on the one seen last; None if there is none."""
+        streams = self._streams
+        for position in range(len(streams) - 1, -1, -1):
+            stream = streams[position]
+            # The kernel's own read-ahead asks out of order now and then, so a chunk back still counts.
+            if stream.chunk - 1 <= number <= stream.chunk + 1:
+                if position != len(streams) - 1:
+                    streams.append(streams.pop(position))
+                return stream
+        return None
+
+    def _new_stream(self, number: int) -> _Stream:
+        """A stream that begins in chunk `number`."""
+        if len(self._streams) >= _STREAMS:
+            del self._streams[0]
+        stream = _Stream(number, ahead=number + 1)
+        self._streams.append(stream)
+        return stream
 
 
 async def open_archive_reader(

@@ -149,6 +149,69 @@ async def test_from_afar_each_chunk_that_was_used_asks_for_another() -> None:
         assert asked[4:] == [chunk + 17 for chunk in range(4, 16)]
 
 
+LONG = 512 << 10
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "within", "chunks"),
+    [
+        (0, LONG, None, 4),
+        (0, LONG - 4096, None, 1),  # a signature is looked for
+        (4096, LONG, None, 1),
+        (20 * CHUNK + 5, LONG, None, 1),
+        (20 * CHUNK + 5, LONG, (20 * CHUNK + 5, 30 * CHUNK), 4),  # a file in an archive
+        (20 * CHUNK + 5, LONG, (20 * CHUNK + 5, 21 * CHUNK + 10), 2),  # one that ends soon
+        (20 * CHUNK + 5, LONG, (20 * CHUNK + 5, 21 * CHUNK), 1),
+        (20 * CHUNK + 5, LONG, (20 * CHUNK, 30 * CHUNK), 1),  # in its middle
+        (34 * CHUNK, LONG, (34 * CHUNK, 1 << 60), 2),  # what is said of its end is wrong
+        (35 * CHUNK, LONG, (35 * CHUNK, 36 * CHUNK), 1),
+    ],
+)
+async def test_from_afar_who_begins_a_file_with_a_long_read_has_its_first_chunks_asked_for_at_once(
+    offset: int, length: int, within: tuple[int, int] | None, chunks: int
+) -> None:
+    data = chunks_of(LETTERS)
+    async with opened(data, capacity=64 * CHUNK) as (archive, repository):
+        assert await archive.read(offset, length, within=within) == data[offset : offset + length]
+        await wait_all_tasks_blocked(0.01)
+        first = offset // CHUNK
+        wanted = {archive.archive.index.digest(number) for number in range(first, first + chunks)}
+        assert len(repository.chunk_reads) == chunks
+        assert set(repository.chunk_reads) == wanted
+
+
+async def test_from_afar_who_goes_on_after_a_long_read_has_all_requests_under_way_after_one_round_trip() -> None:
+    data = chunks_of(LETTERS)
+    async with opened(data, capacity=64 * CHUNK) as (archive, repository):
+        asked = []
+        for offset in range(0, 6 * CHUNK, 1 << 20):
+            assert await archive.read(offset, 1 << 20) == data[offset : offset + (1 << 20)]
+            await wait_all_tasks_blocked(0.01)
+            if offset % CHUNK == 0:
+                asked.append(len(repository.chunk_reads))
+        assert asked == [4, 10, 19, 20, 21, 22]
+
+
+async def test_files_that_follow_each_other_are_one_reading_for_the_read_ahead() -> None:
+    """A file that begins where the one before ended is not begun anew: what is ahead grows."""
+    data = chunks_of(LETTERS)
+    async with opened(data, capacity=64 * CHUNK) as (archive, repository):
+        for start in range(0, 32 * CHUNK, CHUNK):
+            await archive.read(start, LONG, within=(start, start + CHUNK))
+            await wait_all_tasks_blocked(0.01)
+        assert len(repository.chunk_reads) == 36
+        assert archive.cache.misses <= 2
+
+
+async def test_close_by_a_long_read_asks_for_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ArchiveReader, "is_far", False)
+    async with opened(chunks_of(LETTERS), capacity=64 * CHUNK) as (archive, repository):
+        await archive.read(0, LONG)
+        await wait_all_tasks_blocked(0.01)
+        assert len(repository.chunk_reads) == 1
+
+
 async def test_from_afar_what_found_no_room_is_read_ahead_later() -> None:
     data = chunks_of("abcdefghijklmnopqrstuvwxyz0123456789")
     async with opened(data, capacity=16 * CHUNK) as (archive, repository):
