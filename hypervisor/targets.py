@@ -13,7 +13,6 @@ before never is.
     qcow2, new or replaced  yes                are unallocated already
 """
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -32,14 +31,15 @@ from core.errors import TargetError, os_reason
 from core.limits import in_io_thread
 from core.units import MIB
 from hypervisor.errors import DiskInUseError
+from hypervisor.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from hypervisor.image_files import image_format, unlock
 from hypervisor.nbd_client import TIMEOUT_S, NbdAddress, NbdPool, is_nbd_uri, open_nbd
 from hypervisor.qemu_tools import create_qcow2, find_tool, serve_image
 from hypervisor.target_files import GUARD_SIZE, ZEROS, TargetFile, guards, refuse_content, space_hint, too_small
 
-#: fallocate(2): FALLOC_FL_KEEP_SIZE with FALLOC_FL_PUNCH_HOLE, which gives space back (on a device only if it can and
-#: then reads zeros), and with FALLOC_FL_ZERO_RANGE, by which the kernel writes zeros where it must.
-_ZERO_MODES: Final = (0x01 | 0x02, 0x01 | 0x10)
+#: The first gives space back (on a device only if it can and then reads zeros), by the second the kernel writes zeros
+#: where it must.
+_ZERO_MODES: Final = (KEEP_SIZE | PUNCH_HOLE, KEEP_SIZE | ZERO_RANGE)
 #: `fallocate` says so where the file system or device has no such command, or not for this alignment.
 _NO_SUCH_ZEROS: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
 #: Bytes of one such command: the kernel may have to write them, and cancellation waits for it.
@@ -124,7 +124,7 @@ class FileTarget:
         """True if file system or device know a command for it."""
         for mode in tuple(self._zero_modes):
             try:
-                _fallocate(self._fd, mode, offset, length)
+                fallocate(self._fd, mode, offset, length)
             except OSError as error:
                 if error.errno not in _NO_SUCH_ZEROS:
                     raise self._failed(error, offset) from error
@@ -406,13 +406,3 @@ async def _open_raw(path: Path, size: int, *, force: bool) -> AsyncIterator[File
         raise
     finally:
         file.close()
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which Python has only without modes. Threads go on meanwhile."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while libc.fallocate(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
