@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -115,7 +116,10 @@ put_header(Bytes *bytes, uint64_t type, size_t content)
 
 /* ---- what is found out about one entry ---- */
 
+typedef struct Reader Reader;
+
 typedef struct {
+    const Reader *reader;     /* that found this, once there are metadata */
     int code;    /* 0, the errno of opening it, or minus the errno of reading its attributes */
     int warning; /* E2BIG: extended attributes were left out */
     int fd;      /* kept open if asked for, else -1 */
@@ -129,14 +133,15 @@ typedef struct {
     int has_target;
 } Found;
 
-typedef struct {
+/* Of one thread. */
+struct Reader {
     uint64_t features;
     int skip_e2big, keep_open;
     Bytes out;                           /* metadata and targets, one after the other */
     Bytes access, standard, fcaps, list; /* raw values of the current entry; `standard` is the default ACL */
     int has_access, has_standard, has_fcaps;
     char small[SMALL], name_list[SMALL];
-} Reader;
+};
 
 static void
 reader_free(Reader *reader)
@@ -158,6 +163,7 @@ reader_failed(const Reader *reader)
 static void
 take_stat(Reader *reader, Found *found, const struct stat *st)
 {
+    found->reader = reader;
     found->mode = st->st_mode;
     found->size = st->st_size;
     found->dev = st->st_dev;
@@ -604,9 +610,10 @@ set_item(PyObject *tuple, Py_ssize_t index, PyObject *value)
 }
 
 static PyObject *
-result_of(const Reader *reader, const Found *found)
+result_of(const Found *found)
 {
     if (found->code) return PyLong_FromLong(found->code);
+    const Reader *reader = found->reader;
     const char *data = reader->out.data;
     PyObject *target = Py_None;
     if (found->has_target)
@@ -684,7 +691,7 @@ scan(PyObject *Py_UNUSED(module), PyObject *args)
     }
     results = PyList_New(count);
     for (Py_ssize_t i = 0; results && i < count; i++) {
-        PyObject *result = result_of(reader, &found[i]);
+        PyObject *result = result_of(&found[i]);
         if (!result || PyList_SetItem(results, i, result) < 0) Py_CLEAR(results);
     }
 done:
@@ -703,7 +710,7 @@ one_result(Reader *reader, Found *found)
     if (reader_failed(reader))
         PyErr_NoMemory();
     else
-        result = result_of(reader, found);
+        result = result_of(found);
     if (!result && found->fd >= 0) close(found->fd);
     reader_free(reader);
     free(reader);
@@ -873,10 +880,20 @@ done:
     return pair;
 }
 
-/* ---- whole trees ---- */
+/* ---- whole trees ----
+ *
+ * One thread goes through the folders, in order. What lies in them it leaves to helpers, and becomes one when it has
+ * nothing else to do. The Python thread that called is that one; helpers are threads of one call that know no Python.
+ */
 
-/* Folders open at the same time; deeper ones are not entered. */
+/* Folders the way leads through, open at the same time; deeper ones are not entered. */
 #define DEPTH 32
+/* Folders that are open because not all of their entries were looked at. */
+#define AWAITED 64
+/* Entries that a helper takes at a time. */
+#define PORTION 32
+#define HELPERS 7
+#define STACK (256u << 10)
 
 typedef struct {
     ssize_t parent; /* the folder it lies in, -1 for the start */
@@ -887,6 +904,10 @@ typedef struct {
     ssize_t count;
     Found *entries;
     int entered; /* the folders in it follow */
+    /* Of these the lock is needed. */
+    int fd;
+    int users;    /* who looks at its entries, and who goes through its folders */
+    ssize_t next; /* the first entry that nobody has taken */
 } Seen;
 
 typedef struct {
@@ -901,11 +922,18 @@ typedef struct {
     const char *last;    /* a folder with an entry of this name is not entered */
     const char **names;  /* folders in the start */
     ssize_t name_count;
-    Seen *seen;
-    ssize_t count, room;
+    Seen *seen; /* room for `limit` */
+    ssize_t count;
     Open open[DEPTH];
     int depth;
     int failed;
+    Reader *helpers[HELPERS];
+    pthread_t threads[HELPERS];
+    int helper_count;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    ssize_t listed, working; /* folders to look into, and the first with entries that nobody has taken */
+    int awaited, ended;
 } Tree;
 
 static void
@@ -917,7 +945,90 @@ tree_free(Tree *tree)
         free(tree->seen[i].entries);
     }
     free(tree->seen);
-    while (tree->depth > 1) close(tree->open[--tree->depth].fd);
+    for (int i = 0; i < HELPERS; i++) {
+        if (tree->helpers[i]) reader_free(tree->helpers[i]);
+        free(tree->helpers[i]);
+    }
+}
+
+/* Somebody needs a folder no more; under the lock. */
+static void
+let_go(Tree *tree, Seen *seen)
+{
+    if (--seen->users || seen->next < seen->count) return;
+    close(seen->fd);
+    tree->awaited--;
+}
+
+/* Looks at some entries, with the lock held before and after, but not in between; 0 if there are none to look at. */
+static int
+look_at_some(Tree *tree, Reader *reader)
+{
+    while (tree->working < tree->listed && tree->seen[tree->working].next >= tree->seen[tree->working].count)
+        tree->working++;
+    if (tree->working == tree->listed) return 0;
+    Seen *seen = &tree->seen[tree->working];
+    ssize_t from = seen->next, end = from + PORTION < seen->count ? from + PORTION : seen->count;
+    seen->next = end;
+    seen->users++;
+    pthread_mutex_unlock(&tree->lock);
+    for (ssize_t i = from; i < end && !reader_failed(reader); i++) {
+        const Sorted *entry = &seen->sorted[i];
+        if (entry->type != DT_DIR) look_at(reader, seen->fd, entry->name, entry->type, &seen->entries[i]);
+    }
+    pthread_mutex_lock(&tree->lock);
+    let_go(tree, seen);
+    return 1;
+}
+
+typedef struct {
+    Tree *tree;
+    Reader *reader;
+} Helper;
+
+static void *
+help(void *argument)
+{
+    Helper helper = *(Helper *)argument;
+    Tree *tree = helper.tree;
+
+    free(argument);
+    pthread_mutex_lock(&tree->lock);
+    for (;;) {
+        if (look_at_some(tree, helper.reader)) continue;
+        if (tree->ended) break;
+        pthread_cond_wait(&tree->changed, &tree->lock);
+    }
+    pthread_mutex_unlock(&tree->lock);
+    return NULL;
+}
+
+/* Starts up to `count` helpers; without any the caller does everything. */
+static void
+start_helpers(Tree *tree, int count)
+{
+    pthread_attr_t attributes;
+
+    if (pthread_attr_init(&attributes)) return;
+    pthread_attr_setstacksize(&attributes, STACK);
+    for (int i = 0; i < count && i < HELPERS; i++) {
+        Reader *reader = calloc(1, sizeof *reader);
+        Helper *helper = malloc(sizeof *helper);
+        if (reader && helper) {
+            reader->features = tree->reader->features;
+            reader->skip_e2big = tree->reader->skip_e2big;
+            *helper = (Helper){tree, reader};
+            if (!pthread_create(&tree->threads[i], &attributes, help, helper)) {
+                tree->helpers[i] = reader;
+                tree->helper_count++;
+                continue;
+            }
+        }
+        free(reader);
+        free(helper);
+        break;
+    }
+    pthread_attr_destroy(&attributes);
 }
 
 /* The next folder in `open`, or NULL. */
@@ -933,14 +1044,13 @@ next_folder(const Tree *tree, Open *open)
     return NULL;
 }
 
-/* Lists an open folder and looks at what is no folder in it; EAGAIN in `found` if it is not to be read like this. */
+/* Lists an open folder, and whether it is entered; EAGAIN in `found` if it is not to be read like this. */
 static void
-read_folder(Tree *tree, Seen *seen, int fd)
+list_names(Tree *tree, Seen *seen)
 {
-    Reader *reader = tree->reader;
     int is_last = 0;
 
-    seen->count = read_names(fd, &seen->arena, &seen->sorted);
+    seen->count = read_names(seen->fd, &seen->arena, &seen->sorted);
     if (seen->count < 0 || seen->count > tree->limit) {
         seen->found.code = EAGAIN;
         seen->count = 0;
@@ -950,67 +1060,90 @@ read_folder(Tree *tree, Seen *seen, int fd)
     seen->entries = calloc((size_t)seen->count + 1, sizeof *seen->entries);
     if (!seen->entries) {
         tree->failed = 1;
+        seen->count = 0;
         return;
     }
-    for (ssize_t i = 0; i < seen->count && !reader_failed(reader); i++) {
-        const Sorted *entry = &seen->sorted[i];
-        if (entry->type != DT_DIR) look_at(reader, fd, entry->name, entry->type, &seen->entries[i]);
-        if (!strcmp(entry->name, tree->last)) is_last = 1;
-    }
+    for (ssize_t i = 0; i < seen->count && !is_last; i++) is_last = !strcmp(seen->sorted[i].name, tree->last);
     seen->entered = !is_last && tree->depth < DEPTH;
+}
+
+/* Opens and lists the next folder. */
+static void
+read_folder(Tree *tree, const Open *open, const char *name)
+{
+    Reader *reader = tree->reader;
+    Seen *seen = &tree->seen[tree->count++];
+
+    seen->parent = open->seen;
+    seen->name = name;
+    tree->used++;
+    reader->keep_open = 1;
+    look_at(reader, open->fd, name, DT_DIR, &seen->found);
+    reader->keep_open = 0;
+    if (seen->found.code) return;
+    seen->fd = seen->found.fd;
+    if (!S_ISDIR(seen->found.mode) || seen->found.dev != tree->device)
+        seen->found.code = EAGAIN;
+    else
+        list_names(tree, seen);
+    if (seen->entered) tree->open[tree->depth++] = (Open){seen->fd, tree->count - 1, 0};
+    pthread_mutex_lock(&tree->lock);
+    tree->awaited++;
+    seen->users = 1 + seen->entered;
+    tree->listed = tree->count;
+    let_go(tree, seen);
+    if (seen->count) pthread_cond_signal(&tree->changed);
+    while (tree->awaited > AWAITED && look_at_some(tree, reader)) {
+    }
+    pthread_mutex_unlock(&tree->lock);
+}
+
+static void
+leave_folder(Tree *tree, const Open *open)
+{
+    if (open->seen < 0) return;
+    pthread_mutex_lock(&tree->lock);
+    let_go(tree, &tree->seen[open->seen]);
+    pthread_mutex_unlock(&tree->lock);
 }
 
 /* Depth first, each folder before those in it, until all is done or enough. */
 static void
-read_tree(Tree *tree)
+read_tree(Tree *tree, int helpers)
 {
-    Reader *reader = tree->reader;
-
-    while (tree->depth && tree->used < tree->limit && !tree->failed && !reader_failed(reader)) {
+    start_helpers(tree, helpers);
+    while (tree->depth && tree->used < tree->limit && !tree->failed && !reader_failed(tree->reader)) {
         Open *open = &tree->open[tree->depth - 1];
         const char *name = next_folder(tree, open);
-        if (!name) {
-            if (--tree->depth) close(open->fd);
-            continue;
+        if (name) {
+            read_folder(tree, open, name);
+        } else {
+            leave_folder(tree, open);
+            tree->depth--;
         }
-        if (tree->count == tree->room) {
-            ssize_t room = tree->room * 2 + 64;
-            Seen *more = realloc(tree->seen, (size_t)room * sizeof *more);
-            if (!more) {
-                tree->failed = 1;
-                return;
-            }
-            tree->seen = more;
-            tree->room = room;
-        }
-        Seen *seen = &tree->seen[tree->count++];
-        memset(seen, 0, sizeof *seen);
-        seen->parent = open->seen;
-        seen->name = name;
-        tree->used++;
-        reader->keep_open = 1;
-        look_at(reader, open->fd, name, DT_DIR, &seen->found);
-        reader->keep_open = 0;
-        int fd = seen->found.fd;
-        if (seen->found.code) continue;
-        if (!S_ISDIR(seen->found.mode) || seen->found.dev != tree->device)
-            seen->found.code = EAGAIN;
-        else
-            read_folder(tree, seen, fd);
-        if (seen->entered && !seen->found.code && !tree->failed)
-            tree->open[tree->depth++] = (Open){fd, tree->count - 1, 0};
-        else
-            close(fd);
     }
+    pthread_mutex_lock(&tree->lock);
+    tree->ended = 1;
+    pthread_cond_broadcast(&tree->changed);
+    while (look_at_some(tree, tree->reader)) {
+    }
+    pthread_mutex_unlock(&tree->lock);
+    for (int i = 0; i < tree->helper_count; i++) {
+        pthread_join(tree->threads[i], NULL);
+        tree->failed |= reader_failed(tree->helpers[i]);
+    }
+    tree->failed |= reader_failed(tree->reader);
+    /* The numbers of what is left are the answer's; its descriptors are not needed any more. */
+    for (int i = tree->depth; i-- > 0;) leave_folder(tree, &tree->open[i]);
 }
 
 static PyObject *
-seen_as_tuple(const Tree *tree, const Seen *seen)
+seen_as_tuple(const Seen *seen)
 {
     PyObject *names = PyList_New(seen->count), *entries = PyList_New(seen->count), *tuple = NULL, *found = NULL;
     PyObject *types = PyBytes_FromStringAndSize(NULL, seen->count);
 
-    if (!names || !entries || !types || !(found = result_of(tree->reader, &seen->found))) goto done;
+    if (!names || !entries || !types || !(found = result_of(&seen->found))) goto done;
     char *type = PyBytes_AsString(types);
     for (ssize_t i = 0; i < seen->count; i++) {
         const Sorted *entry = &seen->sorted[i];
@@ -1020,7 +1153,7 @@ seen_as_tuple(const Tree *tree, const Seen *seen)
             result = Py_None;
             Py_INCREF(result);
         } else {
-            result = result_of(tree->reader, &seen->entries[i]);
+            result = result_of(&seen->entries[i]);
         }
         if (!result || PyList_SetItem(entries, i, result) < 0) goto done;
         type[i] = (char)entry->type;
@@ -1042,15 +1175,21 @@ scan_tree(PyObject *Py_UNUSED(module), PyObject *args)
     unsigned long long features, device;
     Py_ssize_t limit;
     const char *last;
-    int dir_fd, skip;
+    int dir_fd, skip, helpers;
 
-    if (!PyArg_ParseTuple(args, "iOKpKny", &dir_fd, &sequence, &features, &skip, &device, &limit, &last)) return NULL;
+    if (!PyArg_ParseTuple(args, "iOKpKnyi", &dir_fd, &sequence, &features, &skip, &device, &limit, &last, &helpers))
+        return NULL;
+    if (limit < 1 || limit > 1 << 24) {
+        PyErr_SetString(PyExc_ValueError, "the limit of entries is out of range");
+        return NULL;
+    }
     if (!(items = PySequence_Tuple(sequence))) return NULL;
     Tree *tree = calloc(1, sizeof *tree);
     Reader *reader = calloc(1, sizeof *reader);
     Py_ssize_t count = PyTuple_Size(items);
     const char **names = calloc((size_t)count + 1, sizeof *names);
-    if (!tree || !reader || !names) {
+    /* Each folder is one of the entries that count. */
+    if (!tree || !reader || !names || !(tree->seen = calloc((size_t)limit, sizeof *tree->seen))) {
         PyErr_NoMemory();
         goto done;
     }
@@ -1066,17 +1205,21 @@ scan_tree(PyObject *Py_UNUSED(module), PyObject *args)
     tree->name_count = count;
     tree->open[0] = (Open){dir_fd, -1, 0};
     tree->depth = 1;
+    pthread_mutex_init(&tree->lock, NULL);
+    pthread_cond_init(&tree->changed, NULL);
     Py_BEGIN_ALLOW_THREADS
-    read_tree(tree);
+    read_tree(tree, helpers);
     Py_END_ALLOW_THREADS
-    if (tree->failed || reader_failed(reader)) {
+    pthread_cond_destroy(&tree->changed);
+    pthread_mutex_destroy(&tree->lock);
+    if (tree->failed) {
         PyErr_NoMemory();
         goto done;
     }
     folders = PyList_New(tree->count);
     rest = PyList_New(tree->depth);
     for (ssize_t i = 0; folders && i < tree->count; i++) {
-        PyObject *folder = seen_as_tuple(tree, &tree->seen[i]);
+        PyObject *folder = seen_as_tuple(&tree->seen[i]);
         if (!folder || PyList_SetItem(folders, i, folder) < 0) Py_CLEAR(folders);
     }
     for (int i = 0; rest && i < tree->depth; i++) {

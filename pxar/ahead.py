@@ -1,7 +1,7 @@
 """Reads folders in a second thread before the walk comes to them, for backups that compare most files and read few.
 
 Half of the time of such a backup is spent in system calls. One call of `scan_tree` makes thousands of them without the
-GIL, so a second core makes them while the first compares what came before.
+GIL, in several threads, so other cores make them while the first compares what came before.
 """
 
 import os
@@ -10,13 +10,16 @@ from collections import deque
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from core.limits import cpu_count
 from pxar.behind import Beside
 from pxar.filesystem import Scanned, Seen, scan_tree
 from pxar.folders import Folder
 
-#: Entries that one call reads, and that wait for the walk until no further call is made.
+#: Entries that one call reads, and that wait for the walk (500 bytes each) until no further call is made.
 AT_ONCE: Final = 2048
-WAITING: Final = 4096
+WAITING: Final = 6 * AT_ONCE
+#: Threads that help one call, one even on one core: a disk or a server that is asked for more at once gives more.
+MAX_HELPERS: Final = 3
 _DT_DIR: Final = 4
 _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -53,6 +56,7 @@ class Ahead:
         """
         self._beside, self._root, self._fd = beside, root, fd
         self._last, self._skip_e2big = last, skip_e2big
+        self._helpers = min(MAX_HELPERS, max(1, cpu_count() - 1))
         #: Innermost last.
         self._left = [_Place((), [name for name, kind in zip(names, kinds, strict=True) if kind == _DT_DIR])]
         self._ready: deque[tuple[bytes, SeenFolder | None, int]] = deque()
@@ -125,6 +129,7 @@ class Ahead:
                 limit=AT_ONCE,
                 last=self._last,
                 skip_e2big=self._skip_e2big,
+                helpers=self._helpers,
             )
         finally:
             os.close(fd)

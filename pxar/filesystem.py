@@ -120,23 +120,32 @@ def scan(
 
 
 def scan_tree(
-    dir_fd: int, names: Sequence[bytes], features: int, *, dev: int, limit: int, last: bytes, skip_e2big: bool = False
+    dir_fd: int,
+    names: Sequence[bytes],
+    features: int,
+    *,
+    dev: int,
+    limit: int,
+    last: bytes,
+    skip_e2big: bool = False,
+    helpers: int = 0,
 ) -> tuple[list[Seen], list[tuple[int, int]]]:
     """Folders `names` of the folder `dir_fd` and all below: what is in them, and what `scan` says of all but folders.
 
     Depth first, each folder before those in it; one `Seen` for each. Those that cannot be read, lie on another device
     than `dev` or have more than `limit` entries say EAGAIN or another errno, and are not entered. Neither are folders
     with an entry called `last`, nor those that lie too deep (32). It ends in front of the first folder after `limit`
-    entries or more; so memory is bounded by twice `limit`. One call runs without the GIL.
+    entries or more; so memory is bounded by twice `limit`. One call runs without the GIL, and up to `helpers` (at most
+    7) more threads, which end with it, look at what lies in the folders.
 
     Returns:
         The folders, and what is left: numbers of folders (-1: the start), from the outermost to the innermost, and the
         place in each's names from which on folders have not been read.
 
     Raises:
-        ValueError: as `scan`.
+        ValueError: as `scan`; `limit` is not from 1 to 2^24.
     """
-    return _reader.scan_tree(dir_fd, names, features, skip_e2big, dev, limit, last)
+    return _reader.scan_tree(dir_fd, names, features, skip_e2big, dev, limit, last, helpers)
 
 
 def open_entry(

@@ -98,9 +98,12 @@ def scan_tree(
     dev: int,
     limit: int,
     last: bytes,
+    helpers: int,
     /,
 ) -> "tuple[list[Seen], list[tuple[int, int]]]":
-    """See `filesystem.scan_tree`."""
+    """See `filesystem.scan_tree`; without helpers."""
+    if not 1 <= limit <= 1 << 24:
+        raise ValueError("the limit of entries is out of range")
     names = tuple(names)
     for name in names:
         _check(name)

@@ -22,6 +22,7 @@ from pxar.folders import Folder
 from pxar.patterns import MatchPattern
 from tests.pxar.backups import assert_restorable, back_up, beside
 from tests.support.file_systems import mounted
+from tests.support.waiting import until
 
 DIRECTORY = 4
 READER = vars(filesystem)["_reader"]
@@ -50,6 +51,10 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def tasks() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def folders_of(fd: int) -> list[bytes]:
     names, kinds = list_folder(fd)
     return [name for name, kind in zip(names, kinds, strict=True) if kind == DIRECTORY]
@@ -73,9 +78,9 @@ def tree(base: Path, seed: int = 1, entries: int = 400) -> None:
 
 
 def seen_in(
-    fd: int, names: list[bytes], limit: int, last: bytes = b".none"
+    fd: int, names: list[bytes], limit: int, last: bytes = b".none", helpers: int = 1
 ) -> tuple[list[Seen], list[tuple[int, int]]]:
-    return scan_tree(fd, names, DEFAULT, dev=os.fstat(fd).st_dev, limit=limit, last=last)
+    return scan_tree(fd, names, DEFAULT, dev=os.fstat(fd).st_dev, limit=limit, last=last, helpers=helpers)
 
 
 # --- one call ---
@@ -129,6 +134,33 @@ def test_both_forms_say_the_same_and_what_is_left_goes_on_where_it_ended(
                 answers.append((limit, known, places))
             assert sum(1 + len(names) for _, _, _, names, _, _, _ in seen[:-1]) < limit
     assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]
+
+
+@pytest.mark.parametrize("helpers", [1, 2, 7, 50])
+async def test_helpers_change_nothing_and_leave_nothing(tmp_path: Path, helpers: int) -> None:
+    tree(tmp_path, seed=3, entries=200)
+    for folder in range(150):  # more than may wait with entries that nobody has looked at
+        (tmp_path / f"many/{folder}").mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / f"many/{folder}/{number}").write_bytes(b"x" * number)
+    (tmp_path / "large").mkdir()
+    for number in range(400):  # more than one takes at a time
+        (tmp_path / f"large/{number}").symlink_to(str(number))
+    files, threads = open_files(), tasks()
+    with opened(tmp_path) as fd:
+        for limit in (1, 3, 100, 450, 1 << 20):
+            alone = seen_in(fd, folders_of(fd), limit, helpers=0)
+            for _ in range(5):
+                assert seen_in(fd, folders_of(fd), limit, helpers=helpers) == alone
+    assert open_files() == files
+    await until(lambda: tasks() <= threads)  # the kernel forgets a thread a moment after it has been joined
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("limit", [0, -1, (1 << 24) + 1])
+def test_a_limit_is_a_number_of_entries(tmp_path: Path, limit: int) -> None:
+    with opened(tmp_path) as fd, pytest.raises(ValueError, match="limit"):
+        seen_in(fd, [], limit)
 
 
 def test_a_large_folder_and_another_device_are_left_to_the_walk(tmp_path: Path, form: str) -> None:
