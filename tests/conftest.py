@@ -14,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.cache import ROOT, Unavailable
+from tests.support.debian_image import debian_image
+from tests.support.debian_vm import DebianVm
 from tests.support.golden_store import unpack_golden_store
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
@@ -120,6 +122,21 @@ def backports() -> QemuBinary:
 def guest() -> SmallGuest:
     """Kernel and initramfs of the small guest."""
     return _or_skip(small_guest)
+
+
+@pytest.fixture(scope="session")
+def started_debian_vm() -> Iterator[DebianVm]:
+    """A Debian VM for all tests of this process, with its state after the start saved as `started`."""
+    with DebianVm.start(_or_skip(distribution_qemu), image=_or_skip(debian_image)) as vm:
+        vm.save("started")
+        yield vm
+
+
+@pytest.fixture
+def debian_vm(started_debian_vm: DebianVm) -> DebianVm:
+    """A Debian VM as it was after its start, to do anything with; mark such tests `vm`."""
+    started_debian_vm.restore("started")
+    return started_debian_vm
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,10 @@ from tests.support.cache import Unavailable, cached, once
 MODULES: Final = (
     "virtio_pci", "virtio_blk", "virtio_scsi", "virtio_console", "sd_mod", "ahci", "ata_piix", "nvme", "nbd", "fuse",
 )  # fmt: skip
+#: Drivers for a root file system that is more than busybox, laid beside the kernel in `SmallGuest.modules`.
+ROOT_MODULES: Final = (
+    *MODULES, "loop", "overlay", "dm_mod", "dm_snapshot", "xfs", "btrfs", "virtio_net", "efivarfs", "autofs4",
+)  # fmt: skip
 #: Words after which the guest has obeyed a line.
 _DONE: Final = re.compile(rb"(?:^|\n)##RC (\d+)\r?\n")
 #: First line the guest says.
@@ -38,7 +42,7 @@ READY: Final = b"##READY"
 #: Seconds until a started guest must be ready; TCG on a busy machine takes ten times the two seconds it should.
 BOOT_TIMEOUT_S: Final = 60.0
 #: Raised when what is built changes.
-_REVISION: Final = 1
+_REVISION: Final = 2
 
 INIT: Final = r"""#!/bin/busybox sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
@@ -84,6 +88,11 @@ class SmallGuest:
         """For `-initrd`."""
         return self.folder / "initrd.gz"
 
+    @property
+    def modules(self) -> Path:
+        """What belongs into /lib of a root file system: `modules/VERSION/` with `ROOT_MODULES`, before depmod."""
+        return self.folder / "lib/modules"
+
     def write_root(self, folder: Path) -> None:
         """Make `folder` the root of a Linux that obeys lines: give it to `mke2fs -d`, boot with `root=/dev/vda`."""
         for part in ("bin", "sbin", "dev", "proc", "sys", "tmp", "data"):
@@ -116,7 +125,8 @@ def _build(folder: Path) -> None:
     busybox = next(path for path in (unpacked / "bin/busybox", unpacked / "usr/bin/busybox") if path.exists())
     shutil.copy2(busybox, folder / "busybox")
     compile_static(Path(__file__).with_name("ring.c"), folder / "ring")
-    modules = load_order(_module_files(unpacked), MODULES)
+    files = _module_files(unpacked)
+    modules = load_order(files, MODULES)
     entries: list[tuple[str, int, bytes]] = [(name, stat.S_IFDIR | 0o755, b"") for name in ("bin", "m", "dev", "proc")]
     entries += [(f"bin/{name}", stat.S_IFREG | 0o755, (folder / name).read_bytes()) for name in ("busybox", "ring")]
     entries += [(f"m/{name}.ko", stat.S_IFREG | 0o644, content) for name, content in modules]
@@ -126,7 +136,18 @@ def _build(folder: Path) -> None:
         ("init", stat.S_IFREG | 0o755, INIT.encode()),
     ]
     (folder / "initrd.gz").write_bytes(gzip.compress(newc_archive(entries), compresslevel=1, mtime=0))
+    _keep_modules(unpacked, files, folder / "lib/modules")
     shutil.rmtree(unpacked)
+
+
+def _keep_modules(unpacked: Path, files: dict[str, Path], target: Path) -> None:
+    """`ROOT_MODULES` and what depmod wants to know, in the folders they had."""
+    (version,) = (path.parent for path in unpacked.glob("**/modules/*/modules.builtin"))
+    kept = [files[name] for name, _ in load_order(files, ROOT_MODULES)]
+    for path in (*kept, *version.glob("modules.*")):
+        place = target / path.relative_to(version.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, place)
 
 
 def compile_static(source: Path, program: Path) -> None:
