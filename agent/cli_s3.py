@@ -1,10 +1,11 @@
-"""`fleece s3`: endpoints, and what is here compared with what is in a bucket."""
+"""`fleece s3 endpoint`: where buckets are, and with which keys."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agent import cli_s3_stores
 from agent.invocation import Invocation, command
 from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
 from core.errors import FleeceError, UsageError
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from agent.s3_endpoints import Listed
     from core.progress import Progress
     from datastore.s3.probe import ProbeReport
-    from datastore.s3.reconcile import MetadataReport, ReconcileReport
     from datastore.s3.xml import Bucket
 
 EndpointId = Annotated[str, typer.Argument(metavar="ID", help="A name of 3 to 32 characters, for example aws.")]
@@ -116,26 +116,7 @@ fleece s3 endpoint check aws --bucket backups --output json | jq '."quirks-to-se
     )(check)
     command(endpoint, "buckets", repository=False, examples="fleece s3 endpoint buckets aws")(buckets)
     command(endpoint, "remove", repository=False, examples="fleece s3 endpoint remove aws")(remove)
-    command(
-        group,
-        "counters",
-        repository=False,
-        examples="""
-fleece s3 counters cloud                                          what all commands on this host have needed so far
-fleece s3 counters cloud --threshold get=100000,download=500GiB   warn once they pass that; none: no more
-fleece s3 counters cloud --reset                                  begin anew, for example monthly from a timer
-""",
-    )(counters)
-    command(
-        group,
-        "reconcile",
-        repository=False,
-        examples="""
-fleece s3 reconcile offsite --dry-run        what differs; a request for each 1000 objects
-fleece s3 reconcile offsite                  chunks: forget what is gone, store it again where the cache has it
-fleece s3 reconcile offsite --metadata       also snapshots and the like that are here only: stored in the bucket
-""",
-    )(reconcile)
+    cli_s3_stores.add_to(group)
 
 
 def add(
@@ -354,110 +335,7 @@ def buckets(invocation: Invocation, id: EndpointId) -> None:
     )
 
 
-def counters(
-    invocation: Invocation,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A datastore in a bucket.")],
-    threshold: Annotated[
-        str | None,
-        typer.Option("--threshold", metavar="LIMITS", help="get=N,put=N,post=N,head=N,delete=N,upload=SIZE,"
-                     "download=SIZE: whatever passes one of them warns; none takes all away."),
-    ] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="Begin to count anew; thresholds stay.")] = False,
-) -> None:  # fmt: skip
-    """Show what a datastore in a bucket has needed: requests and bytes of all commands and jobs of this host.
-
-    The command or job that passes a threshold has a warning. The bucket is asked nothing.
-    """
-    from agent.bucket_stores import named_bucket
-    from agent.s3_budget import parse_thresholds
-    from core.units import format_size
-    from datastore.files import Owner
-    from datastore.s3.counter_file import NAMES, CounterFile
-
-    wanted = None if threshold is None else parse_thresholds(threshold)
-    datastore = named_bucket(invocation, name, "show the counters of")
-    if not datastore.path.is_dir():
-        raise FleeceError("show the counters of", datastore.name, f"its cache {datastore.path} is not there")
-    file = CounterFile(datastore.path, Owner.of(datastore.path))
-    if wanted is not None:
-        file.set_thresholds(wanted)
-    if reset:
-        file.reset()
-    values = file.read()
-    counts = {name.removeprefix("s3-"): values.counts[name] for name in NAMES}
-    thresholds = {name.removeprefix("s3-"): values.thresholds[name] or None for name in NAMES}
-
-    def lines() -> list[str]:
-        from agent.documents import table
-
-        def shown(name: str, value: int | None) -> str:
-            if value is None:
-                return "-"
-            return format_size(value) if name in ("upload", "download") else str(value)
-
-        rows = [(name, shown(name, count), shown(name, thresholds[name])) for name, count in counts.items()]
-        return list(table(("counter", "so far", "threshold"), rows))
-
-    invocation.emit({"name": datastore.name, "counters": counts, "thresholds": thresholds}, lines)
-
-
 def remove(invocation: Invocation, id: EndpointId) -> None:
     """Forget an S3 endpoint and its secret. One that a datastore uses stays."""
     invocation.endpoints.remove(id, invocation.registry)
     invocation.emit({"id": id, "removed": True}, lambda: f"forgot S3 endpoint {id!r}")
-
-
-def reconcile(
-    invocation: Invocation,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A datastore in a bucket.")],
-    metadata: Annotated[
-        bool, typer.Option("--metadata", help="Also compare snapshots; what is here only is stored in the bucket.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what differs.")] = False,
-) -> None:
-    """Compare what this host knows of a bucket with what is in it, and put it right.
-
-    To be used after objects were removed behind the datastore's back, by a lifecycle rule or at a console: backups
-    store only chunks that they do not believe to be there. A chunk that is gone and that the cache has is stored again;
-    others are forgotten, so that the next backup with the same data stores them. Ends with 3 if something was lost.
-    """
-    from agent.bucket_stores import named_bucket
-
-    datastore = named_bucket(invocation, name, "reconcile")
-
-    async def work(progress: "Progress") -> "tuple[ReconcileReport, MetadataReport | None]":
-        from datastore.s3.reconcile import compare_metadata
-        from datastore.s3.reconcile import reconcile as reconcile_chunks
-
-        async with invocation.s3.open(datastore) as store:
-            compared = await compare_metadata(store, progress, upload=not dry_run) if metadata else None
-            return await reconcile_chunks(store, progress, dry_run=dry_run), compared
-
-    chunks, compared = invocation.run(work, what="reconcile", where=name)
-    document: dict[str, Any] = {
-        "name": name,
-        "dry-run": dry_run,
-        "objects": chunks.objects,
-        "marked": chunks.marked,
-        "repaired": [digest.hex() for digest in chunks.repaired],
-        "lost": [digest.hex() for digest in chunks.lost],
-        "metadata": None,
-    }
-    if compared is not None:
-        document["metadata"] = {
-            "only-here": compared.only_here,
-            "only-in-bucket": compared.only_in_bucket,
-            "uploaded": compared.uploaded,
-        }
-
-    def lines() -> list[str]:
-        would = "would be " if dry_run else ""
-        text = [f"{chunks.objects} chunks in the bucket, {chunks.marked} of them {would}newly known here"]
-        text.append(f"{len(chunks.repaired)} {would}stored again, {len(chunks.lost)} gone")
-        if compared is not None:
-            here, there = len(compared.only_here), len(compared.only_in_bucket)
-            stored = f", {compared.uploaded} stored there" if compared.uploaded else ""
-            text.append(f"metadata: {here} files here only{stored}, {there} in the bucket only")
-        return text
-
-    invocation.emit(document, lines)

@@ -131,6 +131,7 @@ class S3Use:
         policy = self.policy(attended=attended)
         async with open_store(settings, counters=self.counters, policy=policy) as store, open_nursery() as nursery:
             name = datastore.name
+            store.s3.counter_file.next_time = next_time
             store.s3.crossed = lambda counter, value, limit: self._warn(passed(name, counter, value, limit))
             nursery.start_soon(_watch_keys, self.endpoints, store.client.link, stamp)
             try:
@@ -172,6 +173,16 @@ class S3Use:
         estimate = f"about {totals.estimate(prices):.4f} {currency}"
         bytes_ = f"{format_size(totals.uploaded)} sent, {format_size(totals.downloaded)} received"
         return f"S3 endpoint {self.endpoint}: {', '.join(counts) or 'no requests'}; {bytes_}; {estimate}"
+
+
+def next_time(schedule: str, moment: float) -> int | None:
+    """The first time (Unix seconds) after `moment` at which `schedule` is due; None if there is none."""
+    from agent.calendar_times import CalendarTimes
+
+    try:
+        return CalendarTimes.parse(schedule).after(moment)
+    except UsageError:  # written by somebody else
+        return None
 
 
 def _figures(totals: Totals, prices: Prices) -> dict[str, Any]:

@@ -213,7 +213,10 @@ def test_a_datastore_in_a_bucket_is_made_used_taken_over_and_destroyed(
     assert counted["counters"]["put"] == status["requests"]["put"]
     assert counted["thresholds"]["put"] == 1
     assert counted["thresholds"]["get"] is None
-    assert fleece("s3", "counters", "cloud", "--reset").document["counters"]["put"] == 0
+    reset = fleece("s3", "counters", "cloud", "--reset", "--reset-schedule", "monthly UTC").document
+    assert (reset["counters"]["put"], reset["reset-schedule"]) == (0, "monthly UTC")
+    assert reset["since"] < reset["next-reset"] <= reset["since"] + 31 * 86400
+    assert time.gmtime(reset["next-reset"])[2:6] == (1, 0, 0, 0)
     note = tmpfs / "note"
     note.write_text("a note\n")
     for number, code in enumerate((3, 0)):
@@ -221,7 +224,12 @@ def test_a_datastore_in_a_bucket_is_made_used_taken_over_and_destroyed(
         assert ("S3 counters of cloud: more than 1 PUT" in said.out) == (code == 3)
     fleece("forget", "--group", "host/n0", "--repo", "cloud")
     fleece("forget", "--group", "host/n1", "--repo", "cloud")
-    assert "GET" not in fleece("s3", "counters", "cloud", "--threshold", "none", as_json=False).err
+    shown = fleece("s3", "counters", "cloud", "--threshold", "none", as_json=False)
+    assert "GET" not in shown.err
+    assert "'monthly UTC', next: " in shown.out
+    assert "counted since" in shown.out
+    assert fleece("s3", "counters", "cloud", "--reset-schedule", "none").document["next-reset"] is None
+    assert "schedule" in fleece("s3", "counters", "cloud", "--reset-schedule", "whenever", code=2).err
     assert "hard" in fleece("s3", "counters", "cloud", "--threshold", "get=1,download=1,hard-limit", code=2).err
     assert status["uploaded"] > 0
     assert "PUT" in fleece("datastore", "status", "cloud", as_json=False).out

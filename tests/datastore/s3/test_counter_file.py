@@ -8,7 +8,15 @@ import trio
 from core.errors import FormatError
 from datastore.files import Owner
 from datastore.names import Group
-from datastore.s3.counter_file import COUNTERS_NAME, MAGIC, NAMES, CounterFile, CounterValues
+from datastore.s3.counter_file import (
+    COUNTERS_NAME,
+    MAGIC,
+    NAMES,
+    PERIOD_NAME,
+    CounterFile,
+    CounterValues,
+    CountingPeriod,
+)
 from repository.local import LocalRepository
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_stores import s3_store
@@ -57,6 +65,108 @@ def test_several_processes_add_up_and_thresholds_stay(tmp_path: Path) -> None:
     two.add({"s3-get": (1 << 64) - 1})
     assert two.add({"s3-get": 2}).counts["s3-get"] > 0  # a number that overflows begins anew, and breaks nothing
     assert one.read().counts["s3-get"] == 1
+
+
+class Clock:
+    """Unix seconds that tests set, and schedules that are a number of seconds: due at all multiples of it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.reckoned = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def next_time(self, schedule: str, moment: float) -> int | None:
+        self.reckoned += 1
+        return int(moment // int(schedule) + 1) * int(schedule)
+
+    def file(self, folder: Path) -> CounterFile:
+        return CounterFile(folder, Owner.of(folder), next_time=self.next_time, now=self)
+
+
+def test_counters_are_set_back_when_their_schedule_is_due_by_whoever_adds_to_them_next(tmp_path: Path) -> None:
+    clock = Clock()
+    file = clock.file(tmp_path)
+    assert file.period() == CountingPeriod()
+    file.set_thresholds({"s3-get": 5})
+    file.add({"s3-get": 3})
+    assert file.period() == CountingPeriod(since=1000)
+    clock.now = 1450.0
+    file.set_schedule("100")
+    assert file.period() == CountingPeriod(1000, "100", 1500), "not at once, although much time has passed"
+    assert file.read().counts["s3-get"] == 3
+    clock.now = 1500.0
+    assert clock.file(tmp_path).read().counts["s3-get"] == 0, "also before anybody has written it"
+    assert file.period() == CountingPeriod(1500, "100", 1600)
+    clock.now = 1744.0  # nobody was there for two of them
+    values = clock.file(tmp_path).add({"s3-get": 2})
+    assert (values.counts["s3-get"], values.thresholds["s3-get"]) == (2, 5)
+    assert file.period() == CountingPeriod(1744, "100", 1800)
+    assert file.add({"s3-get": 1}).counts["s3-get"] == 3
+    file.reset()
+    assert (file.read().counts["s3-get"], file.period()) == (0, CountingPeriod(1744, "100", 1800))
+    file.add({"s3-get": 1})
+    file.set_schedule(None)
+    clock.now = 9000.0
+    assert (file.read().counts["s3-get"], file.period()) == (1, CountingPeriod(1744))
+
+
+def test_who_cannot_reckon_a_schedule_leaves_that_to_the_next_one(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.file(tmp_path).set_schedule("100")
+    clock.now = 1100.0
+    plain = CounterFile(tmp_path, Owner.of(tmp_path), now=clock)
+    plain.add({"s3-get": 1})
+    assert plain.period() == CountingPeriod(1100, "100", None)
+    assert plain.add({"s3-get": 1}).counts["s3-get"] == 2
+    clock.now = 1250.0
+    assert clock.file(tmp_path).add({"s3-get": 1}).counts["s3-get"] == 3
+    assert plain.period() == CountingPeriod(1100, "100", 1300)
+
+
+def test_a_clock_that_is_set_back_sets_no_counters_back(tmp_path: Path) -> None:
+    clock = Clock()
+    file = clock.file(tmp_path)
+    file.set_schedule("100")
+    file.add({"s3-get": 1})
+    clock.now = 10.0
+    assert file.add({"s3-get": 1}).counts["s3-get"] == 2
+    assert clock.reckoned == 1, "a schedule is reckoned when it is set or was due"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"nonsense", b'{"since": "x"}', b'{"until": -5}', b'{"until": true}', b'{"schedule": 7}', b"[" * 4000],
+)
+def test_a_damaged_file_of_the_period_says_nothing_and_is_written_over(tmp_path: Path, data: bytes) -> None:
+    clock = Clock()
+    file = clock.file(tmp_path)
+    file.add({"s3-get": 7})
+    (tmp_path / PERIOD_NAME).write_bytes(data)
+    assert file.period() == CountingPeriod()
+    assert file.add({"s3-get": 1}).counts["s3-get"] == 8
+    file.set_schedule("500")
+    assert file.period() == CountingPeriod(None, "500", 1500)
+
+
+def test_a_process_that_dies_between_the_two_files_loses_no_setting_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    file = clock.file(tmp_path)
+    file.set_schedule("100")
+    file.add({"s3-get": 7})
+    clock.now = 1100.0
+
+    def die(*_words: object, **_more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("datastore.s3.counter_file.replace_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            file.add({"s3-get": 1})
+    assert file.add({"s3-get": 1}).counts["s3-get"] == 1
 
 
 async def test_a_store_counts_while_it_is_open_and_when_it_ends(
