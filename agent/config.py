@@ -26,6 +26,14 @@ from agent.config_types import (
     checked,
 )
 from agent.job_sections import JOB_MODELS, Duration, JobName, JobSection
+from agent.monitoring.sections import (
+    NOTIFY_MODELS,
+    EventsSection,
+    MetricsSection,
+    NotifySection,
+    StatusSection,
+    TargetName,
+)
 from agent.s3_budget import Budget
 from agent.toml_lines import find_line
 from agent.vzdump_hook import VzdumpHookSection
@@ -146,12 +154,16 @@ class Config(KeySettings):
     vzdump_hook: VzdumpHookSection = Field(default_factory=VzdumpHookSection)
     hook: AbsolutePath | None = None  #: script that jobs call
     hook_timeout: Duration = "10m"
+    events: EventsSection | None = None  #: None: no event log
+    metrics: MetricsSection | None = None  #: None: repositories are not looked at
+    notify: dict[TargetName, NotifySection] = Field(default_factory=dict)
+    status: StatusSection | None = None  #: None: no page
 
 
 def _location(error: Any) -> tuple[str | int, ...]:
-    """The path of keys in the file: pydantic puts a job's type between its name and its options."""
+    """The path of keys in the file: pydantic puts the type behind the name of a job or notification."""
     location = tuple(part for part in error["loc"] if part != "[key]")
-    if location[:1] == ("job",) and len(location) > 2:
+    if location[:1] in (("job",), ("notify",)) and len(location) > 2:
         return location[:2] + location[3:]
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return (*location, "type")
@@ -167,10 +179,15 @@ def _known_keys(error: Any) -> list[str]:
         "s3": S3Section,
         "limits": LimitsSection,
         "vzdump-hook": VzdumpHookSection,
+        "events": EventsSection,
+        "metrics": MetricsSection,
+        "status": StatusSection,
     }
     model = Config if len(location) == 1 else sections.get(str(location[0]), Config)
     if location[:1] == ("job",) and len(location) > 2:
         model = JOB_MODELS.get(str(location[2]), Config)
+    if location[:1] == ("notify",) and len(location) > 2:
+        model = NOTIFY_MODELS.get(str(location[2]), Config)
     if location[:2] == ("s3", "prices"):
         model = PriceSection
     return [field.alias or name for name, field in model.model_fields.items()]

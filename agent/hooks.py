@@ -62,8 +62,10 @@ class Hook:
     path: Path
     timeout_s: float = DEFAULT_TIMEOUT_S
 
-    async def call(self, arguments: tuple[str, ...], variables: Mapping[str, str], log: Callable[[str], None]) -> None:
-        """Run the script to its end; its output goes to `log`, line by line.
+    async def call(
+        self, arguments: tuple[str, ...], variables: Mapping[str, str], log: Callable[[str], None], stdin: bytes = b""
+    ) -> None:
+        """Run the script to its end; its output goes to `log`, line by line; it may read `stdin`, or not.
 
         Cancelled, the script and all of its process group is ended.
 
@@ -75,8 +77,8 @@ class Hook:
         try:
             process = await trio.lowlevel.open_process(
                 [str(self.path), *arguments],
-                env={"PATH": _PATH, **variables}, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, cwd="/",
-                start_new_session=True,
+                env={"PATH": _PATH, **variables}, stdin=PIPE if stdin else DEVNULL, stdout=PIPE, stderr=STDOUT,
+                cwd="/", start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             why = os_reason(error) if isinstance(error, OSError) else str(error)
@@ -84,6 +86,8 @@ class Hook:
         assert process.stdout is not None
         async with process.stdout, open_nursery() as nursery:
             nursery.start_soon(_copy, process.stdout, log)
+            if process.stdin is not None:
+                nursery.start_soon(_feed, process.stdin, stdin)
             try:
                 with trio.move_on_after(self.timeout_s) as scope:
                     await process.wait()
@@ -98,6 +102,13 @@ class Hook:
         if process.returncode:
             how = f"exit code {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
             raise HookError("run the hook", where, f"it ended with {how}")
+
+
+async def _feed(stream: trio.abc.SendStream, data: bytes) -> None:
+    """Write what a script may read; one that does not, or that ends, is not waited for."""
+    async with stream:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.send_all(data)
 
 
 async def _copy(output: trio.abc.ReceiveStream, log: Callable[[str], None]) -> None:

@@ -79,6 +79,7 @@ class JobContext:
     progress: Progress
     log_path: str
     s3: "Callable[[], S3Use] | None" = None  #: gives a new one for each backup
+    guest_done: "Callable[[GuestResult], None]" = lambda result: None  #: told each guest's end
 
 
 @dataclass(slots=True)
@@ -93,6 +94,11 @@ class GuestResult:
     duration_s: float = 0.0
     read: int = 0
     new: int = 0
+    size: int = 0  #: bytes of all its archives
+    reused: int = 0
+    stored: int = 0
+    repository: str = ""
+    ns: str = ""
     reasons: list[str] = field(default_factory=list)  #: why disks were read in full
     error: str | None = None
     s3: dict[str, Any] | None = None
@@ -110,6 +116,11 @@ class GuestResult:
             "new": self.new,
             "reasons": self.reasons,
             "error": self.error,
+            "repository": self.repository,
+            "ns": self.ns,
+            "size": self.size,
+            "reused": self.reused,
+            "stored": self.stored,
         }
         return document if self.s3 is None else {**document, "s3": self.s3}
 
@@ -118,6 +129,9 @@ class GuestResult:
         self.state, self.error = "warnings" if warned else "ok", None
         self.read = sum(archive.read for archive in report.archives)
         self.new = sum(archive.new for archive in report.archives)
+        self.size = sum(archive.size for archive in report.archives)
+        self.reused = sum(archive.reused for archive in report.archives)
+        self.stored = sum(archive.stored for archive in report.archives)
         found = [f"{one.name}: {one.reason}" for one in report.archives if one.reason is not None and one.chunks]
         self.reasons = found[:20]
 
@@ -185,6 +199,8 @@ async def run_backup_job(section: "BackupJob", context: JobContext) -> tuple[dic
         guests.append(guest)
     if not guests and not results:
         raise NotFoundError("back up", context.name, "it chooses no virtual machine and no folder")
+    for one in results:
+        context.guest_done(one)
     results += await _all(guests, section, context)
     failed = [one.guest for one in results if one.state == "failed"]
     figures = {
@@ -193,6 +209,9 @@ async def run_backup_job(section: "BackupJob", context: JobContext) -> tuple[dic
         "skipped": sum(one.state == "skipped" for one in results),
         "read": sum(one.read for one in results),
         "new": sum(one.new for one in results),
+        "size": sum(one.size for one in results),
+        "reused": sum(one.reused for one in results),
+        "stored": sum(one.stored for one in results),
         "guests": [one.to_json() for one in results],
     }
     return figures, failed
@@ -200,12 +219,16 @@ async def run_backup_job(section: "BackupJob", context: JobContext) -> tuple[dic
 
 async def _all(guests: Sequence[Guest], section: "BackupJob", context: JobContext) -> list[GuestResult]:
     """Every guest, `parallel` at a time, in order."""
-    results = [GuestResult(guest.label, str(guest.group)) for guest in guests]
+    results = [
+        GuestResult(guest.label, str(guest.group), repository=guest.repository, ns=str(guest.group.ns))
+        for guest in guests
+    ]
     waiting = iter(list(zip(guests, results, strict=True)))
 
     async def worker() -> None:
         for guest, result in waiting:
             await _with_retries(guest, result, section, context)
+            context.guest_done(result)
 
     async with open_nursery() as nursery:
         for _ in range(min(section.parallel, len(guests))):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from agent.config import Config
+    from agent.monitoring.reporter import JobReport
     from agent.s3_endpoints import EndpointRegistry
     from agent.s3_use import S3Use
 
@@ -35,6 +36,11 @@ class Both(Progress):
     def __init__(self, *others: Progress) -> None:
         super().__init__()
         self._others = others
+        self._watchers: list[Callable[[str], None]] = []
+
+    def watch(self, warned: "Callable[[str], None]") -> None:
+        """Tell `warned` of each warning, too."""
+        self._watchers.append(warned)
 
     def log(self, text: str) -> None:
         """See `Progress.log`."""
@@ -46,6 +52,8 @@ class Both(Progress):
         super().warn(text)
         for other in self._others:
             other.warn(text)
+        for warned in self._watchers:
+            warned(text)
 
     def started(self, task: Task) -> None:
         """See `Progress.started`."""
@@ -126,12 +134,15 @@ async def run_job(
             both.warn(problem)
         log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
         hooks = job_hooks(section, config, recording, log)
+        report = _report(recording.run, section, config, registry, endpoints, store, log)
+        report.began()
+        both.watch(report.warned)
         try:
             failed: list[str] = []
             async with job_phases(hooks):
                 if isinstance(section, BackupJob):
                     result, failed = await _backup(
-                        name, section, config, registry, endpoints, hooks, both, store, recording
+                        name, section, config, registry, endpoints, hooks, both, store, recording, report
                     )
                 else:
                     result = await _with_retries(name, section, config, registry, endpoints, hooks, both, log)
@@ -140,13 +151,30 @@ async def run_job(
                 raise FailedJobError("back up", ", ".join(failed[:5]) + more, "failed", result)
         except BaseException as error:
             _record_failure(recording, log, error, both.warnings)
+            await report.ended()
             raise
         log.log("ended with warnings" if both.warnings else "ended")
         try:
             recording.end("warnings" if both.warnings else "ok", warnings=both.warnings, result=result)
         except FleeceError as error:
             progress.warn(str(error))
+        await report.ended()
         return recording.run
+
+
+def _report(
+    run: Run,
+    section: RunnableJob,
+    config: "Config",
+    registry: Registry,
+    endpoints: "EndpointRegistry | None",
+    store: JobStore,
+    log: Progress,
+) -> "JobReport":
+    from agent.monitoring.reporter import JobReport, Monitoring
+
+    monitoring = Monitoring(config, registry, store.folder.parent.parent, log.log, endpoints)
+    return JobReport(monitoring, run, section.repository or config.default_repository)
 
 
 def job_hooks(section: RunnableJob, config: "Config", recording: Recording, log: Progress) -> Hooks:
@@ -177,13 +205,14 @@ async def _backup(
     progress: Progress,
     store: JobStore,
     recording: Recording,
+    report: "JobReport",
 ) -> tuple[dict[str, Any], list[str]]:
     from agent.job_backup import JobContext, run_backup_job
 
     await hooks.call("job-start")
     s3 = None if endpoints is None else lambda: _one_use(endpoints, config, section, progress)
     log_path = str(store.log_path(recording.run.id))
-    context = JobContext(name, config, registry, _slots(config), hooks, progress, log_path, s3)
+    context = JobContext(name, config, registry, _slots(config), hooks, progress, log_path, s3, report.guest_done)
     return await run_backup_job(section, context)
 
 

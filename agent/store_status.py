@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,10 +11,10 @@ from agent.documents import table, verify_word
 from core.errors import FormatError
 from core.units import format_size
 from datastore.errors import SnapshotNotFoundError
-from datastore.names import BackupType
+from datastore.names import BackupType, Namespace
 from datastore.upid import Upid
 from datastore.usage_history import UsageSample
-from repository.interface import Repository, StoreUsage
+from repository.interface import Repository, SnapshotInfo, StoreUsage
 
 _DAY_S: Final = 86_400
 #: Days over which growth is summed up; the estimate rests on the longest one where there is no history.
@@ -122,8 +122,14 @@ class StoreStatus:
         return int(self.now + self.usage.available / (self.growth[longest] / days) * _DAY_S)
 
 
-async def look(repository: Repository) -> StoreStatus:
+async def look(
+    repository: Repository, seen: Callable[[Namespace, Sequence[SnapshotInfo]], None] | None = None
+) -> StoreStatus:
     """Collect the facts; reads every manifest.
+
+    Args:
+        repository: to look at.
+        seen: told the snapshots of each namespace, unfinished ones too.
 
     Raises:
         FleeceError: the repository cannot be read.
@@ -137,6 +143,8 @@ async def look(repository: Repository) -> StoreStatus:
         except SnapshotNotFoundError:
             continue  # removed meanwhile
         status.groups.update(info.group.type for info in groups)
+        if seen is not None:
+            seen(ns, infos)
         for info in infos:
             status.protected += info.protected
             if not info.finished:
