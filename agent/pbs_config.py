@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.registry import SYNC_LEVELS
+from agent.s3_budget import parse_thresholds
 from agent.s3_endpoints import EndpointSection, section_of
+from agent.schedules import check_schedule
 from agent.secrets import check_secret
 from core.errors import FleeceError, NotFoundError, UsageError, os_reason
 from core.units import parse_size
@@ -53,7 +55,10 @@ class PbsDatastore:
     client: str | None = None  #: endpoint, of one in a bucket
     bucket: str | None = None
     max_cache_size: int | None = None
+    thresholds: Mapping[str, int] = field(default_factory=dict)  #: of counters of requests and bytes, by PBS's names
+    reset_schedule: str | None = None  #: when those are set back
     why: str = ""
+    ignored: Sequence[str] = ()  #: options whose values Fleece does not understand
 
 
 def read_endpoints(folder: Path) -> list[PbsEndpoint]:
@@ -167,4 +172,17 @@ def _datastore(name: str, options: Mapping[str, str]) -> PbsDatastore:
         limit = None if size is None else parse_size(size)
     except UsageError as error:
         return PbsDatastore(name, None, why=error.why)
-    return PbsDatastore(name, Path(path), level, client, bucket, limit)
+    ignored = []
+    thresholds: Mapping[str, int] = {}
+    schedule = options.get("counter-reset-schedule")
+    try:
+        if text := options.get("notification-thresholds"):
+            thresholds = parse_thresholds(",".join(part.strip().removeprefix("s3-") for part in text.split(",")))
+    except UsageError:
+        ignored.append("notification-thresholds")
+    try:
+        schedule = None if schedule is None else check_schedule(schedule)
+    except UsageError:  # PBS knows a few forms that systemd does not
+        schedule = None
+        ignored.append("counter-reset-schedule")
+    return PbsDatastore(name, Path(path), level, client, bucket, limit, thresholds, schedule, ignored=ignored)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agent.pbs_config import PbsDatastore, PbsEndpoint, read_datastores, read_endpoints
 from agent.registry import Datastore, S3Place
 from core.errors import FleeceError, NotFoundError
+from core.limits import in_io_thread
 
 if TYPE_CHECKING:
     from agent.invocation import Invocation
@@ -131,6 +132,8 @@ class PbsImport:
             step = Step("datastore", store.name, "register", place=str(store.path))
         else:
             step = Step("datastore", store.name, "take-over", place=f"{store.client}:{store.bucket}")
+            if store.ignored:
+                step.why = f"without {', '.join(store.ignored)}, which Fleece does not understand"
         registered = self._invocation.registry.datastores()
         wanted = self._registered(store)
         present = registered.get(store.name)
@@ -173,3 +176,18 @@ class PbsImport:
 
             await create(self._invocation, wanted, progress, reuse=True, overwrite_in_use=self._overwrite_in_use)
         registry.add(wanted.name, wanted.path, wanted.sync_level, s3=wanted.s3)
+        if wanted.s3 is not None:
+            await in_io_thread(_set_counters, wanted.path, store)
+
+
+def _set_counters(cache: Path, store: PbsDatastore) -> None:
+    """Thresholds of the counters, and when they are set back, as PBS has them."""
+    from agent.s3_use import next_time
+    from datastore.files import Owner
+    from datastore.s3.counter_file import CounterFile
+
+    file = CounterFile(cache, Owner.of(cache), next_time=next_time)
+    if store.thresholds:
+        file.set_thresholds(store.thresholds)
+    if store.reset_schedule is not None:
+        file.set_schedule(store.reset_schedule)

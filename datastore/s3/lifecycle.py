@@ -62,6 +62,8 @@ async def create_store(
     """
     progress = Progress() if progress is None else progress
     base, where = settings.cache, f"{settings.bucket}/{settings.name}"
+    counters = Counters() if counters is None else counters
+    counted = counters.pbs()
     async with EndpointLink.open(settings.endpoint, counters=counters, policy=policy) as link:
         client, keys = S3Client(link, settings.bucket), StoreKeys(settings.name)
         await client.head_bucket()
@@ -88,6 +90,7 @@ async def create_store(
                     await refresh(store, progress)
                     # Put-if-absent sends a whole chunk before it is told that there is one (R24).
                     await reconcile(store, progress)
+                await store.s3.add_counts(counters, counted)
             except BaseException:
                 with trio.move_on_after(10, shield=True), suppress(FleeceError):
                     await store.s3.in_use.put_back(marker)

@@ -114,10 +114,14 @@ class S3Backend:
         try:
             while True:
                 await trio.sleep(_NOTE_COUNTS_EVERY_S)
-                noted = await in_io_thread(self._note_counts, counters.pbs(), noted)
+                noted = await self.add_counts(counters, noted)
         finally:
             with trio.CancelScope(shield=True):  # a system call or two
-                await in_io_thread(self._note_counts, counters.pbs(), noted)
+                await self.add_counts(counters, noted)
+
+    async def add_counts(self, counters: Counters, noted: dict[str, int]) -> dict[str, int]:
+        """Add what was counted since `noted` to the store's counters; returns what is noted now."""
+        return await in_io_thread(self._note_counts, counters.pbs(), noted)
 
     def _note_counts(self, now: dict[str, int], noted: dict[str, int]) -> dict[str, int]:
         added = {name: value - noted[name] for name, value in now.items()}

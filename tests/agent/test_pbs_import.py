@@ -13,6 +13,8 @@ from agent.places import datastores_file, s3_endpoints_file, secrets_dir
 from agent.registry import Registry, S3Place
 from agent.s3_endpoints import EndpointRegistry
 from core.errors import FleeceError, NotFoundError
+from datastore.files import Owner
+from datastore.s3.counter_file import CounterFile
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_service import ACCESS_KEY, BUCKET, REGION, SECRET
 
@@ -83,10 +85,35 @@ def test_datastores_are_read_and_those_that_cannot_be_say_why(pbs: Path) -> None
     main, cloud, usb, odd = read_datastores(pbs)
     assert (main.path, main.sync_level, main.client) == (Path("/backup/main"), "file", None)
     assert (cloud.client, cloud.bucket, cloud.max_cache_size) == ("aws-main", "pbs-backups", 64 << 30)
+    assert (cloud.thresholds, cloud.reset_schedule, cloud.ignored) == ({"s3-get": 5}, None, [])
     assert usb.path is None
     assert "removable" in usb.why
     assert odd.path is None
     assert "3 to 63" in odd.why
+
+
+@pytest.mark.parametrize(
+    ("options", "thresholds", "schedule", "ignored"),
+    [
+        (
+            "notification-thresholds s3-get=1000, s3-upload=10GiB,s3-delete=7\n\tcounter-reset-schedule monthly",
+            {"s3-get": 1000, "s3-upload": 10 << 30, "s3-delete": 7},
+            "monthly",
+            [],
+        ),
+        ("counter-reset-schedule mon..fri 02:00", {}, "mon..fri 02:00", []),
+        ("counter-reset-schedule whenever", {}, None, ["counter-reset-schedule"]),
+        ("notification-thresholds s3-get=many", {}, None, ["notification-thresholds"]),
+        ("notification-thresholds s3-get=1,hard-limit,requests=2", {}, None, ["notification-thresholds"]),
+    ],
+)
+def test_thresholds_and_schedules_of_counters_are_read(
+    pbs: Path, options: str, thresholds: dict[str, int], schedule: str | None, ignored: list[str]
+) -> None:
+    backend = "backend type=s3,client=aws-main,bucket=bucket"
+    (pbs / "datastore.cfg").write_text(f"datastore: cloud\n\tpath /c\n\t{backend}\n\t{options}\n")
+    (cloud,) = read_datastores(pbs)
+    assert (cloud.thresholds, cloud.reset_schedule, cloud.ignored) == (thresholds, schedule, ignored)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o666])
@@ -198,6 +225,7 @@ def test_a_bucket_of_pbs_is_taken_over_only_on_demand(
     )
     (pbs / "datastore.cfg").write_text(
         f"datastore: cloud\n\tpath /mnt/cache/cloud\n\tbackend bucket={BUCKET},client=gate,type=s3\n"
+        "\tnotification-thresholds s3-put=9,s3-download=1GiB\n\tcounter-reset-schedule weekly\n"
     )
     s3_emulator.bucket.put("cloud/.in-use", b'{"hostname":"pbs7"}')
     s3_emulator.bucket.put("cloud/.cnt/vm/100/owner", b"root@pam\n")
@@ -214,4 +242,13 @@ def test_a_bucket_of_pbs_is_taken_over_only_on_demand(
     assert (code, steps["cloud"]["action"]) == (0, "take-over")
     assert (tmpfs / "cloud/vm/100/owner").read_text() == "root@pam\n"
     assert Registry(datastores_file()).datastores()["cloud"].s3 == S3Place("gate", BUCKET)
+    counters = CounterFile(tmpfs / "cloud", Owner.of(tmpfs))
+    assert counters.read().counts["s3-put"] == 2, (
+        "what taking it over cost is counted: the mark, and the chunk of zeros"
+    )
+    assert {name: value for name, value in counters.read().thresholds.items() if value} == {
+        "s3-put": 9,
+        "s3-download": 1 << 30,
+    }
+    assert (counters.period().schedule, counters.period().until is not None) == ("weekly", True)
     assert b"fleece" in s3_emulator.bucket.objects["cloud/.in-use"].data
