@@ -60,9 +60,7 @@ class DigestSet:
         if len(view) % DIGEST_SIZE or (not isinstance(sizes, int) and len(sizes) != count):
             raise FleeceError("remember chunks", f"of {len(view)} bytes of digests", "lengths do not fit")
         if len(self._pending) + count <= _PENDING:
-            for number in range(count):
-                size = sizes if isinstance(sizes, int) else sizes[number]
-                self.add(bytes(view[DIGEST_SIZE * number : DIGEST_SIZE * (number + 1)]), size)
+            self._add_few(bytes(view), [sizes] * count if isinstance(sizes, int) else sizes)
             return
         import numpy as np
 
@@ -73,6 +71,17 @@ class DigestSet:
         # What was there first stays: pending ones go in before.
         self._merge()
         self._insert(np.frombuffer(view, np.uint8).reshape(count, DIGEST_SIZE), added)
+
+    def _add_few(self, digests: bytes, sizes: Sequence[int]) -> None:
+        if sizes and not (min(sizes) >= 0 and max(sizes) <= _MAX_SIZE):
+            raise FleeceError("remember chunks", f"of {len(digests)} bytes of digests", "a size among them is no size")
+        # Backwards: of two sizes of one digest the first one stays.
+        places = range(len(digests) - DIGEST_SIZE, -1, -DIGEST_SIZE)
+        added = dict(zip((digests[place : place + DIGEST_SIZE] for place in places), reversed(sizes), strict=True))
+        if self._keys is not None:
+            added = {digest: size for digest, size in added.items() if self._packed_size(digest) is None}
+        added.update(self._pending)
+        self._pending = added
 
     def add_index(self, index: ArchiveIndex) -> None:
         """Add every chunk of `index`."""

@@ -217,13 +217,15 @@ class StreamBackup:
         entries = self._entries
         while True:
             ready: list[tuple[int, bytes]] = []
+            packed: list[bytes] = []
             while entries and entries[0].digest is not None and len(ready) < ENTRIES_AT_ONCE:
                 entry = entries.popleft()
                 assert entry.digest is not None
                 ready.append((self.size, entry.digest))
                 self.size += entry.size
-                self._hasher.update(_END.pack(self.size) + entry.digest)
+                packed += _END.pack(self.size), entry.digest
             if ready:
+                self._hasher.update(b"".join(packed))
                 self.count += len(ready)
                 await session.append(self.writer, ready)
             elif self._ended and not entries:
