@@ -34,11 +34,13 @@ def agent(
     """Run the jobs of the configuration when they are due, until SIGTERM or SIGINT.
 
     A time that was missed is made up for, once, unless the job says catch-up = false. SIGHUP reads the configuration
-    again. Jobs that run when the agent ends clean up first; what was cut off runs again at the next start.
+    again. With [status] in it there is a page at http://127.0.0.1:8017/ that shows what is backed up, with metrics
+    beside it. Jobs that run when the agent ends clean up first; what was cut off runs again at the next start.
     """
     import trio
 
     from agent.host_agent import ChildRunner, HostAgent, run_until_signal
+    from agent.monitoring.watching import AgentWatch
     from agent.places import private_run_dir, state_dir
 
     def load() -> "Config":
@@ -48,4 +50,5 @@ def agent(
     private_run_dir()
     say = (lambda text: None) if invocation.quiet else to_stderr
     runner = ChildRunner(invocation.config_path, stop_timeout)
-    trio.run(run_until_signal, HostAgent(load, runner, state_dir(), say))
+    watch = AgentWatch(state_dir(), invocation.registry, say, runner.refresh)
+    trio.run(run_until_signal, HostAgent(load, runner, state_dir(), say, watch=watch))

@@ -20,13 +20,14 @@ import trio
 
 from agent.due_jobs import DueJobs
 from agent.job_store import JobStore
-from core.errors import BusyError, FleeceError, os_reason
+from core.errors import BusyError, ExitCode, FleeceError, os_reason
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.systemd import notify, watchdog_s
 
 if TYPE_CHECKING:
     from agent.config import Config
+    from agent.monitoring.watching import AgentWatch
 
 #: Seconds at most between two looks at the clock: it may be set, and the host may have slept.
 _LOOK_S: Final = 60.0
@@ -55,7 +56,23 @@ class ChildRunner:
         Raises:
             FleeceError: no process can be started.
         """
-        line = [*self.program, "job", "run", name, "--quiet"]
+        return await self.command("job", "run", name)
+
+    async def refresh(self, *arguments: str) -> int:
+        """Run `fleece metrics refresh`; see `RunJob`.
+
+        Raises:
+            FleeceError: no process can be started.
+        """
+        return await self.command("metrics", "refresh", *arguments)
+
+    async def command(self, *arguments: str) -> int:
+        """Run `fleece` with `arguments`; see `RunJob`.
+
+        Raises:
+            FleeceError: no process can be started.
+        """
+        line = [*self.program, *arguments, "--quiet"]
         line += [] if self.config is None else ["--config", str(self.config)]
         environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
         try:
@@ -63,7 +80,7 @@ class ChildRunner:
                 line, stdin=DEVNULL, stdout=DEVNULL, env=environment, start_new_session=True
             )
         except OSError as error:
-            raise FleeceError("start the job", name, os_reason(error)) from error
+            raise FleeceError("start", f"'fleece {' '.join(arguments)}'", os_reason(error)) from error
         try:
             return await process.wait()
         finally:
@@ -86,6 +103,7 @@ class HostAgent:
     state_dir: Path
     say: Callable[[str], None]
     now: Callable[[], float] = time.time
+    watch: "AgentWatch | None" = None  #: events, metrics, page
     _running: set[str] = field(default_factory=set)
     _wake: trio.Event = field(default_factory=trio.Event)
     _stopping: bool = False
@@ -108,6 +126,8 @@ class HostAgent:
         self._scope = trio.CancelScope()
         async with open_nursery() as outer:
             outer.start_soon(self._beat)
+            if self.watch is not None:
+                outer.start_soon(self.watch.run)
             notify("READY=1", self._status())
             task_status.started()
             with self._scope:
@@ -123,6 +143,8 @@ class HostAgent:
             self.say("the configuration was read again")
             notify("READY=1", self._status())
         except FleeceError as error:
+            if self.watch is not None:
+                self.watch.refused(error)
             self.say(f"the old configuration stays in use: {error}")
             notify("READY=1", f"STATUS=The old configuration is in use: {error}")
         self._look()
@@ -144,6 +166,8 @@ class HostAgent:
         # A history is read whole: not while the watchdog waits.
         starts = await in_io_thread(_last_starts, self.state_dir, [*config.job])
         self._noted(lambda: self._due.take(config.job, starts.get, self._running))
+        if self.watch is not None:
+            self.watch.take(config)
 
     def _noted(self, note: Callable[[], None]) -> None:
         """Note what is known of jobs; a full disk must not keep them, garbage collection among them, from running."""
@@ -167,6 +191,8 @@ class HostAgent:
         if name in self._running:
             self.say(f"job {name} is due, but still runs: this time is left out")
             self._noted(lambda: self._due.begin(name, begun=False))
+            if self.watch is not None:
+                self.watch.left_out(name)
             return
         self._noted(lambda: self._due.begin(name))
         self._running.add(name)
@@ -175,6 +201,8 @@ class HostAgent:
         nursery.start_soon(self._job, name)
 
     async def _job(self, name: str) -> None:
+        begun = self.now()
+        code: int = ExitCode.FAILED
         try:
             code = await self.run_job(name)
             words = {0: "has ended", 3: "has ended with warnings"}.get(code, f"has failed (exit code {code})")
@@ -187,6 +215,8 @@ class HostAgent:
         if not self._stopping:
             self._noted(lambda: self._due.end(name))
             notify(self._status())
+            if self.watch is not None:
+                await self.watch.job_ended(name, code, begun)
 
     async def _beat(self) -> None:
         """Tell systemd that the loop goes on, and while jobs clean up that this takes its time."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from agent.monitoring.state import replace_file
-from agent.monitoring.summaries import GOOD, STATES, SUMMED, number
+from agent.monitoring.summaries import GOOD, STATES, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,19 +23,25 @@ _MAX_LABEL: Final = 256
 _TEXTFILE_MODE: Final = 0o644
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 Labels = Sequence[str]
-_TOTALS: Final[Mapping[str, tuple[str, str]]] = {
-    "read": ("fleece_job_read_bytes", "Bytes that backups of a job have read from their sources."),
-    "new": ("fleece_job_new_bytes", "Bytes of a job's backups that the repository did not have before, plain."),
-    "reused": ("fleece_job_reused_bytes", "Bytes of a job's backups that the repository had already, plain."),
-    "stored": ("fleece_job_stored_bytes", "Bytes that a job's backups have stored, compressed."),
-    "size": ("fleece_job_source_bytes", "Bytes of all that a job has backed up."),
-    "bytes-sent": ("fleece_job_sync_bytes", "Bytes that a job has sent to, or fetched from, another datastore."),
-    "chunks-sent": ("fleece_job_sync_chunks", "Chunks that a job has sent to, or fetched from, another datastore."),
-    "removed": ("fleece_job_removed_snapshots", "Snapshots that a job has removed."),
-    "removed-chunks": ("fleece_job_removed_chunks", "Chunks that garbage collections of a job have removed."),
-    "removed-bytes": ("fleece_job_removed_bytes", "Bytes that garbage collections of a job have removed."),
+#: What is added up of the runs of each type: figure of the result, name and help of the counter.
+_TOTALS: Final[Mapping[str, Sequence[tuple[str, str, str]]]] = {
+    "backup": (
+        ("size", "fleece_job_source_bytes", "Bytes of all that a job has backed up."),
+        ("read", "fleece_job_read_bytes", "Bytes that backups of a job have read from their sources."),
+        ("new", "fleece_job_new_bytes", "Bytes of a job's backups that the repository did not have, plain."),
+        ("reused", "fleece_job_reused_bytes", "Bytes of a job's backups that the repository had already, plain."),
+        ("stored", "fleece_job_stored_bytes", "Bytes that a job's backups have stored, compressed."),
+    ),
+    "sync": (
+        ("bytes-sent", "fleece_job_sync_bytes", "Bytes that a job has sent to, or fetched from, another datastore."),
+        ("chunks-sent", "fleece_job_sync_chunks", "Chunks that a job has sent to, or fetched from, another datastore."),
+    ),
+    "prune": (("removed", "fleece_job_removed_snapshots", "Snapshots that a job has removed."),),
+    "gc": (
+        ("removed-chunks", "fleece_job_removed_chunks", "Chunks that garbage collections of a job have removed."),
+        ("removed-bytes", "fleece_job_removed_bytes", "Bytes that garbage collections of a job have removed."),
+    ),
 }
-assert set(_TOTALS) == set(SUMMED)
 
 
 class _Families:
@@ -120,9 +126,8 @@ def _job(add: _Families, job: Mapping[str, Any]) -> None:
         help = "Runs of a job that have ended, by how."
         add.counter("fleece_job_runs", help, number(job["runs"].get(state)), job=name, state=state)
     add.counter("fleece_job_duration_seconds", "Seconds that all runs of a job have taken.", job["seconds"], job=name)
-    for figure, (metric, help) in _TOTALS.items():
-        if figure in job["totals"]:
-            add.counter(metric, help, number(job["totals"][figure]), job=name)
+    for figure, metric, help in _TOTALS.get(job["type"], ()):
+        add.counter(metric, help, number(job["totals"].get(figure)), job=name)
     if not isinstance(last, dict):
         return
     for state in STATES:
@@ -157,6 +162,8 @@ def _guest(add: _Families, guest: Mapping[str, Any]) -> None:
         add.gauge("fleece_guest_last_attempt_success", help, guest["state"] in GOOD, **labels)
     if guest["time"] is None:
         return
+    late = "Whether a guest's last backup that is done is older than the schedules of its jobs allow."
+    add.gauge("fleece_guest_backup_overdue", late, guest["overdue"], **labels)
     prefix, of = "fleece_guest_last_backup", "of a guest's last backup that is done"
     add.gauge(f"{prefix}_timestamp_seconds", f"End {of}.", guest["time"], **labels)
     add.gauge(f"{prefix}_duration_seconds", f"Duration {of}.", guest["duration-s"], **labels)

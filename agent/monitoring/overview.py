@@ -8,6 +8,8 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Seconds without a sign of the agent after which it counts as gone.
 _AGENT_PATIENCE_S: Final = 240.0
+#: A backup is overdue if it is older than so many times the longest pause of its schedule, among so many.
+_LATE: Final = 1.5
+_GAPS: Final = 8
 #: Seconds for which a guest is shown that no job means any more.
 _FORGOTTEN_S: Final = 14 * 86_400.0
 
@@ -52,6 +57,7 @@ def overview(config: "Config", state_dir: Path, now: float | None = None) -> dic
     }
 
 
+@cache
 def version() -> str:
     """Fleece's own."""
     from importlib.metadata import PackageNotFoundError
@@ -153,12 +159,30 @@ def _guests(
             seen.add(label)
             never = {"guest": label, "group": groups.get(label, f"vm/{label}"), "state": "never"}
             found[("", "", label)] = _guest(never, None, now)
+    pauses = {name: _longest_gap(section.schedule, now) for name, section in config.job.items()}
     for entry in found.values():
         mine = names.get(str(entry["guest"])) or ([entry["job"]] if entry["job"] else [])
         dues = [(due, job) for job in mine if (due := coming.get(job)) is not None]
         entry["next"], entry["next-job"] = min(dues, default=(None, None))
         entry["jobs"] = mine
+        gaps = [gap for job in mine if (gap := pauses[job]) is not None]
+        late = entry["age-s"] is not None and bool(gaps) and entry["age-s"] > _LATE * min(gaps)
+        entry["overdue"] = late
     return sorted(found.values(), key=lambda entry: (str(entry["guest"]), str(entry["group"])))
+
+
+def _longest_gap(schedule: str | None, now: float) -> float | None:
+    """Seconds between two times of a schedule, the longest one of those that come next."""
+    if schedule is None:
+        return None
+    times, moments = CalendarTimes.parse(schedule), [now]
+    for _ in range(_GAPS + 1):
+        found = times.after(moments[-1])
+        if found is None:
+            break
+        moments.append(found)
+    gaps = [two - one for one, two in pairwise(moments[1:])]
+    return max(gaps, default=None)
 
 
 def _guest(one: Mapping[str, Any], job: str | None, now: float) -> dict[str, Any]:

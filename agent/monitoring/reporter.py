@@ -95,6 +95,24 @@ class Monitoring:
             except FleeceError as error:
                 self.say(f"not everything can be reported: {error}")
 
+    async def job_ended(self, name: str, code: int, begun: float) -> None:
+        """Tell of a run that could not do so itself: it was killed, or did not even begin.
+
+        Args:
+            name: of the job.
+            code: exit code, or signal below 0.
+            begun: when its process was started, Unix seconds.
+
+        Raises:
+            FleeceError: its history cannot be read.
+        """
+        store = JobStore(self.state_dir, name)
+        if any(run.start >= begun - 1 for run in await in_io_thread(store.runs)):
+            await self.report(name)
+        elif not await in_io_thread(store.running):  # somebody else's run, which tells of itself
+            await self.not_begun(name, code)
+        await self.textfile()
+
     async def not_begun(self, name: str, code: int) -> None:
         """Tell that a job could not even begin, so that its history says nothing of it."""
         section = self.config.job.get(name)
