@@ -23,6 +23,7 @@ from agent import (
     cli_log,
     cli_login,
     cli_look,
+    cli_monitoring,
     cli_mount,
     cli_notes,
     cli_prune,
@@ -101,6 +102,7 @@ def build() -> typer.Typer:
     cli_sync.add_to(application)
     cli_job.add_to(application)
     cli_agent.add_to(application)
+    cli_monitoring.add_to(application)
     cli_vzdump_hook.add_to(application)
     cli_host.add_to(application)
     return application
