@@ -14,6 +14,8 @@
     │   ├── VmUnsupportedError      this VM or QEMU cannot be backed up this way
     │   ├── FleecingError           the frozen view cannot be set up or taken down
     │   └── SnapshotBrokenError     the frozen view broke while it was read; the guest is fine
+    ├── NbdDeviceError              no block device /dev/nbdX, or file, can be made of an export, or taken away again
+    ├── NbdServerError              a disk cannot be served over NBD
     └── BusyError
         ├── VmStateError            not now: the VM migrates, has an I/O error, a block job runs, ...
         └── DiskInUseError          another process holds the disk's image
@@ -74,3 +76,11 @@ class VmStateError(BusyError):
 
 class DiskInUseError(BusyError):
     """Another process holds the image of a disk."""
+
+
+class NbdDeviceError(FleeceError):
+    """No block device `/dev/nbdX`, or file, can be made of an NBD export, or it cannot be taken away again."""
+
+
+class NbdServerError(FleeceError):
+    """A disk cannot be served over NBD."""

@@ -94,7 +94,7 @@ async def serve_image(
         options |= {"discard": "unmap", "detect-zeroes": "unmap", "file.discard": "unmap"}
     elif shared:
         options |= {"force-share": "on"}
-    folder, claim = await in_io_thread(_private_folder)
+    folder, claim = await in_io_thread(private_folder)
     try:
         socket = folder / "nbd"
         arguments = [tool, f"--socket={socket}", f"--shared={_SHARED}", f"--export-name={_EXPORT}", "--image-opts"]
@@ -119,7 +119,7 @@ async def serve_image(
                 keeper.close()
                 await _stop(process)
     finally:
-        _remove(folder, claim)  # two entries: no thread, so that cancellation cannot come between
+        remove_private(folder, claim)  # two entries: no thread, so that cancellation cannot come between
 
 
 async def _until_ready(
@@ -175,7 +175,7 @@ def _read_start(path: Path) -> bytes:
         return file.read(_MAX_COMPLAINT)
 
 
-def _private_folder() -> tuple[Path, int]:
+def private_folder() -> tuple[Path, int]:
     """A new folder that only we can enter, with a path short enough for sockets, and the descriptor that claims it.
 
     Folders of runs that were killed are removed on the way: nobody claims them any more.
@@ -194,7 +194,7 @@ def _private_folder() -> tuple[Path, int]:
                 continue  # another run took it for a left-over in this very moment
             for other in folder.parent.glob(f"{_FOLDER_PREFIX}*"):
                 if other != folder and _is_ours(other) and (left := _claim(other)) is not None:
-                    _remove(other, left)
+                    remove_private(other, left)
             return folder, claim
     raise SourceError("make", "a folder for a socket", "no temporary folder has a short enough path", "set TMPDIR")
 
@@ -222,7 +222,8 @@ def _claim(folder: Path) -> int | None:
     return None
 
 
-def _remove(folder: Path, claim: int) -> None:
+def remove_private(folder: Path, claim: int) -> None:
+    """Remove what `private_folder` made."""
     shutil.rmtree(folder, ignore_errors=True)
     os.close(claim)
 

@@ -17,8 +17,23 @@ import trio
 
 from core.errors import SourceError
 from hypervisor.nbd_client import NbdAddress, open_nbd
+from tests.support.cache import once
 
 PATIENCE_S: Final = 60.0
+
+
+@once
+def _has_nbdkit_python() -> bool:
+    if shutil.which("nbdkit") is None:
+        return False
+    return subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True, timeout=60).returncode == 0
+
+
+#: Mark of tests that serve a disk.
+NEEDS_NBDKIT_PYTHON: Final = pytest.mark.skipif(
+    not _has_nbdkit_python(),
+    reason="nbdkit or its plugin for Python is not installed (apt install nbdkit-plugin-python)",
+)
 
 
 @dataclass
@@ -26,7 +41,7 @@ class ChildServer:
     """A running server program."""
 
     address: NbdAddress
-    process: trio.Process
+    process: "subprocess.Popen[bytes]"
     folder: Path
 
     def stop_answering(self) -> None:
@@ -40,7 +55,7 @@ class ChildServer:
     async def kill(self) -> None:
         """End it at once, as a crash does."""
         self.process.kill()
-        await self.process.wait()
+        self.process.wait(PATIENCE_S)
 
 
 @asynccontextmanager
@@ -53,7 +68,8 @@ async def nbdkit(
     folder = Path(tempfile.mkdtemp(prefix="fleece-nbdkit-"))
     try:
         socket = folder / "s"
-        process = await trio.lowlevel.open_process(
+        # In this thread: nbdkit ends with the thread that starts it, and trio's would end when idle for ten seconds.
+        process = subprocess.Popen(  # noqa: ASYNC220
             ["nbdkit", "--foreground", "--exit-with-parent", f"--unix={socket}"]
             + [f"--filter={name}" for name in filters]
             + [plugin, *arguments],
@@ -67,10 +83,9 @@ async def nbdkit(
                     await trio.sleep(0.01)
             yield ChildServer(NbdAddress.unix(socket, export), process, folder)
         finally:
-            with trio.CancelScope(shield=True):
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-                await process.wait()
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait(PATIENCE_S)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

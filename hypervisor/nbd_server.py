@@ -1,0 +1,200 @@
+"""Serving a disk over NBD: nbdkit does it, and asks this process for the bytes.
+
+A maintained server has the protocol right, for every client there is, and its filters come for free (`cow` makes a
+read-only disk writable for as long as it is served). The plugin (`nbdkit_plugin.py`) is thin: keys, cache and
+repository stay in this process, so that nothing secret gets into another one, and nbdkit may bring any Python.
+docs/nbd.md, "How a backup is served".
+"""
+
+import contextlib
+import errno
+import logging
+import shutil
+import struct
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+from core.buffers import Buffer
+from core.errors import FleeceError, SourceError
+from core.limits import in_io_thread
+from core.nursery import open_nursery
+from hypervisor.children import Child, running
+from hypervisor.errors import NbdServerError
+from hypervisor.nbd_address import NbdAddress
+from hypervisor.nbd_client import NbdConnection
+from hypervisor.qemu_tools import private_folder, remove_private
+
+_LOG = logging.getLogger(__name__)
+
+#: Seconds until nbdkit must answer; it takes 0.1.
+START_TIMEOUT_S: Final = 30.0
+#: Bytes of one request; nbdkit itself takes no more.
+_MAX_REQUEST: Final = 64 * 1024**2
+#: Extents of one answer; a client asks on.
+_MAX_EXTENTS: Final = 4096
+#: What nbdkit calls a range that reads as zeros and takes no space.
+_HOLE_AND_ZERO: Final = 3
+_REQUEST: Final = struct.Struct(">cQQ")
+_ANSWER: Final = struct.Struct(">II")
+_EXTENT: Final = struct.Struct(">QQI")
+_PLUGIN: Final = Path(__file__).with_name("nbdkit_plugin.py")
+
+
+class ServedDisk(Protocol):
+    """A disk to be served; for any number of tasks at once."""
+
+    @property
+    def size(self) -> int:
+        """Bytes; does not change."""
+        ...
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes from `offset` on; the range lies inside the disk.
+
+        Raises:
+            FleeceError: they cannot be read; other ranges are not concerned.
+        """
+        ...
+
+    def zeros(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
+        """Lengths of the parts of the range, in order, and whether each is known to be zeros.
+
+        May end before the range does, but not before its first part.
+        """
+        ...
+
+
+@asynccontextmanager
+async def serve_disk(disk: ServedDisk, *, where: str, overlay: bool = False) -> AsyncIterator[NbdAddress]:
+    """Serve `disk` on a private unix socket while the block runs; if this process is killed nbdkit ends.
+
+    Clients should have left when the block ends; they are cut off.
+
+    Args:
+        disk: what is served, read-only.
+        where: it, for messages.
+        overlay: clients can write; what they write is lost with the end of the block. It lies in a file without a name
+            in `TMPDIR` (else /var/tmp).
+
+    Raises:
+        NbdServerError: nbdkit or its plugin for Python is missing, or it ends.
+    """
+    program = await in_io_thread(find_nbdkit, where)
+    folder, claim = await in_io_thread(private_folder)
+    try:
+        listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listener.bind(str(folder / "own"))
+        listener.listen(64)
+        async with open_nursery() as nursery:
+            nursery.start_soon(
+                trio.serve_listeners, lambda stream: _serve(stream, disk), [trio.SocketListener(listener)]
+            )
+            line = [program, "--foreground", "--exit-with-parent", f"--unix={folder / 'nbd'}", "--newstyle"]
+            line += ["--filter=cow"] if overlay else ["--readonly"]
+            line += ["python", str(_PLUGIN), f"socket={folder / 'own'}", f"size={disk.size}"]
+            async with running(line, fault=NbdServerError) as child:
+                address = NbdAddress.unix(folder / "nbd", "")
+                await _until_ready(child, address, where)
+                nursery.start_soon(_watch, child, where)
+                yield address
+                nursery.cancel_scope.cancel()
+    finally:
+        remove_private(folder, claim)  # two entries: no thread, so that cancellation cannot come between
+
+
+def find_nbdkit(where: str) -> str:
+    """Path of nbdkit.
+
+    Raises:
+        NbdServerError: it is not installed.
+    """
+    program = shutil.which("nbdkit")
+    if program is None:
+        raise NbdServerError("serve", where, "nbdkit is not installed", "apt install nbdkit nbdkit-plugin-python")
+    return program
+
+
+async def _until_ready(child: Child, address: NbdAddress, where: str) -> None:
+    deadline = trio.current_time() + START_TIMEOUT_S
+    pause_s = 0.005
+    while True:
+        ended = child.code is not None
+        connection = NbdConnection(address)
+        try:
+            await in_io_thread(connection.connect)
+        except SourceError:
+            pass  # not listening yet, or already gone
+        else:
+            return
+        finally:
+            connection.close()
+        if ended:
+            raise _failed(await child.last_words(), where)
+        if trio.current_time() > deadline:
+            raise NbdServerError("serve", where, f"nbdkit was not ready after {START_TIMEOUT_S:.0f} s")
+        await trio.sleep(pause_s)
+        pause_s = min(0.1, pause_s * 1.5)
+
+
+def _failed(words: str, where: str) -> NbdServerError:
+    missing = "python" in words and "cannot open" in words
+    why = "nbdkit's plugin for Python is not installed" if missing else words or "nbdkit ended without a word"
+    return NbdServerError("serve", where, why, "apt install nbdkit-plugin-python" if missing else "")
+
+
+async def _watch(child: Child, where: str) -> None:
+    """Say that nbdkit has ended, which it never should before the block does."""
+    code = await child.wait()
+    raise NbdServerError("serve", where, f"nbdkit ended with exit code {code}: {await child.last_words() or 'no word'}")
+
+
+# -- what the plugin asks ---------------------------------------------------------------------------------------------
+
+
+async def _serve(stream: trio.SocketStream, disk: ServedDisk) -> None:
+    """Answer one connection of the plugin."""
+    with contextlib.suppress(trio.BrokenResourceError, EOFError):
+        async with stream:
+            while True:
+                kind, offset, length = _REQUEST.unpack(await _exactly(stream, _REQUEST.size))
+                number, answer = await _answer(disk, kind, offset, length)
+                await stream.send_all(_ANSWER.pack(number, len(answer)))
+                if len(answer):
+                    await stream.send_all(answer)
+
+
+async def _answer(disk: ServedDisk, kind: bytes, offset: int, length: int) -> tuple[int, Buffer]:
+    """Error number, and data or words."""
+    if not length or offset + length > disk.size:
+        return errno.EINVAL, b"outside of the disk"
+    if kind == b"e":
+        return 0, _extents(disk, offset, length)
+    if kind != b"r" or length > _MAX_REQUEST:
+        return errno.EINVAL, b"no such request"
+    try:
+        return 0, await disk.read(offset, length)
+    except FleeceError as error:
+        _LOG.error("%s", error)
+        return errno.EIO, str(error).encode("utf-8", "replace")[:4000]
+
+
+def _extents(disk: ServedDisk, offset: int, length: int) -> bytes:
+    packed = []
+    for size, zero in disk.zeros(offset, length)[:_MAX_EXTENTS]:
+        packed.append(_EXTENT.pack(offset, size, _HOLE_AND_ZERO if zero else 0))
+        offset += size
+    return b"".join(packed)
+
+
+async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = await stream.receive_some(count - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return data
