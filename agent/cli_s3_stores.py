@@ -10,6 +10,7 @@ from core.errors import FleeceError
 if TYPE_CHECKING:
     from core.progress import Progress
     from datastore.s3.reconcile import MetadataReport, ReconcileReport
+    from datastore.s3.versions import PurgeReport
 
 
 def add_to(group: typer.Typer) -> None:
@@ -35,6 +36,76 @@ fleece s3 reconcile offsite                  chunks: forget what is gone, store 
 fleece s3 reconcile offsite --metadata       also snapshots and the like that are here only: stored in the bucket
 """,
     )(reconcile)
+    command(
+        group,
+        "purge-versions",
+        repository=False,
+        examples="""
+fleece s3 purge-versions cloud --dry-run              how much old versions take up
+fleece s3 purge-versions cloud --older-than 30d       keep what was deleted or replaced in the last 30 days
+""",
+    )(purge_versions)
+
+
+def purge_versions(
+    invocation: Invocation,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A datastore in a bucket with versioning.")],
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="TIME", help="Only what was replaced or deleted so long ago (7d)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")] = False,
+) -> None:
+    """Delete for good what garbage collection, prune and new uploads have left behind in a bucket with versioning.
+
+    There every deleted or replaced object stays as an old version, and space never shrinks. Current objects are not
+    touched. What is purged cannot be brought back from the bucket's versions any more. A lifecycle rule for noncurrent
+    versions does the same without this command. Ends with 3 if something could not be deleted, as under object lock.
+    """
+    from agent.bucket_stores import named_bucket
+    from agent.cli_verify import parse_duration
+    from core.units import format_size
+
+    datastore = named_bucket(invocation, name, "purge old versions of")
+    older_than_s = 0.0 if older_than is None else parse_duration(older_than)
+
+    async def work(progress: "Progress") -> "PurgeReport":
+        from datastore.s3.versions import purge_versions as purge
+
+        async with invocation.s3.open(datastore) as store:
+            return await purge(store, progress, older_than_s=older_than_s, dry_run=dry_run)
+
+    report = invocation.run(work, what="purge old versions of", where=name)
+    if report.locked:
+        invocation.warnings.append(f"{report.locked} versions stay: object lock or missing rights keep them")
+    if report.failed:
+        told = ", ".join(sorted({one.code for one in report.failures}))
+        invocation.warnings.append(f"{report.failed} versions were not deleted: {told}")
+    document = {
+        "name": datastore.name,
+        "dry-run": dry_run,
+        "versioning": report.state or None,
+        "versions": report.versions,
+        "bytes": report.size,
+        "markers": report.markers,
+        "kept": report.kept,
+        "locked": report.locked,
+        "failed": report.failed,
+        "strange": report.strange,
+    }
+
+    def lines() -> list[str]:
+        if not report.state:
+            return ["The bucket has no versioning, so there are no old versions."]
+        verb = "would be deleted" if dry_run else "deleted"
+        text = [
+            f"{report.versions} old versions ({format_size(report.size)}) and {report.markers} delete markers {verb}"
+        ]
+        text += [f"{report.kept} old versions stay"] if report.kept else []
+        text += [f"{report.strange} entries are not this datastore's, and stay"] if report.strange else []
+        return text
+
+    invocation.emit(document, lines)
 
 
 def counters(

@@ -22,6 +22,7 @@
     refresh.py, reconcile.py       metadata fetched anew; what is here compared with what is in the bucket
     chunk_locks.py, state.py, in_use.py   who may do what: chunks, the folder, the whole store
     listing.py                     chunks compared with the bucket's listing
+    versions.py                    what is not current any more in buckets with versioning
     unknown.py, settling.py        deletes that may still happen, and what is stored meanwhile
     pending.py                     deletes that must be done later
 

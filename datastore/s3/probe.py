@@ -257,7 +257,10 @@ class _Probe:
             )
             return
         if state == "Enabled":
-            text = "the bucket keeps old versions: space is freed only by a lifecycle rule for noncurrent versions"
+            text = (
+                "the bucket keeps old versions: space is freed only by a lifecycle rule for noncurrent versions, "
+                "or by 'fleece s3 purge-versions'"
+            )
             self._report.add("versioning", Mark.WARNING, text)
         else:
             self._report.add("versioning", Mark.OK, "no versions are kept" if not state else "versions are suspended")

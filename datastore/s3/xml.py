@@ -41,6 +41,25 @@ class Page:
     token: str | None  #: what continues the listing; None on the last page
 
 
+class Version(NamedTuple):
+    """One version of an object, or a delete marker."""
+
+    key: str
+    id: str
+    is_latest: bool  #: the current one
+    is_marker: bool  #: it says that the object was deleted
+    modified: float  #: Unix seconds by the server's clock
+    size: int  #: bytes, 0 for a marker
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPage:
+    """One page of a listing of versions, in the order of their keys, the newest version of each first."""
+
+    versions: list[Version]
+    following: tuple[str, str] | None  #: key and version that continue the listing; None on the last page
+
+
 class Bucket(NamedTuple):
     """One bucket of the account."""
 
@@ -63,6 +82,7 @@ class DeleteFailure(NamedTuple):
     key: str
     code: str
     message: str
+    version: str = ""  #: id, if one version was to be deleted
 
 
 def parse_error(body: Buffer) -> ErrorBody | None:
@@ -107,6 +127,28 @@ def parse_page(body: Buffer) -> Page:
     return Page(objects, token if truncated else None)
 
 
+def parse_versions(body: Buffer) -> VersionPage:
+    """Read one answer to ListObjectVersions.
+
+    Raises:
+        FormatError: anything else.
+    """
+    versions, truncated, key, version = [], False, "", ""
+    for child in _root(body, "ListVersionsResult"):
+        name = _name(child)
+        if name in ("Version", "DeleteMarker"):
+            versions.append(_version(child))
+        elif name == "IsTruncated":
+            truncated = (child.text or "").strip() == "true"
+        elif name == "NextKeyMarker":
+            key = child.text or ""
+        elif name == "NextVersionIdMarker":
+            version = child.text or ""
+    if truncated and not key:
+        raise _wrong("truncated, but without a key to go on with")
+    return VersionPage(versions, (key, version) if truncated else None)
+
+
 def parse_buckets(body: Buffer) -> list[Bucket]:
     """Read the answer to the list of buckets.
 
@@ -142,7 +184,7 @@ def parse_delete(body: Buffer) -> list[DeleteFailure]:
         if _name(child) == "Error":
             fields = _fields(child)
             code, message = printable(fields.get("Code", "")), printable(fields.get("Message", ""), _MAX_MESSAGE)
-            failures.append(DeleteFailure(fields.get("Key", ""), code, message))
+            failures.append(DeleteFailure(fields.get("Key", ""), code, message, fields.get("VersionId", "")))
     return failures
 
 
@@ -161,6 +203,14 @@ def parse_text(body: Buffer, root: str, path: Sequence[str]) -> str:
 def delete_body(keys: Sequence[str]) -> bytes:
     """The body that deletes `keys` and answers only about failures."""
     objects = "".join(f"<Object><Key>{_escaped(key)}</Key></Object>" for key in keys)
+    return f'<Delete xmlns="{_NAMESPACE}">{objects}<Quiet>true</Quiet></Delete>'.encode()
+
+
+def delete_versions_body(versions: Sequence[tuple[str, str]]) -> bytes:
+    """The body that deletes versions (key, id) and answers only about failures."""
+    objects = "".join(
+        f"<Object><Key>{_escaped(key)}</Key><VersionId>{_escaped(id)}</VersionId></Object>" for key, id in versions
+    )
     return f'<Delete xmlns="{_NAMESPACE}">{objects}<Quiet>true</Quiet></Delete>'.encode()
 
 
@@ -220,6 +270,20 @@ def _listed(element: ElementTree.Element) -> Listed:
     if size < 0:
         raise _wrong(f"an object of {size} bytes")
     return Listed(key, size, modified, fields.get("ETag", "").strip('"'), fields.get("StorageClass", ""))
+
+
+def _version(element: ElementTree.Element) -> Version:
+    fields = _fields(element)
+    is_marker = _name(element) == "DeleteMarker"
+    try:
+        size = 0 if is_marker else int(fields["Size"])
+        modified = parse_iso(fields["LastModified"])
+        key, id, latest = fields["Key"], fields["VersionId"], fields["IsLatest"].strip()
+    except (KeyError, ValueError, OverflowError) as error:
+        raise _wrong(f"a version of the listing lacks or garbles {printable(str(error))}") from error
+    if size < 0 or latest not in ("true", "false") or not id:
+        raise _wrong(f"a version of {size} bytes, of the id {printable(id)!r}, {printable(latest)} the latest")
+    return Version(key, id, latest == "true", is_marker, modified, size)
 
 
 def parse_iso(text: str) -> float:

@@ -426,6 +426,29 @@ def test_reconciling_finds_what_was_removed_and_changes_nothing_when_tried(
     assert "lies in a folder" in fleece("s3", "reconcile", "/tmp", code=2).error["why"]
 
 
+def test_old_versions_of_a_bucket_are_purged_on_demand(
+    fleece: Fleece, cloud: str, disk: Path, s3_emulator: S3Emulator
+) -> None:
+    assert fleece("s3", "purge-versions", cloud).document["versioning"] is None
+    fake = s3_emulator.bucket
+    fake.versioning = "Enabled"
+    fleece("backup", f"disk.img:{disk}", "--backup-id", "web", "--repo", cloud)
+    fleece("forget", "--group", "host/web", "--repo", cloud)
+    told = fleece("s3", "purge-versions", cloud, "--dry-run", as_json=False).out
+    assert re.search(r"^3 old versions \(\S+ \S+\) and 3 delete markers would be deleted$", told, re.MULTILINE)
+    assert "3 old versions stay" in fleece("s3", "purge-versions", cloud, "--older-than", "7d", as_json=False).out
+    locked = next(known[1].id for key, known in fake.versions.items() if key.endswith("owner"))
+    fake.locked.add(locked)
+    said = fleece("s3", "purge-versions", cloud, code=3)
+    assert "object lock" in said.err
+    assert {name: said.document[name] for name in ("versions", "markers", "locked", "failed", "strange")} == {
+        "versions": 2, "markers": 2, "locked": 1, "failed": 0, "strange": 0,
+    }  # fmt: skip
+    fake.locked.clear()
+    assert fleece("s3", "purge-versions", cloud).document["markers"] == 1
+    assert all(len(known) == 1 for known in fake.versions.values() if known)
+
+
 @pytest.mark.parametrize(
     ("fault", "why"),
     [

@@ -29,39 +29,100 @@ class StoredObject:
 
 
 @dataclass
+class StoredVersion:
+    """One version of an object of a bucket with versioning."""
+
+    id: str
+    modified: float
+    stored: StoredObject | None  #: None: a delete marker
+
+
+@dataclass
 class FakeBucket:
     """Objects by key. Not locked: the emulator does that."""
 
     objects: dict[str, StoredObject] = field(default_factory=dict)
-    versioning: str = ""  #: `Enabled` keeps what is deleted or replaced
+    versioning: str = ""  #: `Enabled` keeps what is deleted or replaced, `Suspended` what was kept so far
     object_lock: str = ""  #: `GOVERNANCE`: PUTs need content-md5, deletes keep the data
     page_size: int = 1000
     empty_last_page: bool = False  #: a full last page is followed by an empty one, as on RGW
-    old_versions: int = 0  #: kept by versioning or object lock
+    versions: dict[str, list[StoredVersion]] = field(default_factory=dict)  #: newest first
+    locked: set[str] = field(default_factory=set)  #: ids of versions that nobody may delete yet
     _ordered: list[str] = field(default_factory=list)
     _count: int = -1
 
     def put(self, key: str, data: bytes, now: float | None = None) -> StoredObject:
         """Store an object as an upload does."""
-        if key in self.objects:
-            self._keep()
-        else:
+        if key not in self.objects:
             self._count = -1
         stored = StoredObject(data, hashlib.md5(data).hexdigest(), time.time() if now is None else now)
+        self._keep(key, stored, stored.last_modified)
         self.objects[key] = stored
         return stored
 
-    def delete(self, key: str) -> bool:
+    def delete(self, key: str, now: float | None = None) -> bool:
         """Delete an object; False if there is none."""
+        self._keep(key, None, time.time() if now is None else now)
         if self.objects.pop(key, None) is None:
             return False
         self._count = -1
-        self._keep()
         return True
 
-    def _keep(self) -> None:
-        if self.versioning == "Enabled" or self.object_lock:
-            self.old_versions += 1
+    def _keep(self, key: str, stored: StoredObject | None, now: float) -> None:
+        """Put a version on top, or a delete marker; the one of the id `null` there is but once."""
+        if not self.versioning and not self.object_lock:
+            return
+        known = self.versions.setdefault(key, [])
+        if not known and (before := self.objects.get(key)) is not None:  # from before versioning was on
+            known.append(StoredVersion("null", before.last_modified, before))
+        id = "null"
+        if self.versioning == "Suspended":
+            known[:] = [version for version in known if version.id != id]
+        else:
+            id = f"v{sum(map(len, self.versions.values()))}+/{now:.6f}"
+        known.insert(0, StoredVersion(id, now, stored))
+
+    def delete_version(self, key: str, id: str) -> bool:
+        """Delete one version for good, and what is below becomes the current one; False if it is locked."""
+        if id in self.locked:
+            return False
+        known = [version for version in self.versions.get(key, ()) if version.id != id]
+        self.versions[key] = known
+        self._count = -1
+        self.objects.pop(key, None)
+        if known and known[0].stored is not None:
+            self.objects[key] = known[0].stored
+        return True
+
+    def version_listing(self, prefix: str, key_marker: str, id_marker: str) -> bytes:
+        """The answer to ListObjectVersions: what comes behind the marked version, or behind all of the marked key."""
+        found = [
+            (key, version, number == 0)
+            for key in sorted(self.versions, key=str.encode)
+            if key.startswith(prefix) and key.encode() >= key_marker.encode()
+            for number, version in enumerate(self.versions[key])
+        ]
+        at_marker = [number for number, (key, version, _) in enumerate(found) if key == key_marker]
+        if at_marker:
+            exactly = [number for number in at_marker if found[number][1].id == id_marker]
+            found = found[(exactly or at_marker)[-1] + 1 :]
+        parts = ['<?xml version="1.0" encoding="UTF-8"?>\n', f'<ListVersionsResult xmlns="{XMLNS}">']
+        page = found[: self.page_size]
+        for key, version, latest in page:
+            name = "Version" if version.stored is not None else "DeleteMarker"
+            size = f"<Size>{version.stored.listed_size}</Size>" if version.stored is not None else ""
+            parts.append(
+                f"<{name}><Key>{xml_text(key)}</Key><VersionId>{xml_text(version.id)}</VersionId>"
+                f"<IsLatest>{'true' if latest else 'false'}</IsLatest>"
+                f"<LastModified>{iso(version.modified)}</LastModified>{size}</{name}>"
+            )
+        more = len(found) > len(page)
+        parts.append(f"<IsTruncated>{'true' if more else 'false'}</IsTruncated>")
+        if more:
+            key, version, _ = page[-1]
+            parts.append(f"<NextKeyMarker>{xml_text(key)}</NextKeyMarker>")
+            parts.append(f"<NextVersionIdMarker>{xml_text(version.id)}</NextVersionIdMarker>")
+        return "".join([*parts, "</ListVersionsResult>"]).encode()
 
     def keys(self) -> list[str]:
         """All keys in byte order."""
@@ -133,11 +194,19 @@ def error_xml(code: str, message: str, details: Mapping[str, str]) -> bytes:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'.encode()
 
 
-def delete_xml(deleted: Sequence[str], failed: Mapping[str, str], quiet: bool) -> bytes:
-    """The answer to a multi-object delete."""
+def delete_xml(
+    deleted: Sequence[str],
+    failed: Mapping[str, str],
+    quiet: bool,
+    versions: Mapping[tuple[str, str], str] | None = None,
+) -> bytes:
+    """The answer to a multi-object delete; `versions` has the codes of versions that were refused."""
     parts = [f'<?xml version="1.0" encoding="UTF-8"?>\n<DeleteResult xmlns="{XMLNS}">']
     if not quiet:
         parts += [f"<Deleted><Key>{xml_text(key)}</Key></Deleted>" for key in deleted]
     for key, code in failed.items():
         parts.append(f"<Error><Key>{xml_text(key)}</Key><Code>{code}</Code><Message>planned</Message></Error>")
+    for (key, id), code in (versions or {}).items():
+        where = f"<Key>{xml_text(key)}</Key><VersionId>{xml_text(id)}</VersionId>"
+        parts.append(f"<Error>{where}<Code>{code}</Code><Message>it is locked</Message></Error>")
     return "".join([*parts, "</DeleteResult>"]).encode()

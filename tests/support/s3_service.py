@@ -201,8 +201,12 @@ class S3Service:
                 return self._put(request, bucket)
             case "COPY":
                 return self._copy(request, bucket)
+            case "DELETE" if (id := request.query.get("versionId")) is not None:
+                if not bucket.delete_version(request.key, id):
+                    raise Refused(403, "AccessDenied", "it is locked")
+                return Answer(204)
             case "DELETE":
-                bucket.delete(request.key)
+                bucket.delete(request.key, self.now())
                 return Answer(204)
             case "POST":
                 return self._delete_many(request, bucket, failed)
@@ -211,6 +215,9 @@ class S3Service:
                 return Answer(
                     200, f'<VersioningConfiguration xmlns="{XMLNS}">{status}</VersioningConfiguration>'.encode()
                 )
+            case "versions":
+                marks = [request.query.get(name) or "" for name in ("prefix", "key-marker", "version-id-marker")]
+                return Answer(200, bucket.version_listing(*marks), {"content-type": "application/xml"})
             case "object-lock":
                 if not bucket.object_lock:
                     raise Refused(404, "ObjectLockConfigurationNotFoundError")
@@ -287,18 +294,23 @@ class S3Service:
         except ElementTree.ParseError as error:
             raise Refused(400, "MalformedXML", str(error)) from error
         keys = [element.text or "" for element in root.iter(f"{{{XMLNS}}}Key")]
+        ids = [element.text or "" for element in root.iter(f"{{{XMLNS}}}VersionId")]
         if root.tag != f"{{{XMLNS}}}Delete" or not 1 <= len(keys) <= 1000:
             raise Refused(400, "MalformedXML", f"{len(keys)} keys")
         refused = {key: code for key, code in failed.items() if key in keys}
         deleted = [key for key in keys if key not in refused]
-        for key in deleted:
-            bucket.delete(key)
         quiet = root.findtext(f"{{{XMLNS}}}Quiet") == "true"
+        if ids:
+            pairs = list(zip(keys, ids, strict=True))
+            locked = {pair: "AccessDenied" for pair in pairs if not bucket.delete_version(*pair)}
+            return Answer(200, delete_xml(deleted, {}, quiet, locked), {"content-type": "application/xml"})
+        for key in deleted:
+            bucket.delete(key, self.now())
         return Answer(200, delete_xml(deleted, refused, quiet), {"content-type": "application/xml"})
 
 
 def _operation(request: Request) -> str:
-    for name in ("versioning", "object-lock"):
+    for name in ("versioning", "object-lock", "versions"):
         if name in request.query:
             return name
     match request.method:
