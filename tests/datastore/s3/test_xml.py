@@ -9,6 +9,7 @@ from datastore.s3.xml import (
     MAX_XML_SIZE,
     batches,
     delete_body,
+    delete_versions_body,
     parse_buckets,
     parse_copy,
     parse_delete,
@@ -136,7 +137,20 @@ def test_delete_answers_name_what_failed() -> None:
         "<DeleteResult><Deleted><Key>a</Key></Deleted>"
         "<Error><Key>b</Key><Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>"
     )
-    assert parse_delete(body.encode()) == [("b", "AccessDenied", "no")]
+    assert parse_delete(body.encode()) == [("b", "AccessDenied", "no", "")]
+    versioned = body.replace("</Key><Code>", "</Key><VersionId>v 1</VersionId><Code>")
+    assert parse_delete(versioned.encode()) == [("b", "AccessDenied", "no", "v 1")]
+
+
+def test_bodies_that_delete_versions_escape_keys_and_ids() -> None:
+    from xml.etree import ElementTree
+
+    versions = [("a&b", "v<1>"), ("f\r\ng", "é+/=")]
+    root = ElementTree.fromstring(delete_versions_body(versions))
+    space = "{http://s3.amazonaws.com/doc/2006-03-01/}"
+    found = [(one.findtext(f"{space}Key"), one.findtext(f"{space}VersionId")) for one in root.iter(f"{space}Object")]
+    assert found == versions
+    assert root.findtext(f"{space}Quiet") == "true"
 
 
 def test_delete_bodies_escape_keys() -> None:
