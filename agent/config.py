@@ -138,6 +138,13 @@ class LimitsSection(Section):
     store: Annotated[int, Field(ge=1, le=256)] = 4  #: with one repository
 
 
+class NbdSection(Section):
+    """`[nbd]`: block devices /dev/nbdX."""
+
+    reservations: AbsolutePath | None = None  #: file that programs of this host reserve devices in
+    lock: AbsolutePath | None = None  #: that they lock meanwhile; None: `reservations` with `.lock`
+
+
 class Config(KeySettings):
     """The whole file."""
 
@@ -151,6 +158,7 @@ class Config(KeySettings):
     job: dict[JobName, JobSection] = Field(default_factory=dict)
     s3: S3Section | None = None
     limits: LimitsSection = Field(default_factory=LimitsSection)
+    nbd: NbdSection = Field(default_factory=NbdSection)
     vzdump_hook: VzdumpHookSection = Field(default_factory=VzdumpHookSection)
     hook: AbsolutePath | None = None  #: script that jobs call
     hook_timeout: Duration = "10m"
@@ -178,6 +186,7 @@ def _known_keys(error: Any) -> list[str]:
         "vm": VmSection,
         "s3": S3Section,
         "limits": LimitsSection,
+        "nbd": NbdSection,
         "vzdump-hook": VzdumpHookSection,
         "events": EventsSection,
         "metrics": MetricsSection,

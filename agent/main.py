@@ -25,6 +25,7 @@ from agent import (
     cli_look,
     cli_monitoring,
     cli_mount,
+    cli_nbd,
     cli_notes,
     cli_prune,
     cli_remote,
@@ -91,6 +92,7 @@ def build() -> typer.Typer:
     cli_restore.add_to(application)
     cli_look.add_to(application)
     cli_mount.add_to(application)
+    cli_nbd.add_to(application)
     cli_datastore.add_to(application)
     cli_s3.add_to(application)
     cli_serve.add_to(application)

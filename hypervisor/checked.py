@@ -53,6 +53,11 @@ def objects(value: object, where: str) -> Iterator[dict[str, Any]]:
         yield of_type(entry, dict, where)
 
 
+def nonsense(where: str, why: str) -> QmpAnswerError:
+    """The error for an answer that is not even JSON, or has a value that makes no sense."""
+    return QmpAnswerError("understand", where, why)
+
+
 def printable(text: str, length: int = 200) -> str:
     """At most `length` characters of `text`, for messages: what would steer a terminal becomes `?`."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:length])

@@ -88,6 +88,16 @@ class LiveSource:
         #: ZERO extents, sorted; QEMU was told to forget them, so they are never read from it.
         self._zeros: list[Extent] = []
 
+    @property
+    def address(self) -> NbdAddress:
+        """The export that is read, for other programs; they see what was not given up by `extents` or `discard`."""
+        return self._pool.address
+
+    @property
+    def changed(self) -> Sequence[Extent] | None:
+        """What the dirty bitmap says: CLEAN, or DATA for what changed since `plan.base`; None without one."""
+        return self._changed
+
     async def extents(self, *, incremental: bool = True) -> Sequence[Extent]:
         """The disk as extents of whole chunks.
 

@@ -6,6 +6,7 @@ Needs no kernel module but fuse, and no root. docs/nbd.md, "Files".
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -148,6 +149,31 @@ async def _unmount(path: Path, child: Child) -> None:
         with trio.move_on_after(_UNMOUNT_TIMEOUT_S if not await in_io_thread(is_mounted, path) else 0):
             await child.wait()
     await child.stop()
+
+
+async def remove_left(path: Path) -> bool:
+    """Remove what a killed process has left of the file at `path`, mounted or not; True if there was something.
+
+    A file with content is somebody else's.
+
+    Raises:
+        NbdDeviceError: the mount is still there.
+    """
+    mounted = await in_io_thread(is_mounted, path)
+    if mounted:
+        await unmount(path, "-z")
+        if await in_io_thread(is_mounted, path):
+            raise NbdDeviceError("remove", str(path), "it cannot be unmounted", f"fusermount3 -u -z {path}")
+
+    def remove() -> bool:
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                path.unlink()
+                return True
+        return mounted
+
+    return await in_io_thread(remove)
 
 
 async def unmount(path: Path, *how: str) -> None:
