@@ -1,5 +1,5 @@
 # `make help` lists what there is. Every target sets up first; that is instant when nothing changed.
-.PHONY: help setup setup-bench demo test test-long test-quick test-s3 fuzz lint format bench clean
+.PHONY: help setup setup-bench demo deb test test-vm test-long test-quick test-s3 fuzz lint format bench clean
 PYTHON := .venv/bin/python
 # Tests wait for QEMU and for each other's processes: two at a time use two cores well.
 WORKERS := 2
@@ -12,8 +12,10 @@ help:
 	@echo 'make test        all tests but the long ones (about 13 minutes on two cores)'
 	@echo 'make test-quick  only those that need no QEMU and no guest'
 	@echo 'make test-s3     what needs S3, on an emulator and on a real Ceph gateway, which is fetched and started'
+	@echo 'make test-vm     the Debian package and its services on a Debian in a VM, which is built for it'
 	@echo 'make test-long   everything, on every QEMU'
 	@echo 'make fuzz        changed inputs for every parser that reads what others wrote, SECONDS=60 for each'
+	@echo 'make deb         the Debian package, in dist/'
 	@echo 'make lint        formatting, ruff, mypy, the import rules of the rooms'
 	@echo 'make format      let ruff format and repair what it can'
 	@echo 'make bench       all benchmarks, beside restic, borg, boto3 and rclone'
@@ -37,6 +39,9 @@ test-quick: setup
 test-s3: setup
 	$(PYTHON) -m pytest -m 'not long' tests/datastore/s3
 
+test-vm: setup
+	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -m vm
+
 test-long: setup
 	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
@@ -47,6 +52,9 @@ fuzz: setup
 	for target in http1 http2; do \
 	  $(PYTHON) -m tests.fuzz.fuzz_server $$target --seconds $(SECONDS) --seed $$(date +%N | sed 's/^0*/1/') || exit 1; done
 	$(PYTHON) tests/fuzz/fuzz_catalog.py --seconds $(SECONDS)
+
+deb: setup
+	@$(PYTHON) scripts/build_deb.py
 
 lint: setup
 	$(PYTHON) -m ruff format --check .
