@@ -25,7 +25,7 @@ from datastore.codec import ChunkCodec
 from datastore.index import ArchiveIndex
 from datastore.names import Group, Snapshot
 from pxar.behind import Beside
-from pxar.create import CreateOptions, create_archive, measure_archive
+from pxar.create import CreateOptions, OpenReference, create_archive, measure_archive
 from pxar.create_report import CreateReport, shown_path
 from pxar.reference import Reference
 from repository.backup import SnapshotWriter
@@ -213,13 +213,13 @@ def _write(
             archive.finish()
             continue
         archive, payload = by_name[f"{stem}.mpxar.didx"], by_name[f"{stem}.ppxar.didx"]
-        reference = _opened(references[one.name], report)
+        found = references[one.name]
         create_archive(
             one.source,
             archive,
             payload,
             options.create,
-            reference=reference,
+            reference=_opener(found, report),
             report=report.figures,
             progress=notes,
             beside=beside,
@@ -230,15 +230,19 @@ def _write(
         catalog.finish()
 
 
-def _opened(found: StreamReference | str, report: FileArchiveReport) -> Reference | None:
+def _opener(found: StreamReference | str, report: FileArchiveReport) -> OpenReference | None:
     if isinstance(found, str):
         return None
-    try:
-        return Reference(found.archive, found.payload)
-    except FleeceError as error:
-        # A bad old archive is a reason to read everything, not to fail.
-        report.reason = f"the previous archive cannot be read ({error.why})"
-        return None
+
+    def open_it() -> Reference | None:
+        try:
+            return Reference(found.archive, found.payload)
+        except FleeceError as error:
+            # A bad old archive is a reason to read everything, not to fail.
+            report.reason = f"the previous archive cannot be read ({error.why})"
+            return None
+
+    return open_it
 
 
 def _settle_reports(
@@ -361,7 +365,7 @@ async def plan_file_archives(
                     one.source,
                     options.create,
                     split=options.mode != "legacy",
-                    reference=_opened(found, report),
+                    reference=_opener(found, report),
                     report=report.figures,
                     progress=look,
                 )

@@ -11,9 +11,10 @@ Docs: docs/formats.md, "File archives".
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from core.errors import SourceError, os_reason
 from pxar.ahead import Ahead, SeenFolder
@@ -39,6 +40,10 @@ BATCH: Final = 1024
 _DT_DIR: Final = 4
 
 
+#: Opens the previous backup's archive; None if it cannot be read.
+OpenReference: TypeAlias = Callable[[], Reference | None]
+
+
 @dataclass(frozen=True, slots=True)
 class CreateOptions:
     """What goes into an archive. The defaults are those of `proxmox-backup-client`."""
@@ -62,7 +67,7 @@ def create_archive(
     payload: PayloadSink | None = None,
     options: CreateOptions | None = None,
     *,
-    reference: Reference | None = None,
+    reference: Reference | OpenReference | None = None,
     catalog: CatalogSink | None = None,
     report: CreateReport | None = None,
     progress: Progress | None = None,
@@ -70,10 +75,11 @@ def create_archive(
 ) -> CreateReport:
     """Write the folder `root` to `archive`: self-contained, or split if there is a `payload` stream.
 
-    `reference`, for split archives only: the previous backup, whose payload is reused for unchanged files. `report` is
-    kept up to date while it runs (a new one otherwise); `progress` is called with it at least once per folder and every
-    4 MiB of a file, and may raise to stop. `beside` lends a second thread, of use with a reference. Entries that
-    vanish, cannot be read or change are warnings in the report; nothing of that makes an archive that cannot be read.
+    `reference`, for split archives only: the previous backup, whose payload is reused for unchanged files, or what
+    opens it while folders are read already. `report` is kept up to date while it runs (a new one otherwise);
+    `progress` is called with it at least once per folder and every 4 MiB of a file, and may raise to stop. `beside`
+    lends a second thread, of use with a reference. Entries that vanish, cannot be read or change are warnings in the
+    report; nothing of that makes an archive that cannot be read.
     The sinks are not closed.
 
     Raises:
@@ -96,7 +102,7 @@ def measure_archive(
     options: CreateOptions | None = None,
     *,
     split: bool = True,
-    reference: Reference | None = None,
+    reference: Reference | OpenReference | None = None,
     report: CreateReport | None = None,
     progress: Progress | None = None,
 ) -> CreateReport:
@@ -152,7 +158,7 @@ class _Walk:
         options: CreateOptions,
         archive: ArchiveSink,
         payload: PayloadSink | None,
-        reference: Reference | None,
+        reference: Reference | OpenReference | None,
         catalog: CatalogSink | None,
         progress: Progress | None,
         measure: Measuring | None,
@@ -170,9 +176,8 @@ class _Walk:
         self._writer = EntryWriter(
             encoder, self._report, split=self._split, catalog=catalog, progress=progress, measure=measure
         )
+        self._payload, self._reference = payload, reference
         self._lookahead: Lookahead | None = None
-        if payload is not None and reference is not None:
-            self._lookahead = Lookahead(self._writer, source, payload, reference, loose=options.loose)
         self._ahead: Ahead | None = None
         self._open_entries = 0
         self._devices: frozenset[int] | None = None
@@ -181,28 +186,49 @@ class _Walk:
 
     def run(self, beside: Beside | None = None) -> None:
         """All of it; `beside` lends a thread."""
-        source, lookahead = self._source, self._lookahead
+        source = self._source
         try:
             names, kinds = list_folder(source.folders.fd(source.root))
         except OSError as error:
             raise SourceError("back up", source.path, os_reason(error)) from error
         self._writer.encoder.begin(source.root_meta)
         self._report.folders += 1
-        root = self._level(source.root, names, kinds, lookahead.root() if lookahead is not None else None)
-        # What patterns leave out is not looked at, not even ahead.
-        if beside is None or lookahead is None or self._matches or self._options.exclude_caches or CLI_FILE in names:
+        root = self._level(source.root, names, kinds, None)
+        with self._reading_ahead(beside, names, kinds):
+            root.old = self._open_reference()
+            root.entered = root.old is not None
             self._go_through(root)
-        else:
-            fd, skip = source.folders.fd(source.root), self._options.skip_e2big_xattr
-            with Ahead(beside, source.root, fd, names, kinds, last=EXCLUDE_FILE, skip_e2big=skip) as self._ahead:
-                root.entered = True
-                self._go_through(root)
-        if lookahead is not None:
-            lookahead.finish()
+        if self._lookahead is not None:
+            self._lookahead.finish()
         if self._stored:
             meta = encode_metadata(Metadata(Stat(_CLI_MODE, 0, os.getuid(), os.getgid())))
             self._writer.made(CLI_FILE, meta, self._stored)
         self._writer.encoder.finish()
+
+    @contextmanager
+    def _reading_ahead(self, beside: Beside | None, names: list[bytes], kinds: bytes) -> Iterator[None]:
+        """Another thread reads folders while the block runs, if they are to be compared."""
+        # What patterns leave out is not looked at, not even ahead.
+        chooses = self._matches or self._options.exclude_caches or CLI_FILE in names
+        if beside is None or self._reference is None or self._payload is None or chooses:
+            yield
+            return
+        source, skip = self._source, self._options.skip_e2big_xattr
+        fd = source.folders.fd(source.root)
+        with Ahead(beside, source.root, fd, names, kinds, last=EXCLUDE_FILE, skip_e2big=skip) as self._ahead:
+            yield
+
+    def _open_reference(self) -> OldFolder | None:
+        """The root of the previous archive, with which the walk begins to compare; None if there is none."""
+        reference = self._reference
+        if reference is None or self._payload is None:
+            return None
+        if not isinstance(reference, Reference):
+            reference = reference()
+            if reference is None:
+                return None
+        self._lookahead = Lookahead(self._writer, self._source, self._payload, reference, loose=self._options.loose)
+        return self._lookahead.root()
 
     def _go_through(self, root: _Level) -> None:
         source, lookahead = self._source, self._lookahead

@@ -37,6 +37,8 @@ from repository.report import ArchiveReport
 PUTS_IN_FLIGHT: Final = 16
 #: Seconds an incomplete batch waits for company: less than hashing a chunk alone takes where batches matter.
 LINGER_S: Final = 0.01
+#: Chunks that are hashed alone before the best number is asked for.
+ONE_BY_ONE: Final = 8
 #: Seconds that a put in a worker thread may take on average. A slower store waits for a device, and then many puts in
 #: flight are better.
 SLOW_PUT_S: Final = 0.02
@@ -100,7 +102,7 @@ class Pipeline:
         self.session: Final = session
         self.codec: Final = codec
         self._stats = stats
-        self._batch = batch_size()
+        self._handed_over = 0
         self._waiting: deque[Chunk] = deque()
         self._producers_waiting = ParkingLot()
         self._workers = ParkingLot()
@@ -150,6 +152,11 @@ class Pipeline:
             if not self._producing:
                 self._workers.unpark_all()  # nothing will join what waits for company
 
+    @property
+    def _batch(self) -> int:
+        """Chunks to be hashed at a time; one at first: to find out the best number takes as long as a few chunks."""
+        return batch_size() if self._handed_over > ONE_BY_ONE else 1
+
     async def wait_for_turn(self, at_least: int) -> None:
         """Wait while there is more than a batch, and `at_least` chunks, to be hashed.
 
@@ -160,6 +167,7 @@ class Pipeline:
 
     def hand_over(self, chunk: Chunk) -> None:
         """Take a chunk; in the event loop."""
+        self._handed_over += 1
         self._waiting.append(chunk)
         self._workers.unpark()
 
