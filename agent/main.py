@@ -27,6 +27,7 @@ from agent import (
     cli_mount,
     cli_nbd,
     cli_notes,
+    cli_provider,
     cli_prune,
     cli_remote,
     cli_restore,
@@ -106,6 +107,7 @@ def build() -> typer.Typer:
     cli_agent.add_to(application)
     cli_monitoring.add_to(application)
     cli_vzdump_hook.add_to(application)
+    cli_provider.add_to(application)
     cli_host.add_to(application)
     return application
 

@@ -50,21 +50,21 @@ NoSetuidOption = Annotated[
 class RestoreOptions:
     """As they stand on the command line."""
 
-    patterns: tuple[str, ...]
-    force: bool
-    allow_existing_dirs: bool
-    overwrite: bool
-    overwrite_files: bool
-    overwrite_symlinks: bool
-    overwrite_hardlinks: bool
-    ignore_ownership: bool
-    ignore_permissions: bool
-    ignore_acls: bool
-    ignore_xattrs: bool
-    no_device_nodes: bool
-    no_fifos: bool
-    no_sockets: bool
-    no_setuid: bool
+    patterns: tuple[str, ...] = ()
+    force: bool = False
+    allow_existing_dirs: bool = False
+    overwrite: bool = False
+    overwrite_files: bool = False
+    overwrite_symlinks: bool = False
+    overwrite_hardlinks: bool = False
+    ignore_ownership: bool = False
+    ignore_permissions: bool = False
+    ignore_acls: bool = False
+    ignore_xattrs: bool = False
+    no_device_nodes: bool = False
+    no_fifos: bool = False
+    no_sockets: bool = False
+    no_setuid: bool = False
 
     def to_folder(self) -> "ExtractOptions":
         """What they mean for a folder.

@@ -73,7 +73,7 @@ async def provided_view(
         bitmap: name of the bitmaps that go along with the exports; None if there are none.
         base_of: what the previous snapshot has of an archive, or why there is nothing to count on. Where a bitmap is
             to be used again it must be the backup that the bitmap counts from: who asked for it has to see to that.
-        names: archive names by device, where they are to be others.
+        names: archive names by device, where they are to be others; `NAME.img` is taken as it is.
         qemu_version: of the QEMU behind the socket.
 
     Raises:
@@ -108,13 +108,19 @@ def _archives(disks: Sequence[ProvidedDisk], names: Mapping[str, str]) -> dict[s
     for disk in disks:
         if not 0 < disk.size < 1 << 63:
             raise UsageError("back up disk", printable(disk.device), f"a disk of {disk.size} bytes")
-        archive = given_name(names[disk.device]) if disk.device in names else disk.archive
+        archive = _named(names[disk.device]) if disk.device in names else disk.archive
         other = archives.setdefault(archive, disk)
         if other is not disk:
             raise DiskNameError(
                 "name the disks", printable(disk.device), f"it and {printable(other.device)} would both be {archive}"
             )
     return archives
+
+
+def _named(name: str) -> str:
+    if name.endswith(".img") and not name.startswith("drive-"):
+        return archive_name(name.removesuffix(".img")).removeprefix("drive-")
+    return given_name(name)
 
 
 def _plan(archive: str, disk: ProvidedDisk, base_of: BaseOf) -> ReadPlan:

@@ -1,0 +1,360 @@
+"""A restore by Proxmox VE through its backup provider: one session for one guest.
+
+Disks of a VM are served over NBD, each on a socket of its own, as long as the plugin wants; the files of a container
+are a tar stream in a named pipe, or a mounted folder. All of it ends with the session. docs/proxmox-provider.md,
+"Restore".
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from agent.archive_restore import FilesWanted, restore_to_stream
+from agent.places import private_run_dir
+from agent.provider.calls import opened
+from agent.provider.channel import Channel, ChannelProgress
+from agent.provider.messages import Nothing, OfArchive, RestoreContainer, RestoreVm, RestoreVolume, parsed
+from agent.provider.storage import UsedStorage
+from agent.restore_options import RestoreOptions
+from agent.snapshot_archives import OpenSnapshot
+from core.buffers import Buffer
+from core.errors import FleeceError, NotFoundError, TargetError, UsageError, os_reason
+from core.limits import in_io_thread
+from core.nursery import open_nursery
+from datastore.names import ArchiveKind, archive_kind, complete_archive_name
+from hypervisor.nbd_server import serve_disk
+from hypervisor.unix_socket import process_start_time
+from repository.archive import ArchiveReader, open_archive_reader
+
+#: The file archive of a container.
+ROOT: Final = "root.pxar"
+#: Seconds between two looks at whether somebody reads the pipe.
+_LOOK_S: Final = 0.1
+#: No header of a tar archive: what reads it behind a failure fails, too, wherever that was.
+_NO_TAR: Final = b"\xff" * 10240
+_FOLDER: Final = "restore-"
+
+
+class ServedImage:
+    """An image of a backup as `hypervisor.nbd_server` wants it."""
+
+    def __init__(self, reader: ArchiveReader) -> None:
+        self._reader = reader
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._reader.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range.
+
+        Raises:
+            FleeceError: a chunk of it cannot be read.
+        """
+        return await self._reader.read(offset, length)
+
+    def zeros(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
+        """The parts of a range, and which are known to be zeros."""
+        index = self._reader.archive.index
+        found: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end:
+            number = index.find(offset)
+            start, size = index.span(number)
+            zero, part = self._reader.is_zero(number), min(end, start + size) - offset
+            if found and found[-1][1] is zero:
+                found[-1] = (found[-1][0] + part, zero)
+            else:
+                found.append((part, zero))
+            offset += part
+        return found
+
+
+class VmRestore:
+    """The disks of one VM."""
+
+    def __init__(self, snapshot: OpenSnapshot, nursery: trio.Nursery) -> None:
+        self._snapshot, self._nursery = snapshot, nursery
+        self._served: dict[str, trio.CancelScope] = {}
+        self._ended: dict[str, trio.Event] = {}
+
+    @property
+    def volumes(self) -> dict[str, dict[str, int]]:
+        """The disks by device name."""
+        return {
+            name.removesuffix(".img"): {"size": file.size}
+            for name, file in self._snapshot.archives.items()
+            if name.endswith(".img") and archive_kind(file.filename) is ArchiveKind.FIXED
+        }
+
+    async def answer(self, call: str, parameters: object) -> dict[str, Any]:
+        """Do one call.
+
+        Raises:
+            UsageError: it is unknown, or its turn has not come.
+            FleeceError: it failed.
+        """
+        if call not in ("restore-vm-volume-init", "restore-vm-volume-cleanup"):
+            raise UsageError("answer", call, "it is no call of a restore of a VM")
+        device = parsed(RestoreVolume, parameters, call).device
+        if call == "restore-vm-volume-init":
+            if device in self._served:
+                raise UsageError("serve", device, "it is served already")
+            return {"uri": str(await self._nursery.start(self._serve, device))}
+        if device not in self._served:
+            raise UsageError("end the service of", device, "it was not served")
+        self._served[device].cancel()
+        await self._ended[device].wait()
+        return {}
+
+    async def _serve(self, device: str, *, task_status: trio.TaskStatus[object]) -> None:
+        if device not in self.volumes:
+            raise NotFoundError("restore", self._snapshot.where(f"{device}.img"), "the backup has no such disk")
+        snapshot, name = self._snapshot, complete_archive_name(f"{device}.img")
+        snapshot.needs_key(snapshot.manifest.file(name))
+        ended = trio.Event()
+        try:
+            with trio.CancelScope() as scope:
+                reader = await open_archive_reader(
+                    snapshot.reader, snapshot.codec, snapshot.manifest, name, snapshot.cache
+                )
+                async with serve_disk(ServedImage(reader), where=snapshot.where(f"{device}.img")) as address:
+                    self._served[device], self._ended[device] = scope, ended
+                    task_status.started(address)
+                    await trio.sleep_forever()
+        finally:
+            self._served.pop(device, None)
+            ended.set()
+
+
+class ContainerRestore:
+    """The files of one container."""
+
+    def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery, progress: ChannelProgress) -> None:
+        self._snapshot, self._folder, self._nursery, self._progress = snapshot, folder, nursery, progress
+        self._complete = False
+        self._failure: FleeceError | None = None
+        self._over = trio.Event()
+
+    async def begin_tar(self) -> Path:
+        """Offer a tar stream; returns the pipe that it can be read from, once.
+
+        Raises:
+            NotFoundError: the backup has no files of a container.
+            TargetError: there can be no pipe.
+        """
+        self._check()
+        pipe = self._folder / "root.tar"
+        try:
+            os.mkfifo(pipe, 0o600)
+        except OSError as error:
+            raise TargetError("make the pipe", str(pipe), os_reason(error)) from error
+        self._nursery.start_soon(self._write_tar, pipe)
+        return pipe
+
+    def _check(self) -> None:
+        entry = self._snapshot.archives.get(ROOT)
+        if entry is None:
+            raise NotFoundError("restore", self._snapshot.where(ROOT), "the backup has no files of a container")
+        self._snapshot.needs_key(entry)
+
+    async def _write_tar(self, pipe: Path) -> None:
+        try:
+            descriptor = await _open_to_write(pipe)
+            async with trio.lowlevel.FdStream(descriptor) as stream:
+                try:
+                    await self._send_tar(stream)
+                except FleeceError:
+                    # An archive that just ends would pass for a whole one, if it ends between two files.
+                    with trio.move_on_after(_LOOK_S):
+                        await _send(stream, _NO_TAR)
+                    raise
+            self._complete = True
+        except FleeceError as error:
+            self._failure = error
+            self._progress.warn(str(error))
+        finally:
+            self._over.set()
+
+    async def _send_tar(self, stream: trio.lowlevel.FdStream) -> None:
+        snapshot = self._snapshot
+
+        async def write(data: Buffer) -> None:
+            await _send(stream, data)
+
+        restored = await restore_to_stream(
+            snapshot.reader,
+            snapshot.codec,
+            snapshot.manifest,
+            FilesWanted(ROOT.removesuffix(".pxar")),
+            write,
+            RestoreOptions(),
+            self._progress,
+            format="tar",
+        )
+        if restored.figures.failed:
+            raise TargetError("restore", snapshot.where(ROOT), f"{restored.figures.failed} entries failed")
+
+    async def begin_mount(self, mount: Callable[[Path, Callable[[], None]], Any]) -> Path:
+        """Show the files as a folder; returns it.
+
+        Raises:
+            NotFoundError: the backup has no files of a container.
+            FleeceError: it cannot be mounted.
+        """
+        self._check()
+        folder = self._folder / "root"
+        folder.mkdir(mode=0o700)
+
+        async def serve(*, task_status: trio.TaskStatus[None]) -> None:
+            await mount(folder, task_status.started)
+            raise TargetError("show the files in", str(folder), "the mount was taken away")
+
+        await self._nursery.start(serve)
+        self._complete = True
+        return folder
+
+    async def answer(self, call: str, parameters: object) -> dict[str, Any]:
+        """Do one call.
+
+        Raises:
+            UsageError: it is unknown.
+            TargetError: not all was read.
+            FleeceError: what came in the way of the stream.
+        """
+        if call != "restore-container-cleanup":
+            raise UsageError("answer", call, "it is no call of a restore of a container")
+        parsed(Nothing, parameters, call)
+        with trio.move_on_after(_LOOK_S):
+            await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
+        if not self._complete:
+            raise TargetError("restore", self._snapshot.where(ROOT), "it was not read to its end")
+        return {}
+
+
+async def _open_to_write(pipe: Path) -> int:
+    """The pipe, when somebody has opened it for reading."""
+    import errno
+
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise TargetError("write to the pipe", str(pipe), os_reason(error)) from error
+        await trio.sleep(_LOOK_S)
+
+
+async def _send(stream: trio.lowlevel.FdStream, data: Buffer) -> None:
+    try:
+        await stream.send_all(data)
+    except trio.BrokenResourceError as error:
+        raise TargetError("restore", ROOT, "who reads the archive has gone") from error
+
+
+async def serve_restore(channel: Channel, storage: UsedStorage, request: RestoreVm | RestoreContainer) -> None:
+    """Open the archive that `request` names, and answer until everything is cancelled.
+
+    Raises:
+        FleeceError: it cannot be opened, or what serves it ends.
+    """
+    progress = ChannelProgress(channel)
+    async with AsyncExitStack() as stack:
+        folder = await stack.enter_async_context(private_folder())
+        snapshot = await stack.enter_async_context(opened(request, storage, progress))
+        nursery = await stack.enter_async_context(open_nursery())
+        answer: Callable[[str, object], Any]
+        if isinstance(request, RestoreContainer):
+            container = ContainerRestore(snapshot, folder, nursery, progress)
+            if request.mechanism == "tar":
+                path = await container.begin_tar()
+            else:
+                path = await container.begin_mount(lambda at, ready: _mount(storage, request, at, ready))
+            channel.answer({"path": str(path)})
+            answer = container.answer
+        else:
+            machine = VmRestore(snapshot, nursery)
+            if not machine.volumes:
+                raise NotFoundError("restore", request.archive_name, "the backup has no disks")
+            channel.answer({"volumes": machine.volumes})
+            answer = machine.answer
+        while True:
+            question = await channel.question()
+            try:
+                result = await answer(question.call, question.parameters)
+            except FleeceError as error:
+                channel.refuse(error)
+            else:
+                channel.answer(result)
+
+
+async def _mount(storage: UsedStorage, request: OfArchive, folder: Path, ready: Callable[[], None]) -> None:
+    """Show the files of the container in `folder` until it is taken away; cancelled, it is unmounted."""
+    from fusefs.mount import OneArchive, serve
+    from fusefs.mountpoint import check_fuse
+
+    check_fuse()
+    async with storage.open() as repository:
+        await serve(
+            repository,
+            folder,
+            key=storage.reading_key.key,
+            ns=storage.ns,
+            archive=OneArchive(request.snapshot(storage.ns), ROOT),
+            ready=ready,
+        )
+
+
+@asynccontextmanager
+async def private_folder() -> AsyncIterator[Path]:
+    """A folder for nobody else while the block runs; removes those of processes that were killed.
+
+    Raises:
+        FleeceError: it cannot be made.
+    """
+    above = private_run_dir() / "provider"
+    try:
+        above.mkdir(mode=0o700, exist_ok=True)
+        await in_io_thread(_remove_left, above)
+        begun = f"{_FOLDER}{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
+        folder = Path(tempfile.mkdtemp(prefix=begun, dir=above))
+    except OSError as error:
+        raise TargetError("use the folder", str(above), os_reason(error)) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(above: Path) -> None:
+    """Remove the folders of processes that have ended, and their mounts."""
+    from fusefs.kernel import detach
+
+    for folder in above.glob(f"{_FOLDER}*"):
+        parts = folder.name.removeprefix(_FOLDER).split("-")
+        if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts[:2]):
+            continue
+        if process_start_time(int(parts[0])) == int(parts[1]):
+            continue
+        mounted = str(folder / "root")
+        # What cannot be looked at is a mount whose server is gone.
+        detach(mounted)
+        for name in ("root.tar", "root"):
+            path = folder / name
+            try:
+                path.unlink() if name.endswith(".tar") else path.rmdir()
+            except OSError:
+                continue
+        try:
+            folder.rmdir()
+        except OSError:
+            continue

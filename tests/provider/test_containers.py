@@ -1,0 +1,150 @@
+"""Containers of Proxmox VE by the mechanism `directory`: read as their own root, in a user namespace."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.provider.plugin import Died, Plugin, Worker
+
+pytestmark = pytest.mark.usefixtures("as_root")
+
+#: The host's user that is the container's root.
+ROOT_ID = 100000
+CONFIG = "arch: amd64\nhostname: tür\n#Notiz: grün\n"
+FIREWALL = "[OPTIONS]\nenable: 1\n"
+START = 1_700_000_000
+NAME = "ct/101/2023-11-14T22:13:20Z"
+
+
+@pytest.fixture
+def mounts() -> Iterator[Path]:
+    """A folder that every user can reach, as the mount points of the hypervisor are."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+def make_container(folder: Path) -> None:
+    """A root file system as it lies on the host: owners are shifted."""
+    folder.mkdir()
+    (folder / "etc").mkdir(mode=0o755)
+    (folder / "etc/hostname").write_text("web\n")
+    (folder / "etc/shadow").write_text("secret")
+    (folder / "etc/shadow").chmod(0o600)
+    (folder / "bin").symlink_to("usr/bin")
+    (folder / "var").mkdir()
+    (folder / "var/data").write_bytes(os.urandom(3 << 20))
+    (folder / "var/link").hardlink_to(folder / "var/data")
+    os.mkfifo(folder / "var/pipe")
+    (folder / "tmp").mkdir(mode=0o1777)
+    (folder / "tmp/left-out").write_text("x")
+    owners = {"etc/shadow": 42, "var/data": 1000, "var/link": 1000}
+    for path in sorted([folder, *folder.rglob("*")]):
+        owner = ROOT_ID + owners.get(str(path.relative_to(folder)), 0)
+        os.chown(path, owner, owner, follow_symlinks=False)
+    os.setxattr(folder / "etc/hostname", "user.test", b"\x00\xffvalue")
+    # Of the namespace whose root is ROOT_ID: version 3, which the container's root sees as version 2.
+    capability = bytes.fromhex("01000003 00040000 00000000 00000000 00000000") + ROOT_ID.to_bytes(4, "little")
+    os.setxattr(folder / "var/data", "security.capability", capability)
+
+
+def described(folder: Path, shift: int) -> dict[str, Any]:
+    """Everything in `folder`, with owners as the container sees them."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        content: Any = None
+        if stat.S_ISREG(status.st_mode):
+            content = path.read_bytes()
+        elif stat.S_ISLNK(status.st_mode):
+            content = os.readlink(path)  # noqa: PTH115
+        names = os.listxattr(path, follow_symlinks=False)
+        attributes = {name: os.getxattr(path, name, follow_symlinks=False)[1:20] for name in names}
+        if "security.capability" in attributes:
+            attributes["security.capability"] = b""  # its version differs with who looks
+        owner = (status.st_uid - shift, status.st_gid - shift)
+        found[str(path.relative_to(folder))] = (status.st_mode, owner, status.st_mtime_ns, content, attributes)
+    return found
+
+
+async def back_up(plugin: Plugin, folder: Path, start: int = START, **info: Any) -> Any:
+    """One backup as the hypervisor makes it."""
+    name = (await plugin("backup_init", 101, "lxc", start))["archive-name"]
+    assert await plugin("backup_get_mechanism", 101, "lxc") == "directory"
+    await plugin("backup_container_prepare", 101, {})
+    info = {"directory": str(folder), "sources": ["."], "backup-user-id": ROOT_ID, "firewall-config": FIREWALL, **info}
+    await plugin.forked(ROOT_ID, "backup_container", 101, CONFIG, ["/tmp/?*"], info)
+    stats = await plugin("backup_cleanup", 101, "lxc", 1, {})
+    assert stats["stats"]["archive-size"] > 3 << 20
+    return name
+
+
+@pytest.mark.parametrize("mechanism", ["tar", pytest.param("directory", marks=pytest.mark.fuse)])
+async def test_what_a_container_has_comes_back(worker: Worker, mounts: Path, mechanism: str) -> None:
+    folder, target = mounts / "ct", mounts / "back"
+    make_container(folder)
+    target.mkdir()
+    worker.scfg["fleece-container-restore"] = mechanism
+    async with worker.started() as plugin:
+        name = await back_up(plugin, folder)
+        assert name == NAME
+        (volume,) = await plugin.storage("list_volumes", "fleece", "@scfg", None, ["backup"])
+        assert volume["volid"] == f"fleece:backup/{NAME}"
+        assert (volume["subtype"], volume["vmid"], volume["ctime"]) == ("lxc", 101, START)
+        volname = f"backup/{NAME}"
+        assert await plugin("restore_get_mechanism", volname) == [mechanism, "lxc"]
+        assert await plugin("archive_get_guest_config", volname) == CONFIG
+        assert await plugin("archive_get_firewall_config", volname) == FIREWALL
+        given = await plugin("restore_container_init", volname, {})
+        if mechanism == "tar":
+            reading = ["tar", "xpf", given["tar-path"]]
+        else:
+            piped = f"tar cpf - --xattrs --xattrs-include='*' --acls -C {given['archive-directory']} . | tar xpf -"
+            reading = ["sh", "-c", f"{piped} --xattrs --xattrs-include='*' --acls -C {target}"]
+        options = ["--xattrs", "--xattrs-include=*", "--acls", "-C", str(target)] if mechanism == "tar" else []
+        await trio.run_process([*reading, *options])
+        await plugin("restore_container_cleanup", volname, {})
+        assert plugin.children() == []
+    (folder / "tmp/left-out").unlink()
+    expected, found = described(folder, ROOT_ID), described(target, 0)
+    # As in Proxmox's own backups the archive says what was left out of it.
+    assert found.pop(".pxarexclude-cli")[3] == b"/tmp/?*\n"
+    # That changed the folder's time.
+    mode, owner, _, *rest = expected.pop("tmp")
+    assert [found["tmp"][0], found["tmp"][1], *found.pop("tmp")[3:]] == [mode, owner, *rest]
+    assert found == expected
+    assert (target / "var/data").stat().st_ino == (target / "var/link").stat().st_ino
+
+
+async def test_what_does_not_go_well(worker: Worker, mounts: Path) -> None:
+    folder = mounts / "ct"
+    make_container(folder)
+    async with worker.started() as plugin:
+        with pytest.raises(Died, match="there is no backup that has begun"):
+            await plugin("backup_container_prepare", 101, {})
+        await plugin("backup_init", 101, "lxc", START)
+        with pytest.raises(Died, match="guest is of the type lxc"):
+            await plugin("backup_vm_query_incremental", 101, {"drive-scsi0": {"size": 512}})
+        info = {"directory": str(folder / "not-there"), "sources": ["."]}
+        with pytest.raises(Died, match=r"not-there.*No such file"):
+            await plugin.forked(ROOT_ID, "backup_container", 101, CONFIG, [], info)
+        await plugin("backup_cleanup", 101, "lxc", 0, {"error": "no"})
+        assert plugin.children() == []
+        # A file that the container's root may not read is none of its own: it is left out, with a warning.
+        os.chown(folder / "etc/shadow", 0, 0)
+        await back_up(plugin, folder)
+        assert any(level == "warn" and "etc/shadow" in text for level, text in plugin.log), plugin.log
+        volname = f"backup/{NAME}"
+        await plugin("restore_container_init", volname, {})
+        with pytest.raises(Died, match="not read to its end"):
+            await plugin("restore_container_cleanup", volname, {})
+        with pytest.raises(Died, match="no disks"):
+            await plugin("restore_vm_init", volname)
+        assert plugin.children() == []
+    assert list((worker.home / "run").rglob("restore-*")) == []
