@@ -121,6 +121,32 @@ def _qemu() -> Iterator[Check]:
             "kernel module nbd", State.INFO, "not loaded; only needed to use a backup as block device",
             "modprobe nbd nbds_max=16",
         )  # fmt: skip
+    yield from _optional_tools()
+
+
+def _optional_tools() -> Iterator[Check]:
+    """Programs that `fleece nbd` is made with."""
+    nbdkit = shutil.which("nbdkit")
+    if nbdkit is None or not _succeeds([nbdkit, "--dump-plugin", "python"]):
+        yield Check(
+            "nbdkit", State.INFO, "it, or its plugin for Python, is missing; only needed by fleece nbd for backups",
+            "apt install nbdkit nbdkit-plugin-python",
+        )  # fmt: skip
+    else:
+        yield Check("nbdkit", State.OK, "there, with its plugin for Python: backups can be connected")
+    if shutil.which("nbdfuse") is None:
+        yield Check(
+            "nbdfuse", State.INFO, "missing; only needed by fleece nbd connect --files", "apt install libnbd-bin"
+        )
+    else:
+        yield Check("nbdfuse", State.OK, "there, for fleece nbd connect --files")
+
+
+def _succeeds(line: list[str]) -> bool:
+    try:
+        return subprocess.run(line, capture_output=True, timeout=20, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _fuse() -> Iterator[Check]:

@@ -195,6 +195,8 @@ class Records:
         self._path(holding).unlink(missing_ok=True)
         for number in range(len(holding.disks)):
             self._regions(holding, number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # if nothing else is in it
 
     def _path(self, holding: Holding) -> Path:
         return self.folder / f"holder-{holding.pid}-{holding.start_time}.json"
@@ -256,9 +258,6 @@ async def clean_left(records: Records, host: NbdHost, only: Holding | None = Non
 
 
 async def _clean(holding: Holding, host: NbdHost) -> list[str]:
-    from hypervisor.errors import QmpConnectError
-    from hypervisor.vm import cleanup
-
     done = []
     for disk in holding.disks:
         if disk.number is not None and disk.pid is not None and disk.start_time is not None:
@@ -268,6 +267,9 @@ async def _clean(holding: Holding, host: NbdHost) -> list[str]:
             done.append(f"removed {disk.file} of process {holding.pid}, which was killed")
     qmp = holding.source.get("qmp")
     if isinstance(qmp, str):
+        from hypervisor.errors import QmpConnectError
+        from hypervisor.vm import cleanup
+
         scratch = None if holding.scratch is None else Path(holding.scratch)
         with contextlib.suppress(QmpConnectError):  # its QEMU has ended, and with it everything in it
             done += await cleanup(qmp, run_dir=records_run_dir(), scratch=scratch)

@@ -99,9 +99,11 @@ async def serve_disk(disk: ServedDisk, *, where: str, overlay: bool = False) -> 
             async with running(line, fault=NbdServerError) as child:
                 address = NbdAddress.unix(folder / "nbd", "")
                 await _until_ready(child, address, where)
-                nursery.start_soon(_watch, child, where)
-                yield address
-                nursery.cancel_scope.cancel()
+                async with open_nursery() as watching:  # over before nbdkit is told to end
+                    watching.start_soon(_watch, child, where)
+                    yield address
+                    watching.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
     finally:
         remove_private(folder, claim)  # two entries: no thread, so that cancellation cannot come between
 
