@@ -37,7 +37,8 @@ test-quick: setup
 	$(PYTHON) -m pytest -m 'not long and not qemu and not guest'
 
 test-s3: setup
-	$(PYTHON) -m pytest -m 'not long' tests/datastore/s3
+	$(PYTHON) -m pytest -m 'not long' -k 's3 or rgw or bucket' tests/datastore/s3 tests/datastore/test_chunk_store.py \
+		tests/repository tests/agent/test_s3_*.py tests/agent/test_pbs_import.py tests/server tests/vm/test_bucket.py
 
 test-vm: setup
 	FLEECE_TEST_LONG=1 $(PYTHON) -m pytest -m vm

@@ -363,6 +363,7 @@ class S3ChunkStore:
 
     async def quarantine(self, digest: bytes, wrong: Callable[[Blob], bool] | None = None) -> str | None:
         """See `ChunkStore.quarantine`: the object gets the first name that is free here and in the bucket (R44)."""
+        await self.in_use.check("set the corrupt chunk aside in")
         async with hold(self.locks, digest):
             if wrong is not None and not await self._is_wrong(digest, wrong):
                 return None
@@ -453,8 +454,13 @@ class S3ChunkStore:
             return
         parsed = map(self.keys.parse, outcome.keys)
         digests = [key.digest for key in parsed if isinstance(key, ChunkKey) and key.bad is None]
-        if digests:
+        if not digests:
+            return
+        try:
             self.unknown.add(digests)
+        except StoreError as error:
+            # Whoever waits for the answer has an error of his own, or is being cancelled.
+            _LOG.error("other processes are not told of %d deletes that may still happen: %s", len(digests), error)
 
     # The store as a whole
 

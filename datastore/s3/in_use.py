@@ -24,6 +24,10 @@ _LIMIT: Final = 1 << 16
 _GOOD_FOR_S: Final = 60.0
 
 
+class ForeignStoreError(StoreError):
+    """Another installation uses the store, so that nothing of it may be deleted."""
+
+
 @dataclass(frozen=True, slots=True)
 class InUseMarker:
     """What the marker says."""
@@ -124,7 +128,7 @@ class InUse:
             fresh: ask even if we have asked within the last minute.
 
         Raises:
-            StoreError: another installation uses it.
+            ForeignStoreError: another installation uses it.
             S3Error: the endpoint cannot be asked.
         """
         if self.overridden or (not fresh and trio.current_time() < self._good_until):
@@ -133,7 +137,7 @@ class InUse:
         if marker is None:
             await self.take()
         elif not await self.is_ours(marker):
-            raise StoreError(
+            raise ForeignStoreError(
                 what,
                 f"{self._client.bucket}/{self._keys.store}",
                 f"it is in use by {marker}, and nothing that another installation has stored may be deleted",

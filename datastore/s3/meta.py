@@ -21,7 +21,7 @@ from datastore.local_meta import LocalMetaStore
 from datastore.names import MANIFEST_NAME, PROTECTED_NAME, BackupType, Namespace, is_time
 from datastore.s3.client import META_LIMIT, S3Client
 from datastore.s3.errors import S3BackendError, S3Error, S3UnavailableError
-from datastore.s3.in_use import InUse
+from datastore.s3.in_use import ForeignStoreError, InUse
 from datastore.s3.keys import NAMESPACE_MARKER, StoreKeys
 from datastore.s3.pending import PendingDeletes
 from datastore.s3.state import begin_change
@@ -104,6 +104,7 @@ class S3MetaStore:
             return False
         if not _is_stored(path):
             return await self._local.delete(path)
+        await self._in_use.check("remove")
         async with self._change("remove"):
             await self._client.delete(self._keys.meta(path))
             return await self._local.delete(path)
@@ -130,13 +131,17 @@ class S3MetaStore:
             await self._abandon(path, prefix)
 
     async def _abandon(self, path: str, prefix: str) -> None:
-        """Remove an unfinished snapshot here, and in the bucket now or later."""
+        """Remove an unfinished snapshot here, and in the bucket now or later.
+
+        If another installation uses the store by now, it is later: when it is ours again.
+        """
         done = False
         try:
             with trio.move_on_after(ABANDON_AFTER_S):
+                await self._in_use.check("remove")
                 await self.delete_objects(prefix)
                 done = True
-        except (S3UnavailableError, S3BackendError) as error:
+        except (S3UnavailableError, S3BackendError, ForeignStoreError) as error:
             _LOG.warning("what was stored of %s stays in the bucket for now: %s", path, error)
         finally:
             if not done:
@@ -171,7 +176,7 @@ class S3MetaStore:
 
         Raises:
             S3Error: as `delete_objects`.
-            StoreError: the note cannot be read or written.
+            StoreError: the note cannot be read or written, or another installation uses the store.
         """
         # One at a time: a backup that begins where notes are waits until what was there has gone.
         async with self._replaying:
@@ -181,6 +186,7 @@ class S3MetaStore:
                 if not prefix.startswith(self._keys.metadata) or not _is_stored(path):
                     done.append(prefix)  # nothing of ours
                     continue
+                await self._in_use.check("remove what was left in")
                 async with self._change("remove what was left in"):
                     if not await in_io_thread(os.path.lexists, self._base / path):
                         await self.delete_objects(prefix)

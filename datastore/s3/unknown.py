@@ -40,14 +40,19 @@ class UnknownDeletes:
         self._seen: tuple[int, int] | None = None  # inode and size of the file when it was read
         self._deletes: dict[bytes, float] = {}
         self._stored: dict[bytes, float] = {}
+        self._unwritten: dict[bytes, float] = {}  # deletes that only this process knows of
 
     def add(self, digests: Iterable[bytes]) -> None:
         """These may be deleted at any time from now on.
 
         Raises:
-            StoreError: it cannot be written down.
+            StoreError: it cannot be written down; this process knows it all the same.
         """
+        digests, now = list(digests), self._clock()
+        self._unwritten.update(dict.fromkeys(digests, now))
         self._append(digests, _DELETE)
+        for digest in digests:
+            self._unwritten.pop(digest, None)
 
     def stored(self, digest: bytes) -> None:
         """The chunk was stored meanwhile, and must be looked for later. Errors as `add`."""
@@ -60,7 +65,10 @@ class UnknownDeletes:
             StoreError: the list cannot be read.
         """
         self._look()
-        return self._clock() < self._deletes.get(digest, 0.0) + UNKNOWN_FOR_S
+        return self._clock() < self._over_at(digest)
+
+    def _over_at(self, digest: bytes) -> float:
+        return max(self._deletes.get(digest, 0.0), self._unwritten.get(digest, 0.0)) + UNKNOWN_FOR_S
 
     def must_stay(self, digest: bytes) -> bool:
         """True if the cache must not drop the chunk: what it has may be all that there is."""
@@ -70,7 +78,7 @@ class UnknownDeletes:
         """Chunks that must be looked for now. Errors as `may_be_deleted`."""
         self._look()
         now = self._clock()
-        return [digest for digest in self._stored if self._deletes.get(digest, 0.0) + UNKNOWN_FOR_S <= now]
+        return [digest for digest in self._stored if self._over_at(digest) <= now]
 
     def settle(self, digests: Iterable[bytes]) -> None:
         """These were looked for. Forgets everything that is over. Errors as `add`."""

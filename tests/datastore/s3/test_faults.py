@@ -118,6 +118,22 @@ async def test_what_passes_is_tried_again(
     assert sum(emulated.link.counters.totals().requests.values()) == 3
 
 
+async def test_every_attempt_has_a_time_and_a_signature_of_its_own(s3_emulator: S3Emulator) -> None:
+    """R11: the signature of a request that waits for long is not accepted any more."""
+    s3_emulator.plan("PUT", "answer", times=3, status=503, code="SlowDown")
+    clock = iter(range(100_000))
+
+    def now() -> float:
+        return s3_emulator.now() + next(clock)
+
+    async with EndpointLink.open(s3_emulator.endpoint(), policy=IMPATIENT, now=now) as link:
+        await S3Client(link, BUCKET).put("st1/new", [b"body"], if_absent=True)
+    sent = s3_emulator.requests("PUT")
+    assert [one.status for one in sent] == [503, 503, 503, 200]
+    assert len({one.header("x-amz-date") for one in sent}) == 4
+    assert len({one.header("authorization") for one in sent}) == 4
+
+
 @pytest.mark.parametrize(("operation", "call", "expected"), WITH_BODY)
 @pytest.mark.parametrize("kind", ["cut", "stall"])
 async def test_an_answer_that_breaks_off_is_asked_for_again(

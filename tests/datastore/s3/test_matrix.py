@@ -11,6 +11,7 @@ from datastore.errors import StoreError
 from datastore.gc import collect_garbage
 from datastore.names import Group
 from datastore.s3.errors import S3BackendError, S3ObjectError, S3UnavailableError
+from datastore.s3.in_use import ForeignStoreError
 from datastore.s3.link import RetryPolicy
 from datastore.s3.pending import NOTE_NAME
 from repository.local import LocalRepository
@@ -95,6 +96,42 @@ async def test_two_hosts_with_one_store_delete_nothing_of_each_other(
             await first.chunks.insert(CODEC.digest(new), CODEC.encode(new))
             await collect_garbage(second)
             assert first.keys.chunk(CODEC.digest(new)) in s3_emulator.bucket.objects
+
+
+async def test_a_host_that_has_lost_its_store_deletes_nothing_that_it_still_had_to(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    """Neither what earlier failures left, nor what a failing backup has stored, nor markers, nor corrupt chunks."""
+    fake = s3_emulator.bucket
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        kept = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE})
+        await repo.set_protected(kept, protected=True)
+        left = store.keys.meta_prefix(GROUP.at(2000).path)
+        fake.put(f"{left}disk.img.fidx", b"of a backup that failed")
+        fake.put(store.keys.in_use, b'{"hostname":"another"}')
+        (store_folder / NOTE_NAME).write_text(f"{left}\n")
+        before = set(fake.objects)
+        for attempt in (
+            store.s3.catch_up,
+            lambda: repo.set_protected(kept, protected=False),
+            lambda: store.chunks.quarantine(CODEC.digest(IMAGE[:CHUNK])),
+        ):
+            with pytest.raises(ForeignStoreError, match="in use by another"):
+                await attempt()
+        with pytest.raises(ZeroDivisionError):
+            async with repo.backup(GROUP.at(3000)) as session:
+                await put_all(session, {"disk.img.fidx": IMAGE})
+                raise ZeroDivisionError
+        assert before <= set(fake.objects)
+        assert (await repo.snapshot(kept)).protected
+        assert [info.snapshot for info in await repo.snapshots(unfinished=True)] == [kept]
+        failed = store.keys.meta_prefix(GROUP.at(3000).path)
+        assert (store_folder / NOTE_NAME).read_text().splitlines() == [left, failed]
+        assert [key for key in fake.objects if key.startswith(failed)] != []
+        await store.s3.in_use.take()
+        await store.s3.catch_up()
+        assert [key for key in fake.objects if key.startswith((left, failed))] == []
 
 
 async def test_revoked_keys_end_running_jobs_at_once_and_cached_reads_go_on(

@@ -11,10 +11,12 @@ from core.progress import Progress
 from datastore.errors import StoreError
 from datastore.gc import GcReport, collect_garbage
 from datastore.names import Group
+from datastore.s3.link import RetryPolicy
 from datastore.s3.opening import S3Datastore
 from datastore.s3.settling import settle_unknown
 from repository.local import LocalRepository
 from tests.support.s3_emulator import S3Emulator
+from tests.support.s3_faults import ALWAYS
 from tests.support.s3_stores import NAME, s3_store
 from tests.support.snapshots import CHUNK, CODEC, read_image, write_snapshot
 
@@ -195,6 +197,39 @@ async def test_a_delete_that_may_still_happen_loses_no_later_upload(
         await settle_unknown(store.s3.chunks)
         assert s3_emulator.bucket.objects[store.keys.chunk(digest)].data == bytes(blob)
         assert unknown.due() == []
+
+
+async def test_a_delete_that_cannot_be_written_down_is_known_to_this_process(
+    store_folder: Path, s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full as well: the garbage collection goes on, and the next upload is unconditional all the same."""
+    data = image(1)
+    digest, blob = CODEC.digest(data), CODEC.encode(data)
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        await write_snapshot(LocalRepository(store, "test"), GROUP, 1000, {"disk.img.fidx": image(9)})
+        await store.chunks.insert(digest, blob)
+        let_days_pass(store, s3_emulator)
+        s3_emulator.plan("POST", "lost", times=ALWAYS)
+        unknown = store.s3.chunks.unknown
+
+        def full(*_words: object) -> None:
+            raise StoreError("write", "the list", "no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(unknown, "_append", full)
+            store.client.link.policy = RetryPolicy(patience_s=0.05, base_s=0.01, cap_s=0.02)
+            with trio.fail_after(60):
+                await collect(store)
+        s3_emulator.faults.clear()
+        assert "deletes that may still happen" in caplog.text
+        assert unknown.may_be_deleted(digest)
+        before = len(s3_emulator.requests("PUT"))
+        await store.chunks.insert(digest, blob)
+        (put,) = s3_emulator.requests("PUT")[before:]
+        assert put.header("if-none-match") is None
+        assert unknown.due() == []
+        unknown._clock = lambda: time.time() + 3700
+        assert unknown.due() == [digest]
 
 
 async def test_without_any_index_nothing_goes_unless_that_is_meant(store_folder: Path, s3_emulator: S3Emulator) -> None:
