@@ -17,6 +17,9 @@ from datastore.crypt_mode import CryptMode
 #: Chunks, and their plain bytes, that one thread takes at a time.
 BATCH: Final = 16
 BATCH_BYTES: Final = 64 << 20
+#: Chunks that are worth waiting for, and seconds that the first of them waits: less than the pair saves.
+COMPANY: Final = 2
+LINGER_S: Final = 0.02
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +38,10 @@ class ChunkChecker:
         self._waiting: deque[_Item] = deque()
         self._workers: Final = trio.Semaphore(cpu_count())
         self._done: Final = ParkingLot()  # of those whose chunk is in somebody else's batch
+        self._came: Final = ParkingLot()  # of the one that waits for company
+        self._under_way = 0
+        #: Whoever sends one chunk after the other, and waits for each answer, is not made to wait for company.
+        self._several = False
         self._codec: Final = ChunkCodec()
 
     async def check(self, blob: Blob, digest: bytes, size: int) -> Blob:
@@ -47,18 +54,26 @@ class ChunkChecker:
         """
         item = _Item(blob, digest, size)
         self._waiting.append(item)
+        self._several = self._under_way > 0
+        self._under_way += 1
+        self._came.unpark_all()
         try:
             while item.result is None:
                 if not item.waits:
                     await self._done.park()
                     continue
                 async with self._workers:
+                    if item.waits and self._several and len(self._waiting) < COMPANY:
+                        with trio.move_on_after(LINGER_S):
+                            await self._came.park()
                     if item.waits:
                         await self._work()
         except BaseException:
             if item.waits:
                 self._waiting.remove(item)
             raise
+        finally:
+            self._under_way -= 1
         if isinstance(item.result, FleeceError):
             raise item.result
         return item.result

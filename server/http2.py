@@ -32,6 +32,7 @@ from core.buffers import Buffer
 from core.errors import FleeceError, os_reason
 from core.http2 import BulkConnection
 from core.nursery import open_nursery
+from core.tls import send_parts
 from server.answers import Answer
 
 _LOG = logging.getLogger(__name__)
@@ -384,10 +385,10 @@ class Http2Server:
             self._wake = trio.Event()
             while True:
                 self._fill()
-                data = self._h2.data_to_send()
-                if not data:
+                parts = self._h2.parts_to_send()
+                if not parts:
                     break
-                await self._stream.send_all(data)
+                await send_parts(self._stream, parts)
             await self._wake.wait()
 
     def _fill(self) -> None:
@@ -412,7 +413,7 @@ class Http2Server:
                 piece = head[: min(room, SENT_FRAME)]
                 last = len(piece) == len(head)
                 final = last and len(stream.outgoing) == 1 and stream.complete
-                self._h2.send_data(stream.number, bytes(piece), end_stream=final)
+                self._h2.send_body(stream.number, piece, end_stream=final)
             except (StreamClosedError, NoSuchStreamError, FlowControlError, ProtocolError):
                 stream.gone = True
                 stream.outgoing.clear()

@@ -31,6 +31,7 @@ from core.buffers import Buffer
 from core.dial import innermost_reason
 from core.http2 import BulkConnection
 from core.nursery import open_nursery
+from core.tls import send_parts
 from datastore.s3.pacing import TokenBucket
 from repository.remote.errors import RemoteAnswerError, RemoteError, RemoteUnavailableError
 
@@ -39,8 +40,8 @@ WINDOW: Final = (1 << 31) - 2
 #: Bytes of a frame that we accept; h2 is slow with larger ones.
 RECEIVED_FRAME: Final = 256 << 10
 #: Bytes of a frame that we send, as long as the server takes that.
-SENT_FRAME: Final = 4 << 20
-#: Bytes of one write, and of one read.
+SENT_FRAME: Final = 1 << 20
+#: Bytes of one read.
 _PIECE: Final = 256 << 10
 #: The same, and of a frame that we send, where a rate is limited: 4 MiB at 20 KiB/s would hold everything else up
 #: for minutes, pings included.
@@ -272,28 +273,33 @@ class Http2Client:
     async def _send(self) -> None:
         try:
             while self._broken is None:
-                control = self._h2.data_to_send()
-                data = control or self._next_frame()
-                if not data:
+                control = self._h2.parts_to_send()
+                parts = control or self._next_frame()
+                if not parts:
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
-                view = memoryview(data)
-                step = _PIECE if self._sent is None else _THROTTLED_PIECE
-                while view:
-                    # A frame of one piece goes with its head: 9 bytes are not worth a record and a system call.
-                    end = step if len(view) > step + _HEAD else len(view)
-                    piece, view = view[:end], view[end:]
-                    if self._sent is not None:
-                        await self._sent.take(len(piece))
-                    await self._stream.send_all(piece)
-                    if not control:
-                        # The system takes more only as the server does: a slow upload is no silence.
-                        self._alive = trio.current_time()
+                if self._sent is None:
+                    await send_parts(self._stream, parts)
+                else:
+                    await self._send_slowly(self._sent, b"".join(parts))
+                if not control:
+                    # The system takes more only as the server does: a slow upload is no silence.
+                    self._alive = trio.current_time()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._fail(self._lost(innermost_reason(error)))
 
-    def _next_frame(self) -> bytes:
+    async def _send_slowly(self, bucket: TokenBucket, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            # A frame of one piece goes with its head: 9 bytes are not worth a record and a system call.
+            end = _THROTTLED_PIECE if len(view) > _THROTTLED_PIECE + _HEAD else len(view)
+            piece, view = view[:end], view[end:]
+            await bucket.take(len(piece))
+            await self._stream.send_all(piece)
+            self._alive = trio.current_time()
+
+    def _next_frame(self) -> list[Buffer]:
         """The next frame of a body that the server's windows let through; empty if there is none."""
         chosen = None
         for number in self._queue:
@@ -306,7 +312,7 @@ class Http2Client:
                 if chosen is None:
                     chosen = number
         if chosen is None:
-            return b""
+            return []
         exchange = self._exchanges[chosen]
         part = exchange.parts[0]
         size = min(len(part), self._h2.local_flow_control_window(chosen), self._h2.max_outbound_frame_size)
@@ -319,8 +325,8 @@ class Http2Client:
         exchange.ended = not exchange.left
         if exchange.ended:
             self._queue.remove(chosen)
-        self._h2.send_data(chosen, part[:size], end_stream=exchange.ended)
-        return self._h2.data_to_send()
+        self._h2.send_body(chosen, part[:size], end_stream=exchange.ended)
+        return self._h2.parts_to_send()
 
     # --- receiving ---------------------------------------------------------------------------------------------------
 

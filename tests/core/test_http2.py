@@ -73,3 +73,96 @@ def test_the_windows_and_frame_sizes_of_the_other_side_are_kept_to() -> None:
     assert len(client.data_to_send(24)) == 24
     assert client.data_to_send()
     assert client.data_to_send() == b""
+
+
+def frames(*, end: bool = True) -> bytes:
+    """A client's beginning, a request with a body in three frames, one of them padded, and a ping between."""
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    client.send_headers(1, [(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/")])
+    client.send_data(1, BODY[:9_000])
+    client.send_data(1, BODY[9_000:9_500], pad_length=31)
+    client.ping(b"12345678")
+    client.send_data(1, b"")
+    client.send_data(1, BODY[9_500:12_000], end_stream=end)
+    return bytes(client.data_to_send())
+
+
+def told(make: Make, data: bytes, step: int) -> tuple[list[str], bytes, bytes]:
+    """What a server makes of `data` that come in pieces: its events, the body, what it sends."""
+    server = make(H2Configuration(client_side=False))
+    server.initiate_connection()
+    events: list[Event] = []
+    try:
+        for start in range(0, len(data), step):
+            events += server.receive_data(data[start : start + step])
+    except ProtocolError as error:
+        return [*map(str, events), repr(error)], b"", bytes(server.data_to_send())
+    body = b"".join(event.data or b"" for event in events if isinstance(event, DataReceived))
+    return [*map(str, events)], body, bytes(server.data_to_send())
+
+
+@pytest.mark.parametrize("step", [1, 8, 9, 10, 9_008, 9_009, 9_010, 1 << 20])
+def test_what_comes_in_pieces_is_understood_as_h2_does(step: int) -> None:
+    ours, theirs = (told(make, frames(), step) for make in (BulkConnection, H2Connection))
+    assert ours == theirs
+    assert ours[1] == BODY[:12_000]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (16_385).to_bytes(3, "big") + b"\0\0" + (1).to_bytes(4, "big"),  # larger than allowed
+        (3).to_bytes(3, "big") + b"\0\0" + bytes(4),  # of no stream
+        (3).to_bytes(3, "big") + b"\0\0" + (5).to_bytes(4, "big"),  # of a stream that is not there
+        (3).to_bytes(3, "big") + b"\0\x08" + (1).to_bytes(4, "big") + b"\7ab",  # more padding than frame
+        (3).to_bytes(3, "big") + b"\0\xf6" + (1).to_bytes(4, "big") + b"abc",  # flags that mean nothing
+        (3).to_bytes(3, "big") + b"\0\x01" + (1 << 31 | 1).to_bytes(4, "big") + b"abc",  # a reserved bit
+        (2).to_bytes(3, "big") + b"\1\0" + (3).to_bytes(4, "big") + b"\x82\x84"  # in the middle of headers
+        + (3).to_bytes(3, "big") + b"\0\0" + (1).to_bytes(4, "big") + b"abc",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("step", [7, 1 << 20])
+def test_what_is_odd_about_a_frame_is_odd_for_both(wrong: bytes, step: int) -> None:
+    data = frames(end=False) + wrong + bytes(20_000)
+    assert told(BulkConnection, data, step) == told(H2Connection, data, step)
+
+
+def test_bodies_go_out_in_order_and_are_not_copied() -> None:
+    ours, theirs = (make(H2Configuration(client_side=True)) for make in (BulkConnection, H2Connection))
+    body = bytearray(BODY[:5_000])
+    parts: list[bytes] = []
+    for client in (ours, theirs):
+        client.initiate_connection()
+        client.send_headers(1, [(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/")])
+        client.ping(b"12345678")
+    assert isinstance(ours, BulkConnection)
+    for number in range(3):
+        ours.send_body(1, memoryview(body), end_stream=number == 2)
+        theirs.send_data(1, bytes(body), end_stream=number == 2)
+        for client in (ours, theirs):
+            client.ping(b"abcdefgh")
+        if number == 1:
+            parts += map(bytes, ours.parts_to_send())
+    views = ours.parts_to_send()
+    body[0] ^= 1
+    changed = b"".join([*parts, *views])
+    body[0] ^= 1
+    assert b"".join([*parts, *views]) == theirs.data_to_send()
+    assert changed != b"".join([*parts, *views])
+    assert ours.parts_to_send() == []
+
+
+def test_bodies_are_in_what_h2_itself_gives_out() -> None:
+    ours, theirs = (make(H2Configuration(client_side=True)) for make in (BulkConnection, H2Connection))
+    for client in (ours, theirs):
+        client.initiate_connection()
+        client.send_headers(1, [(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/")])
+    assert isinstance(ours, BulkConnection)
+    ours.send_body(1, BODY[:9_000])
+    theirs.send_data(1, BODY[:9_000])
+    expected = bytes(theirs.data_to_send())
+    assert ours.data_to_send(100) == expected[:100]
+    ours.send_body(1, BODY[:9_000])
+    theirs.send_data(1, BODY[:9_000])
+    assert ours.data_to_send() == expected[100:] + theirs.data_to_send()

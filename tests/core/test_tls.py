@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from core.tls import TlsStream
+from core.tls import TlsStream, send_parts
 from tests.support.certificates import Certificate, make_certificate
 
 Serve = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
@@ -195,3 +196,38 @@ async def test_a_receive_in_a_thread_waits_for_data_and_can_be_cancelled(certifi
         buffer = bytearray(10)
         count = await stream.receive_into(buffer, in_thread=True)
         assert buffer[:count] == b"late"
+
+
+async def test_parts_are_not_needed_once_their_sender_waits(certificate: Certificate) -> None:
+    parts = [bytearray(os.urandom(size)) for size in (9, 3_000_000, 0, 5, 70_000)]
+    whole = b"".join(parts)
+    received = bytearray()
+    begun = trio.Event()
+
+    async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+        await stream.do_handshake()
+        await begun.wait()
+        while len(received) < len(whole):
+            received.extend(await stream.receive_some())
+
+    async def send(stream: TlsStream) -> None:
+        await send_parts(stream, parts)
+        await send_parts(stream, [])
+
+    async with served(serve, certificate.context()) as transport:
+        stream = TlsStream(transport, client_context(certificate), "127.0.0.1")
+        await stream.do_handshake()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, stream)
+            await trio.testing.wait_all_tasks_blocked()
+            for part in parts:
+                part[:] = bytes(len(part))
+            begun.set()
+    assert received == whole
+
+
+async def test_parts_go_over_any_stream() -> None:
+    left, right = trio.testing.memory_stream_pair()
+    await send_parts(left, [b"a", bytearray(b"bc"), memoryview(b"d")])
+    await send_parts(left, [memoryview(b"e")])
+    assert await right.receive_some() == b"abcde"

@@ -133,3 +133,58 @@ async def test_wrong_ones_of_a_batch_do_not_harm_the_others(checker: ChunkChecke
         for number in range(50):
             nursery.start_soon(check, number)
     assert outcomes == {number: "refused" if number % 3 == 0 else "ok" for number in range(50)}
+
+
+async def test_beside_others_a_chunk_waits_for_company(checker: ChunkChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_check, "LINGER_S", 10 * PATIENCE_S)
+    gates = Gates(checker)
+    async with trio.open_nursery() as nursery:
+        for number in range(2):
+            nursery.start_soon(checker.check, *chunk(number))
+            if not number:
+                await gates.begun(1)
+        await settle()
+        assert len(gates.batches) == 1
+        nursery.start_soon(checker.check, *chunk(2))
+        await gates.begun(2)
+        assert [size for size, _ in gates.batches] == [1, 2]
+        for _, gate in gates.batches:
+            gate.set()
+
+
+async def test_company_that_does_not_come_is_waited_for_briefly(checker: ChunkChecker) -> None:
+    gates = Gates(checker)
+    async with trio.open_nursery() as nursery:
+        for number in range(2):
+            nursery.start_soon(checker.check, *chunk(number))
+            await gates.begun(number + 1)
+        for _, gate in gates.batches:
+            gate.set()
+
+
+async def test_who_sends_one_after_the_other_waits_for_nobody(
+    checker: ChunkChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_check, "LINGER_S", 10 * PATIENCE_S)
+    for number in range(3):
+        with trio.fail_after(PATIENCE_S):
+            await checker.check(*chunk(number))
+
+
+async def test_a_chunk_that_waits_for_company_can_be_cancelled(
+    checker: ChunkChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_check, "LINGER_S", 10 * PATIENCE_S)
+    gates = Gates(checker)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(checker.check, *chunk(0))
+        await gates.begun(1)
+        with trio.move_on_after(0.01) as scope:
+            await checker.check(*chunk(1))
+        assert scope.cancelled_caught
+        gates.batches[0][1].set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(checker.check, *chunk(1))
+        await gates.begun(2)
+        gates.batches[1][1].set()
+    assert [size for size, _ in gates.batches] == [1, 1]
