@@ -64,11 +64,16 @@ class S3Use:
             crossed=self._crossed,
             limit_requests=budget.limit_requests,
             limit_downloaded=budget.limit_downloaded,
+            words=self,
         )
         self.endpoint: str | None = None  #: the endpoint that was used last; None: no store in a bucket was opened
 
     def _crossed(self, name: str, value: int) -> None:
-        self._warn(crossing(name, value, self._budget.thresholds[name]))
+        self._warn(self.crossing(name, value))
+
+    def crossing(self, name: str, value: int) -> str:
+        """See `CostWords.crossing`."""
+        return crossing(name, value, self._budget.thresholds[name])
 
     # Opening.
 
@@ -165,10 +170,10 @@ class S3Use:
             "by-work": {work.value: _figures(totals, prices) for work, totals in kinds.items() if totals.requests},
         }
 
-    def line(self) -> str:
-        """The same in one line for people."""
+    def line(self, totals: Totals | None = None) -> str:
+        """The same in one line for people; of `totals`, which may be a part of it."""
         prices, currency = self.prices()
-        totals = self.counters.totals()
+        totals = self.counters.totals() if totals is None else totals
         counts = [f"{totals.requests[method]} {method.value.upper()}" for method in Method if method in totals.requests]
         estimate = f"about {totals.estimate(prices):.4f} {currency}"
         bytes_ = f"{format_size(totals.uploaded)} sent, {format_size(totals.downloaded)} received"

@@ -1,5 +1,6 @@
 """The datastores and remotes of this host as a server sees them, and where the server's own files lie."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from agent.remote_hosts import RemoteRegistry
     from repository.remote.repository import RemoteRepository
 
+_LOG = logging.getLogger(__name__)
 #: What the REST interface shows of a remote.
 _SHOWN = ("host", "auth-id", "port", "fingerprint", "comment")
 
@@ -44,7 +46,8 @@ class RegisteredStores:
     async def open(self, name: str) -> AsyncIterator[LocalRepository]:
         """See `StoreProvider.open`."""
         # One per store: only one endpoint at a time goes through it.
-        use = S3Use(self._invocation.endpoints, self._config.s3)
+        use = S3Use(self._invocation.endpoints, self._config.s3, warn=_LOG.warning)
+        use.counters.crossed = None  # a budget is for each task, not for all since the server began
         async with repository_at(name, self._config, self._registry, lambda: use) as repository:
             if not isinstance(repository, LocalRepository):
                 raise UsageError("serve the datastore", name, "it lies on another server")

@@ -12,6 +12,7 @@ from core.limits import in_io_thread
 from core.nursery import open_nursery
 from datastore.errors import LockedError, OwnerError
 from datastore.names import BackupType
+from datastore.s3.counters import TaskCost, counted_for
 from datastore.session import LocalBackupSession, open_session
 from repository.local import LocalRepository
 from server.access.roles import Privilege
@@ -108,30 +109,34 @@ async def backup(call: Call) -> AsyncIterator[H2Session]:
     if is_benchmark and not values["benchmark"]:
         raise ApiError("unable to run benchmark without --benchmark flags")
     holder = _Holder(repository, call, values["benchmark"])
-    async with state.stores.session(store, writes=True), open_nursery() as nursery:
-        try:
-            session: LocalBackupSession = await nursery.start(holder.hold)
-        except FleeceError as error:
-            raise await _refusal(error, call, repository) from error
-        kind = "benchmark" if values["benchmark"] else "backup"
-        try:
-            async with state.tasks.task(kind, f"{store}:{_in_ns(call)}{wanted.group}", str(caller)) as task:
-                task.log(f"starting new {kind} on datastore '{store}' from {call.peer}: \"{_in_ns(call)}{wanted}\"")
-                calls = BackupCalls(repository, session, holder.finish, task, debug=values["debug"])
-                try:
-                    yield H2Session(calls, state, caller)
-                    # The connection may end while `finish` is at work: what is on the disk decides.
-                    finished = await holder.settled()
-                finally:
-                    await holder.drop()  # whoever sees that the task has ended may begin the next backup
-                if not finished:
-                    raise _UnfinishedError("backup ended but finished state is not set.")
-                task.log("backup finished successfully")
-                if store in state.verify_new and not values["benchmark"]:
-                    await verify_new(state, store, repository, wanted, caller)
-        except _UnfinishedError:
-            pass
-        nursery.cancel_scope.cancel()
+    # From here on: whoever holds the session stores the owner before there is a task, and the manifest at its end.
+    cost = TaskCost()
+    with counted_for(cost):
+        async with state.stores.session(store, writes=True), open_nursery() as nursery:
+            try:
+                session: LocalBackupSession = await nursery.start(holder.hold)
+            except FleeceError as error:
+                raise await _refusal(error, call, repository) from error
+            kind = "benchmark" if values["benchmark"] else "backup"
+            worker = f"{store}:{_in_ns(call)}{wanted.group}"
+            try:
+                async with state.tasks.task(kind, worker, str(caller), cost=cost) as task:
+                    task.log(f"starting new {kind} on datastore '{store}' from {call.peer}: \"{_in_ns(call)}{wanted}\"")
+                    calls = BackupCalls(repository, session, holder.finish, task, debug=values["debug"])
+                    try:
+                        yield H2Session(calls, state, caller)
+                        # The connection may end while `finish` is at work: what is on the disk decides.
+                        finished = await holder.settled()
+                    finally:
+                        await holder.drop()  # whoever sees that the task has ended may begin the next backup
+                    if not finished:
+                        raise _UnfinishedError("backup ended but finished state is not set.")
+                    task.log("backup finished successfully")
+                    if store in state.verify_new and not values["benchmark"]:
+                        await verify_new(state, store, repository, wanted, caller)
+            except _UnfinishedError:
+                pass
+            nursery.cancel_scope.cancel()
 
 
 def _in_ns(call: Call) -> str:

@@ -28,6 +28,7 @@ from core.errors import FleeceError, FormatError, os_reason
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.progress import Progress
+from datastore.s3.counters import TaskCost, counted_for
 from datastore.upid import Upid
 from server.errors import ApiError, ServerError
 
@@ -361,10 +362,13 @@ class Tasks:
     # Running.
 
     @asynccontextmanager
-    async def task(self, kind: str, worker_id: str, auth_id: str) -> AsyncIterator[Task]:
+    async def task(
+        self, kind: str, worker_id: str, auth_id: str, *, cost: TaskCost | None = None
+    ) -> AsyncIterator[Task]:
         """A task that lasts as long as the block, which ends quietly when somebody stops it.
 
-        An error of the block becomes its status and goes on to the caller.
+        An error of the block becomes its status and goes on to the caller. At its end the log says what the block has
+        needed of buckets, with what was counted for `cost` before it began.
 
         Raises:
             ServerError: its log cannot be made.
@@ -379,8 +383,10 @@ class Tasks:
         self._running[text] = task
         self._lines += 1
         status = ABORTED
+        cost = TaskCost() if cost is None else cost
+        cost.warn = task.warn
         try:
-            with task.scope:
+            with task.scope, counted_for(cost):
                 yield task
             if not task.stopped:
                 count = len(task.warnings)
@@ -389,6 +395,8 @@ class Tasks:
             status = _status(error)
             raise
         finally:
+            for line in cost.lines():
+                task.log(line)
             self._end(task, status)
 
     def _begun(self, upid: Upid) -> Task:

@@ -1,7 +1,7 @@
 """What talking to an endpoint costs: requests by kind of work and method, bytes both ways, an estimate in money (R46).
 
 Every attempt that reached the server counts. The kind of work is a context variable: whoever runs a garbage collection
-says so once, and all tasks below inherit it.
+says so once, and all tasks below inherit it. So is the task of a server whose cost is to be told at its end.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from core.units import GIB
 from datastore.s3.errors import S3BudgetError
@@ -44,6 +44,7 @@ _PBS_METHOD: Final = {Method.LIST: "get", Method.COPY: "put"}
 #: Work that a hard limit stops; a backup or restore goes on, whatever it costs.
 STOPPABLE: Final = frozenset({Work.VERIFY, Work.PREFETCH})
 _work: ContextVar[Work] = ContextVar("s3 work", default=Work.OTHER)
+_cost: ContextVar["TaskCost | None"] = ContextVar("s3 cost", default=None)
 
 
 @contextmanager
@@ -61,6 +62,16 @@ def counted_unless_named(work: Work) -> Iterator[None]:
     """As `counted_as`, unless somebody further out has said what it is for."""
     with counted_as(work) if _work.get() is Work.OTHER else nullcontext():
         yield
+
+
+@contextmanager
+def counted_for(cost: "TaskCost") -> Iterator[None]:
+    """Count the requests of this block, and of tasks started in it, for `cost` as well."""
+    token = _cost.set(cost)
+    try:
+        yield
+    finally:
+        _cost.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,19 @@ class Totals:
         return requests / 1000 + self.downloaded / GIB * prices.per_gib_out
 
 
-@dataclass(slots=True)
+class CostWords(Protocol):
+    """Says for people what counts mean; whoever opens a store knows its prices."""
+
+    def line(self, totals: Totals) -> str:
+        """What was needed, and an estimate of what it costs."""
+        ...
+
+    def crossing(self, name: str, value: int) -> str:
+        """That the threshold `name` was passed."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
 class Counters:
     """Counts; may be shared by several clients.
 
@@ -101,15 +124,15 @@ class Counters:
     crossed: Callable[[str, int], None] | None = None  #: name and value
     limit_requests: int | None = None
     limit_downloaded: int | None = None  #: bytes
+    words: CostWords | None = None
     _requests: dict[tuple[Work, Method], int] = field(default_factory=dict)
     _bytes: dict[tuple[Work, str], int] = field(default_factory=dict)
     _passed: set[str] = field(default_factory=set)
 
     def request(self, method: Method) -> None:
         """Count one attempt that reached the server."""
-        key = (_work.get(), method)
-        self._requests[key] = self._requests.get(key, 0) + 1
-        self._compare(f"s3-{_PBS_METHOD.get(method, method.value)}")
+        for counters in self._all():
+            counters._add_request(method)
 
     def uploaded(self, size: int) -> None:
         """Count bytes of a body that was sent."""
@@ -128,7 +151,8 @@ class Counters:
         work = _work.get()
         if work not in STOPPABLE:
             return
-        spent = self.totals(work)
+        # Limits are those of one task.
+        spent = self._all()[-1].totals(work)
         requests = sum(spent.requests.values())
         if self.limit_requests is not None and requests >= self.limit_requests:
             raise S3BudgetError(work.value, where, f"its limit of {self.limit_requests} requests is reached")
@@ -155,10 +179,21 @@ class Counters:
             counts[f"s3-{_PBS_METHOD.get(method, method.value)}"] += count
         return {**counts, "s3-upload": total.uploaded, "s3-download": total.downloaded}
 
+    def _all(self) -> "list[Counters]":
+        """These, and what the task that runs now has of its own."""
+        cost = _cost.get()
+        return [self] if cost is None else [self, cost.part(self)]
+
+    def _add_request(self, method: Method) -> None:
+        key = (_work.get(), method)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        self._compare(f"s3-{_PBS_METHOD.get(method, method.value)}")
+
     def _add_bytes(self, way: str, size: int) -> None:
         key = (_work.get(), way)
-        self._bytes[key] = self._bytes.get(key, 0) + size
-        self._compare(f"s3-{way}")
+        for counters in self._all():
+            counters._bytes[key] = counters._bytes.get(key, 0) + size
+            counters._compare(f"s3-{way}")
 
     def _compare(self, name: str) -> None:
         threshold = self.thresholds.get(name)
@@ -168,3 +203,31 @@ class Counters:
         if value > threshold:
             self._passed.add(name)
             self.crossed(name, value)
+
+
+class TaskCost:
+    """What one task needs of all stores that it uses, where many tasks of a process use the same ones.
+
+    Args:
+        warn: told when the task passes a threshold; may be set later.
+    """
+
+    def __init__(self, warn: Callable[[str], None] = lambda text: None) -> None:
+        self.warn = warn
+        self._parts: list[tuple[Counters, Counters]] = []
+
+    def part(self, counters: Counters) -> Counters:
+        """The task's part of what `counters` count, with their thresholds."""
+        for known, part in self._parts:
+            if known is counters:
+                return part
+        part = Counters(counters.thresholds)
+        if (words := counters.words) is not None:
+            part.crossed = lambda name, value: self.warn(words.crossing(name, value))
+        self._parts.append((counters, part))
+        return part
+
+    def lines(self) -> list[str]:
+        """For people, a line for each store of which something was needed and that knows words for it."""
+        costs = [(counters.words, part.totals()) for counters, part in self._parts]
+        return [words.line(totals) for words, totals in costs if words is not None and totals.requests]

@@ -8,6 +8,7 @@ import trio
 
 from datastore.blob import Blob, BlobKind
 from datastore.names import Group, Snapshot
+from datastore.s3.counters import Counters, Method, Totals
 from repository.local import LocalRepository
 from server.application import Application
 from server.state import ServerState
@@ -66,6 +67,50 @@ async def test_chunks_stay_out_of_the_cache_of_a_bucket_if_the_client_wants(
             assert (cached.stat().st_size > 0) is not no_cache
             async with repository.reader(snapshot) as reader:
                 assert bytes((await reader.read_chunk(DIGEST)).payload) == DATA
+
+
+class Words:
+    """Counts as they are."""
+
+    def line(self, totals: Totals) -> str:
+        counts = ", ".join(f"{count} {method.value}" for method, count in sorted(totals.requests.items(), key=str))
+        return f"the bucket was asked: {counts}"
+
+    def crossing(self, name: str, value: int) -> str:
+        return f"too much of {name}: {value}"
+
+
+async def test_the_log_of_a_task_says_what_it_has_asked_of_a_bucket(
+    store_folder: Path, tmp_path: Path, s3_emulator: S3Emulator
+) -> None:
+    """Its own part: the owner and the manifest too, which are stored before and after the client's requests."""
+    counters = Counters({"s3-put": 3}, words=Words())
+    async with s3_store(store_folder, s3_emulator.endpoint(), counters=counters) as store:
+        state = ServerState(tmp_path / "server", Stores({"main": LocalRepository(store, "main")}))
+        async with state.running():
+            direct = Direct(state, Application(state))
+            direct.right("/datastore/main", USER, "DatastoreBackup")
+            state.verify_new = frozenset({"main"})
+            logs = []
+            for ctime in (1000, 2000):
+                await back_up(direct, ctime)
+                await idle(direct)
+                kinds = {info.upid.kind: info for info in state.tasks.infos()[:2]}
+                lines = {kind: state.tasks.files.log_lines(str(info.upid))[0] for kind, info in kinds.items()}
+                logs.append({kind: [line.split(": ", 1)[1] for line in found] for kind, found in lines.items()})
+                assert {kind: info.status for kind, info in kinds.items()} == {
+                    "backup": "WARNINGS: 1" if ctime == 1000 else "OK", "verify_snapshot": "OK",
+                }  # fmt: skip
+    first, second = logs
+    # Owner, chunk, index, blob or not, manifest; and nothing of the first is in the second.
+    assert "the bucket was asked: 4 put" in first["backup"]
+    assert "WARN: too much of s3-put: 4" in first["backup"]
+    assert "the bucket was asked: 2 put" in second["backup"]
+    # The chunk, and the manifest with the result; in the log of its own task.
+    assert [line for line in second["verify_snapshot"] if line.startswith("the bucket")] == [
+        "the bucket was asked: 1 get, 1 put"
+    ]
+    assert counters.totals().requests[Method.PUT] == 4 + 2 + 2
 
 
 async def test_what_was_backed_up_is_verified_if_the_store_wants(direct: Direct, local: LocalRepository) -> None:

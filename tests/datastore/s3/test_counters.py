@@ -3,7 +3,7 @@
 import pytest
 
 from core.units import GIB
-from datastore.s3.counters import Counters, Method, Prices, Work, counted_as
+from datastore.s3.counters import Counters, Method, Prices, TaskCost, Totals, Work, counted_as, counted_for
 from datastore.s3.errors import S3BudgetError
 
 
@@ -78,3 +78,44 @@ def test_a_limit_never_stops_a_backup_or_restore(work: Work) -> None:
     with counted_as(work):
         counters.request(Method.PUT)
         counters.check_limit("here")
+
+
+class Words:
+    """Says little."""
+
+    def line(self, totals: Totals) -> str:
+        return f"{sum(totals.requests.values())} requests, {totals.uploaded} sent, {totals.downloaded} received"
+
+    def crossing(self, name: str, value: int) -> str:
+        return f"{name} {value}"
+
+
+def test_a_task_of_a_server_has_its_own_part_with_limits_and_thresholds_of_its_own() -> None:
+    told: list[str] = []
+    counters = Counters({"s3-get": 1}, limit_requests=3, words=Words())
+    for _ in range(3):
+        cost = TaskCost(told.append)
+        with counted_for(cost), counted_as(Work.VERIFY):
+            for _ in range(3):
+                counters.check_limit("here")
+                counters.request(Method.GET)
+            counters.downloaded(10)
+            with pytest.raises(S3BudgetError):
+                counters.check_limit("here")
+        assert cost.lines() == ["3 requests, 0 sent, 10 received"]
+    assert told == ["s3-get 2"] * 3
+    assert counters.totals().requests == {Method.GET: 9}
+    assert counters.totals().downloaded == 30
+    counters.request(Method.GET)
+    assert cost.lines() == ["3 requests, 0 sent, 10 received"]
+
+
+def test_a_task_tells_of_each_store_that_it_has_asked_something_of() -> None:
+    stores = [Counters(words=Words()) for _ in range(3)] + [Counters()]
+    cost = TaskCost()
+    with counted_for(cost):
+        for number in (2, 0, 2, 3):
+            stores[number].request(Method.PUT)
+            stores[number].uploaded(5)
+        stores[1].check_limit("here")
+    assert cost.lines() == ["2 requests, 10 sent, 0 received", "1 requests, 5 sent, 0 received"]
