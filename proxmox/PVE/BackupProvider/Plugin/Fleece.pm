@@ -116,12 +116,12 @@ sub backup_init {
 
 sub backup_cleanup {
     my ($self, $vmid, $vmtype, $success, $info) = @_;
-    my $stats = {};
-    if ($success) {
+    my $stats = $self->_or_finish(sub {
+        return {} if !$success;
         my $answer = $self->_session('backup')->ask('backup-cleanup', {}, limit => $PVE::Fleece::Process::CALL_LIMIT_S);
-        $stats->{'archive-size'} = PVE::Fleece::Process::number_in($answer, 'archive-size');
-        $self->{archives}->{$vmid} = $self->{name};
-    }
+        return { 'archive-size' => PVE::Fleece::Process::number_in($answer, 'archive-size') };
+    });
+    $self->{archives}->{$vmid} = $self->{name} if $success;
     # Whatever was not finished is thrown away.
     $self->_finish();
     return { stats => $stats };

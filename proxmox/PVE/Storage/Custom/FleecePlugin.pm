@@ -18,6 +18,9 @@ my ($OLDEST_API, $NEWEST_API) = (11, 15);
 
 # Seconds for which the space of a storage is not asked for again: the status daemon asks every ten.
 our $STATUS_AGE_S = 120;
+# Seconds for it, and for which a failure is not looked into again: that daemon asks all storages in turn.
+our $STATUS_LIMIT_S = 15;
+our $FAILURE_AGE_S = 60;
 # Seconds for what may have to look at everything there is.
 our $LONG_LIMIT_S = 1800;
 
@@ -101,12 +104,17 @@ sub status {
     my ($class, $storeid, $scfg, $cache) = @_;
     my $now = clock_gettime(CLOCK_MONOTONIC);
     my $known = $status_of{$storeid};
-    if (!$known || $known->{scfg} != $scfg && $known->{of} ne _identity($scfg) || $now >= $known->{until}) {
-        my $found = _call($scfg, $storeid, 'storage-status', {});
-        my @space = map { PVE::Fleece::Process::number_in($found, $_) } qw(total available used);
+    if (!$known || $known->{of} ne _identity($scfg) || $now >= $known->{until}) {
+        my $space = eval {
+            my $found = _call($scfg, $storeid, 'storage-status', {}, limit => $STATUS_LIMIT_S);
+            [map { PVE::Fleece::Process::number_in($found, $_) } qw(total available used)];
+        };
+        my $failure = $@;
+        my $age_s = $space ? $STATUS_AGE_S : $FAILURE_AGE_S;
         $known = $status_of{$storeid} =
-            { scfg => $scfg, of => _identity($scfg), until => $now + $STATUS_AGE_S, space => \@space };
+            { of => _identity($scfg), until => $now + $age_s, space => $space, failure => $failure };
     }
+    die $known->{failure} if !$known->{space};
     return (@{ $known->{space} }, 1);
 }
 
@@ -222,14 +230,13 @@ sub update_volume_attribute {
     my ($class, $scfg, $storeid, $volname, $attribute, $value) = @_;
     my (undef, $name) = $class->parse_volname($volname);
     my $changed = $attribute eq 'notes' ? { notes => _characters($value) }
-        : $attribute eq 'protected' ? { protected => $value ? JSON_TRUE() : JSON_FALSE() }
+        : $attribute eq 'protected' ? { protected => _boolean($value) }
         : die "the attribute '$attribute' is not supported by storages of the type fleece\n";
     _call($scfg, $storeid, 'update-volume', { 'archive-name' => $name, %$changed });
     return;
 }
 
-sub JSON_TRUE { return PVE::Fleece::Process::json()->decode('[true]')->[0] }
-sub JSON_FALSE { return PVE::Fleece::Process::json()->decode('[false]')->[0] }
+sub _boolean { my ($value) = @_; return PVE::Fleece::Process::json()->decode($value ? '[true]' : '[false]')->[0] }
 
 # A text whose characters, not bytes, go into the JSON.
 sub _characters {
@@ -267,7 +274,7 @@ sub prune_backups {
             keep => $keep->{'keep-all'} ? {} : \%kept,
             defined($vmid) ? (vmid => int($vmid)) : (),
             defined($type) ? (vmtype => "$type") : (),
-            'dry-run' => $dryrun ? JSON_TRUE() : JSON_FALSE(),
+            'dry-run' => _boolean($dryrun),
         },
         limit => $LONG_LIMIT_S,
     );
