@@ -382,6 +382,34 @@ def test_every_verb_works_on_a_bucket_as_on_a_folder(
     fleece("gc", "--allow-empty", "--dry-run")
 
 
+@pytest.mark.parametrize("mode", ["legacy", "data", "metadata"])
+def test_folders_are_stored_in_each_mode_and_read_from_a_cold_cache(
+    fleece: Fleece, cloud: str, store_folder: Path, tmp_path: Path, s3_emulator: S3Emulator, mode: str
+) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub/old").write_text("text")
+    (folder / "link").symlink_to("sub/old")
+    back_up = ["backup", f"root.pxar:{folder}", "--backup-id", "web", "--repo", cloud, "--change-detection-mode", mode]
+    fleece(*back_up)
+    (folder / "new").write_bytes(bytes(range(256)) * 40)
+
+    def forget_contents() -> None:
+        for file in (store_folder / ".chunks").glob("*/" + 64 * "?"):
+            file.write_bytes(b"")
+
+    forget_contents()  # the second one reads the first one's archive, where its mode wants that
+    before = len(s3_emulator.requests("GET"))
+    snapshot = fleece(*back_up).document["snapshot"]
+    assert (len(s3_emulator.requests("GET")) > before) is (mode == "metadata")
+    forget_contents()
+    fleece("restore", snapshot, "root.pxar", tmp_path / "out", "--repo", cloud)
+    assert (tmp_path / "out/new").read_bytes() == (folder / "new").read_bytes()
+    assert (tmp_path / "out/sub/old").read_text() == "text"
+    assert (tmp_path / "out/link").readlink() == Path("sub/old")
+    assert [one["state"] for one in fleece("verify", "--repo", cloud).document] == ["ok", "ok"]
+
+
 def test_a_mounts_cold_chunks_come_from_the_bucket(
     fleece: Fleece, cloud: str, second_folder: Path, disk: Path, tmp_path: Path, s3_emulator: S3Emulator
 ) -> None:

@@ -1,6 +1,7 @@
 """The client, on the emulator and on a real gateway."""
 
 import os
+from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from core.errors import UsageError
 from datastore.s3.client import S3Client
 from datastore.s3.errors import S3BackendError, S3Error
 from datastore.s3.objects import Outcome
+from datastore.s3.pacing import TokenBucket
 from datastore.s3.xml import Listed
 from tests.datastore.s3.conftest import IMPATIENT, Place
 from tests.support.s3_emulator import S3Emulator
@@ -309,6 +311,29 @@ async def test_every_put_and_copy_takes_a_put_token_and_every_request_one_of_all
     await emulated.delete_many(["st1/a"])
     assert puts.count == 3 + 1
     assert requests.count == 3 + 3
+
+
+async def test_bytes_that_come_and_go_are_taken_from_the_configured_rates(
+    s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: Counter[tuple[float, float]] = Counter()
+
+    async def take(self: TokenBucket, count: float = 1.0) -> None:
+        taken[self._rate, self._burst] += int(count)
+
+    monkeypatch.setattr(TokenBucket, "take", take)
+    body = bytes(range(256)) * 4096
+    s3_emulator.bucket.put("st1/a", body)
+    incoming, outgoing = (1e9, 2e9), (3e9, 4e9)
+    limits = {"rate_in": 1e9, "burst_in": 2e9, "rate_out": 3e9, "burst_out": 4e9}
+    async with S3Client.open(s3_emulator.endpoint(**limits), BUCKET) as client:
+        await client.get("st1/a")
+        assert len(body) < taken[incoming] < len(body) + 2000
+        assert 0 < taken[outgoing] < 2000
+        taken.clear()
+        await client.put("st1/b", [body])
+        assert len(body) < taken[outgoing] < len(body) + 4000
+        assert 0 < taken[incoming] < 2000
 
 
 async def test_counters_have_every_request_and_byte(emulated: S3Client) -> None:

@@ -164,6 +164,25 @@ async def test_silence_is_waited_for_only_so_long(
     assert await call(emulated) == expected
 
 
+async def test_an_attempt_has_an_end_although_something_moves_and_a_large_body_has_more_time(
+    s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R12: here the inactivity time-out of a minute does not come into it."""
+    monkeypatch.setattr("datastore.s3.link.ATTEMPT_TIMEOUT_S", 0.2)
+    async with S3Client.open(s3_emulator.endpoint(), BUCKET, policy=IMPATIENT) as client:
+        s3_emulator.plan("GET", "deaf")
+        with trio.fail_after(30):
+            assert await get(client) == b"fleece"
+        assert len(s3_emulator.requests("GET")) == 2
+        waiting = s3_emulator.plan("PUT", "delay", seconds=30)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.put, "st1/large", [bytes(100 * 1024)])
+            await until(lambda: waiting.met > 0)
+            await trio.sleep(0.5)  # longer than the others may take, and far from a second for each KiB
+            waiting.released.set()
+        assert [one.status for one in s3_emulator.requests("PUT")] == [200]
+
+
 @pytest.mark.parametrize(("operation", "call", "expected"), CALLS)
 @pytest.mark.parametrize("kind", ["lost", "reset", "answer"])
 async def test_after_eight_answers_or_all_patience_it_is_over(

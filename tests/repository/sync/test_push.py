@@ -14,6 +14,7 @@ from datastore.errors import SnapshotNotFoundError
 from datastore.filters import GroupFilter
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CLIENT_LOG_NAME, Group, Namespace
+from datastore.s3.chunks import S3ChunkStore
 from repository.interface import Repository
 from repository.sync import Outcome
 from repository.throttle import Throttle
@@ -91,6 +92,18 @@ async def test_into_a_bucket(bucket_pair: Pair) -> None:
     for snapshot in snapshots:
         assert await read_image(pair.target, snapshot, "disk.img.fidx") == IMAGE
     assert any(file.filename == CLIENT_LOG_NAME for file in (await pair.target.snapshots())[0].files)
+
+
+async def test_out_of_a_bucket_whose_cache_is_cold(bucket_pair: Pair) -> None:
+    bucket, folder = bucket_pair.target, bucket_pair.source
+    snapshot = await write_snapshot(bucket, GROUP, 1000, {"disk.img.fidx": IMAGE, "a.conf.blob": b"x"})
+    chunks = bucket.store.chunks
+    assert isinstance(chunks, S3ChunkStore)
+    for offset in range(0, len(IMAGE), CHUNK):
+        await chunks.cache.drop(CODEC.digest(IMAGE[offset : offset + CHUNK]))
+    report = await push(bucket, folder)
+    assert [one.chunks_sent for one in report.snapshots] == [4]
+    assert await read_image(folder, snapshot, "disk.img.fidx") == IMAGE
 
 
 async def test_namespaces_are_mapped_made_and_bounded(pair: Pair) -> None:
