@@ -222,7 +222,7 @@ def send_test(
 ) -> None:
     """Send a message of a run that never was, whatever the rules of the notification say, and say whether it was taken.
 
-    Of a failure nothing is kept, and it counts for nothing.
+    It is tried once, and counts for nothing.
     """
     from agent.job_sections import check_job_name
     from agent.monitoring.messages import sample
@@ -237,7 +237,7 @@ def send_test(
     async def work(progress: "Progress") -> None:
         from agent.monitoring.delivery import deliver
 
-        await deliver(section, message, progress.log)
+        await deliver(section, message, progress.log, hurried=True)
 
     try:
         invocation.run(work, what="send the notification", where=name)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 #: Where distributions have it.
 DEFAULT_SENDMAIL: Final = "/usr/sbin/sendmail"
 _MAX_PASSWORD: Final = 4096
+_GREETING: Final = 220
 #: Answers of an SMTP server that mean: later perhaps (RFC 5321, 4.2.1).
 _TRANSIENT: Final = range(400, 500)
 
@@ -126,7 +127,11 @@ async def _by_smtp(section: "MailSection", mail: EmailMessage, timeout_s: float)
         finally:
             connection.end()
     if scope.cancelled_caught:
-        raise DeliveryError("send a mail to", section.smtp, f"it did not take it in {timeout_s:.0f} s", temporary=True)
+        raise _too_slow(section.smtp, timeout_s)
+
+
+def _too_slow(where: str, timeout_s: float) -> DeliveryError:
+    return DeliveryError("send a mail to", where, f"it did not take it in {timeout_s:.0f} s", temporary=True)
 
 
 def _talk(section: "MailSection", mail: EmailMessage, password: str, timeout_s: float, connection: _Connection) -> None:
@@ -148,7 +153,9 @@ def _talk(section: "MailSection", mail: EmailMessage, password: str, timeout_s: 
         connection.smtp = smtp
         smtp._host = host  # type: ignore[attr-defined]  # what the constructor sets when it connects itself; for TLS
         try:
-            smtp.connect(host, port)
+            code, words = smtp.connect(host, port)
+            if code != _GREETING:
+                raise smtplib.SMTPConnectError(code, words)
             if connection.ended:
                 return
             if section.encryption == "starttls":
@@ -173,8 +180,10 @@ def _talk(section: "MailSection", mail: EmailMessage, password: str, timeout_s: 
         why = f"the server does not accept user and password (code {error.smtp_code})"
         raise DeliveryError("send a mail to", where, why, temporary=error.smtp_code in _TRANSIENT) from None
     except smtplib.SMTPResponseException as error:
-        words = error.smtp_error.decode("utf-8", "replace") if isinstance(error.smtp_error, bytes) else error.smtp_error
-        shown = "".join(char if char.isprintable() else " " for char in str(words))[:200]
+        if error.smtp_code < 0:  # smtplib's word for no code at all
+            raise DeliveryError("send a mail to", where, "what it says is no SMTP", temporary=True) from None
+        said = error.smtp_error.decode("utf-8", "replace") if isinstance(error.smtp_error, bytes) else error.smtp_error
+        shown = "".join(char if char.isprintable() else " " for char in str(said))[:200]
         why = f"the server answers {error.smtp_code} {shown}".rstrip()
         raise DeliveryError("send a mail to", where, why, temporary=error.smtp_code in _TRANSIENT) from None
     except smtplib.SMTPNotSupportedError:
@@ -183,6 +192,8 @@ def _talk(section: "MailSection", mail: EmailMessage, password: str, timeout_s: 
     except smtplib.SMTPException as error:
         why = "the server ended the connection" if isinstance(error, smtplib.SMTPServerDisconnected) else "it failed"
         raise DeliveryError("send a mail to", where, why, temporary=True) from error
+    except TimeoutError:
+        raise _too_slow(where, timeout_s) from None
     except ssl.SSLError as error:
         why = f"TLS failed: {error.reason or error}"
         raise DeliveryError("send a mail to", where, why, "ca-file names other authorities") from error

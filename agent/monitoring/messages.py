@@ -205,7 +205,8 @@ def last_lines(text: str) -> list[str]:
 
 def _readable(text: str) -> str:
     """Without characters that control a terminal or the direction of text; lines stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
+    lines = text.replace("\r\n", "\n")
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in lines)
 
 
 def _indented(text: str) -> str:

@@ -52,6 +52,7 @@ class _Families:
 
         self._kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
         self._found: dict[str, Any] = {}
+        self._seen: set[tuple[str, ...]] = set()
 
     def add(self, kind: str, name: str, help: str, value: Any, **labels: Any) -> None:
         """One sample; nothing if `value` is no number."""
@@ -62,7 +63,11 @@ class _Families:
         family = self._found.get(name)
         if family is None:
             family = self._found[name] = self._kinds[kind](name, help, labels=list(labels))
-        family.add_metric([_label(label) for label in labels.values()], float(value))
+        shown = [_label(label) for label in labels.values()]
+        # Two series of one name would make Prometheus refuse everything: names that are cut may become the same.
+        if (name, *shown) not in self._seen:
+            self._seen.add((name, *shown))
+            family.add_metric(shown, float(value))
 
     def gauge(self, name: str, help: str, value: Any, **labels: Any) -> None:
         self.add("gauge", name, help, value, **labels)
@@ -75,8 +80,9 @@ class _Families:
 
 
 def _label(value: Any) -> str:
-    """A label's value: any text is allowed, but it must be UTF-8."""
-    return ("" if value is None else str(value))[:_MAX_LABEL].encode("utf-8", "replace").decode()
+    """A label's value: in principle any text; what is not printable is shown as in the page."""
+    text = ("" if value is None else str(value))[:_MAX_LABEL]
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
 
 
 def render(document: Mapping[str, Any]) -> bytes:

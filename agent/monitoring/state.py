@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import time
@@ -29,7 +30,16 @@ def read_document(path: Path) -> dict[str, Any] | None:
             found = json.loads(file.read(MAX_SIZE + 1))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return finite(found) if isinstance(found, dict) else None
+
+
+def finite(value: Any) -> Any:
+    """`value` of a JSON document without what Python takes for numbers and nobody else does: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.job_store import JobStore, Run
-from agent.monitoring.state import read_document, write_document
+from agent.monitoring.state import finite, read_document, write_document
 
 #: States of a run that has ended.
 STATES: Final = ("ok", "warnings", "failed", "interrupted", "killed")
@@ -47,7 +47,7 @@ class Summary:
 
     def take(self, run: Run) -> None:
         """Count one run that has ended."""
-        result = run.result or {}
+        result = finite(run.result or {})
         self.through, self.through_start = run.id, run.start
         end = run.start if run.end is None else run.end
         last = run.to_json() | {"start": run.start, "end": run.end, "warnings": run.warnings[:_MAX_WARNINGS]}
@@ -119,11 +119,10 @@ class Summary:
     def parse(cls, document: Mapping[str, Any]) -> "Summary":
         """Read the file; parts that are damaged count as missing."""
         found = cls()
-        with suppress(KeyError, TypeError, ValueError):
-            last = document["last"]
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            found.last = _last(document["last"])
             found.through = str(document["through"]) if document["through"] is not None else None
             found.through_start = _time(document["through-start"]) or 0.0
-            found.last = last if isinstance(last, dict) else None
             found.last_success, found.last_failure = _time(document["last-success"]), _time(document["last-failure"])
             found.seconds = float(number(document["seconds"]))
             found.runs.update({state: int(number(document["runs"].get(state))) for state in STATES})
@@ -137,6 +136,17 @@ class Summary:
                 str(key): one for key, one in list(document["guests"].items())[:_MAX_GUESTS] if isinstance(one, dict)
             }
         return found
+
+
+def _last(value: Any) -> dict[str, Any] | None:
+    """What the file says of the last run, if everything in it is of its kind."""
+    if not isinstance(value, dict):
+        return None
+    kinds = {"state": str, "run": str, "warnings": list, "start": int | float, "warning-count": int}
+    maybe = {"result": dict, "error": dict, "end": int | float, "duration-s": int | float}
+    good = all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+    good &= all(value.get(name) is None or isinstance(value[name], kind) for name, kind in maybe.items())
+    return value if good else None
 
 
 def number(value: Any) -> Any:

@@ -88,7 +88,7 @@ def check_json_template(text: str) -> None:
     """
     check_template(text)
     try:
-        json.loads(fill(text, {**dict.fromkeys(VARIABLES, '"\n'), "document": "{}"}, as_json=True))
+        json.loads(fill(text, {**dict.fromkeys(VARIABLES, '"\n'), "left_out": "0", "document": "{}"}, as_json=True))
     except (ValueError, RecursionError) as error:
         raise UsageError("use the template", "", f"it does not give JSON: {error}") from None
 

@@ -151,6 +151,8 @@ class StatusServer:
 
         async def handle(request: Request, body: Body) -> Answer:
             answer = await self._answer(request, served)
+            if request.method in ("GET", "HEAD"):
+                await body.all(0)  # its end: else the connection could not go on
             answer.headers = (*answer.headers, *_HEADERS)
             return answer
 
