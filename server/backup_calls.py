@@ -326,6 +326,7 @@ class BackupCalls:
             with self._change():
                 await self._session.put_blob(name, blob, for_client=True)
             self._files += 1
+        self._plain += len(blob)  # as PBS counts: of blobs, what is encoded
         self._task.log(f'add blob "{self._session.snapshot}/{name}" ({len(blob)} bytes, comp: {len(blob)})')
         return None
 

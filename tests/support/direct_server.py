@@ -84,6 +84,12 @@ class Direct:
         if wanted.token is not None and self.state.access.account(wanted) is None:
             self.state.access.add_token(wanted)
 
+    def token(self, auth_id: str) -> dict[str, str]:
+        """Add a token (and its user), and return the headers that show it."""
+        self.user(auth_id.partition("!")[0])
+        secret = self.state.access.add_token(AuthId.parse(auth_id))
+        return {"authorization": f"PBSAPIToken={auth_id}:{secret}"}
+
     def right(self, path: str, auth_id: str, role: str, *, propagate: bool = True) -> None:
         """Give a right to a user or token, which is added if it is missing."""
         self.user(auth_id)
