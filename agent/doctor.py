@@ -24,6 +24,7 @@ from core.errors import FleeceError, os_reason
 from core.units import GIB, format_size
 
 if TYPE_CHECKING:
+    from agent.config import Config
     from agent.registry import Datastore
 
 #: Seconds that a `--version` may take.
@@ -325,6 +326,7 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
             yield Check("hook", State.OK, f"{script} can be run")
         except FleeceError as error:
             yield Check("hook", State.FAILED, str(error), error.hint)
+    yield from _monitoring(config)
     for name, vm in config.vm.items():
         if vm.qmp is None:
             continue
@@ -347,6 +349,18 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
             yield from _bucket(invocation, name, buckets[folder])
         else:
             yield from check_datastore(name, folder)
+
+
+def _monitoring(config: "Config") -> Iterator[Check]:
+    from agent.monitoring.checks import find_faults
+
+    faulty = set()
+    for name, why, fix in find_faults(config):
+        faulty.add(name)
+        yield Check(name, State.WARNING, why, fix or "docs/monitoring.md explains what it needs")
+    for name in config.notify:
+        if f"notification {name}" not in faulty:
+            yield Check(f"notification {name}", State.OK, f"what it needs is there ('fleece notify test {name}')")
 
 
 def _bucket(invocation: Invocation, name: str, datastore: "Datastore") -> Iterator[Check]:

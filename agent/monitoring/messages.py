@@ -135,7 +135,7 @@ class Message:
         """
         template = section.body if section.body is not None else default
         if section.template is not None:
-            template = _template(section.template)
+            template = read_template(section.template)
         values = {**self.values(), "subject": self.subject(section)}
         return fill(template, values, as_json=as_json).encode("utf-8", "replace").decode()
 
@@ -155,7 +155,12 @@ def sample(job: str, kind: str = "test") -> Message:
     return Message(kind, run, comment="sent by 'fleece notify test'")
 
 
-def _template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The template in a file.
+
+    Raises:
+        FleeceError: it cannot be read, or is none.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_TEMPLATE + 1).decode()

@@ -212,6 +212,15 @@ def _shows(header: str, token: bytes) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(given, token)
 
 
+def check_files(section: "StatusSection") -> None:
+    """See to it that what the section names can be used.
+
+    Raises:
+        FleeceError: it cannot.
+    """
+    _served(section)
+
+
 def _served(section: "StatusSection") -> _Served:
     """What the section's files say.
 
