@@ -16,6 +16,8 @@ from agent.places import private_run_dir
 from agent.provider.bitmaps import BitmapNote, BitmapNotes
 from agent.provider.channel import Channel, ChannelProgress
 from agent.provider.messages import (
+    FIREWALL_CONFIG,
+    GUEST_CONFIG,
     BackupContainer,
     BackupInit,
     BackupVm,
@@ -45,9 +47,6 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for another backup of the same guest to end.
 LOCK_WAIT_S: Final = 30.0
-#: Names of the blobs, as Proxmox's own backups have them.
-GUEST_CONFIG: Final = {"qemu": "qemu-server.conf", "lxc": "pct.conf"}
-FIREWALL_CONFIG: Final = "fw.conf"
 
 
 def archive_of(device: str) -> str:
@@ -225,7 +224,8 @@ class GuestBackup:
             )
         why = base if isinstance(base, str) else f"bitmap mode {volume.bitmap_mode}"
         plan = ReadPlan(base.ctime, "") if only and isinstance(base, BaseInfo) else ReadPlan(None, why)
-        regions = regions_to_read(name, volume.size, volume.dirty_regions or (), only=only)
+        pairs = [(offset, length) for offset, length in volume.dirty_regions or ()]
+        regions = regions_to_read(name, volume.size, pairs, only=only)
         return await stack.enter_async_context(
             handed_file(
                 parent,

@@ -8,11 +8,12 @@ import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from agent.invocation import Invocation
-from agent.provider.backup import FIREWALL_CONFIG, GUEST_CONFIG
 from agent.provider.messages import (
+    FIREWALL_CONFIG,
+    GUEST_CONFIG,
     ListVolumes,
     LogFile,
     OfArchive,
@@ -22,16 +23,16 @@ from agent.provider.messages import (
     parsed,
 )
 from agent.provider.storage import UsedStorage
-from agent.snapshot_archives import OpenSnapshot, open_snapshot
 from core.errors import NotFoundError, SourceError, UsageError, os_reason
 from core.limits import in_cpu_thread, in_io_thread
 from core.progress import Progress
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import BackupType, Group, complete_archive_name
 from datastore.prune import KeepOptions, Mark
-from repository.archive import open_cache
 from repository.interface import Repository, SnapshotInfo
-from repository.restore import restore_blob
+
+if TYPE_CHECKING:
+    from agent.snapshot_archives import OpenSnapshot
 
 #: Bytes of a log that are kept: what is too long loses its middle.
 MAX_LOG: Final = 8 << 20
@@ -180,12 +181,16 @@ async def _firewall_config(document: object, invocation: Invocation, progress: P
 
 
 @asynccontextmanager
-async def opened(request: OfArchive, storage: UsedStorage, progress: Progress) -> AsyncIterator[OpenSnapshot]:
+async def opened(request: OfArchive, storage: UsedStorage, progress: Progress) -> "AsyncIterator[OpenSnapshot]":
     """The archive that `request` names, with its key if it is there, while the block runs.
 
     Raises:
         SnapshotNotFoundError, LockedError, FormatError: it cannot be read.
     """
+    # What archives need is not imported for calls that ask every few minutes.
+    from agent.snapshot_archives import open_snapshot
+    from repository.archive import open_cache
+
     async with (
         storage.open() as repository,
         open_cache() as cache,
@@ -196,8 +201,10 @@ async def opened(request: OfArchive, storage: UsedStorage, progress: Progress) -
         yield snapshot
 
 
-async def _small_file(snapshot: OpenSnapshot, name: str) -> str:
+async def _small_file(snapshot: "OpenSnapshot", name: str) -> str:
     import base64
+
+    from repository.restore import restore_blob
 
     entry = snapshot.archives.get(name)
     if entry is None:

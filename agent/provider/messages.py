@@ -18,6 +18,9 @@ from datastore.names import BackupType, Namespace, Snapshot
 
 #: Bytes of one document. The map of a disk of 16 TiB in single chunks takes 40 MiB.
 MAX_DOCUMENT: Final = 64 << 20
+#: Names of the blobs, as Proxmox's own backups have them.
+GUEST_CONFIG: Final = {"qemu": "qemu-server.conf", "lxc": "pct.conf"}
+FIREWALL_CONFIG: Final = "fw.conf"
 #: Largest size of a disk, as elsewhere (1 PiB).
 _MAX_SIZE: Final = 1 << 50
 _MAX_REGIONS: Final = 1 << 22
@@ -59,6 +62,7 @@ ArchiveName = Annotated[str, AfterValidator(_archive)]
 Vmid = Annotated[int, Field(ge=100, le=999_999_999)]
 GuestType = Literal["qemu", "lxc"]
 DiskSize = Annotated[int, Field(gt=0, le=_MAX_SIZE)]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 #: A device's name becomes that of an archive.
 Device = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}$")]
 
@@ -199,7 +203,7 @@ class GivenVolume(Message):
     bitmap_name: Annotated[str, Field(min_length=1, max_length=1023)] | None = None
     file_handle: FileHandle | None = None
     #: Offset and length of each, in order; None: all is to be read.
-    dirty_regions: Annotated[list[tuple[int, int]], Field(max_length=_MAX_REGIONS, strict=False)] | None = None
+    dirty_regions: Annotated[list[Pair], Field(max_length=_MAX_REGIONS)] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -16,6 +16,7 @@ def worker(tmp_path: Path, store_folder: Path) -> Worker:
         pytest.skip("no Perl")
     home = tmp_path / "host"
     home.mkdir()
+    (home / "fleece.toml").touch()
     return Worker(home, {"fleece-repository": str(store_folder)})
 
 

@@ -45,6 +45,10 @@ sub done {
     my ($call, @args) = ($asked->{call}, @{ $asked->{args} });
     die "no such method: $call\n" if $call !~ m/\A(\w+)\z/;
     my $method = $1;
+    if ($method eq 'close_handles') {
+        @kept = ();
+        return;
+    }
     if ($asked->{on} eq 'storage') {
         return $storage->$method(map { defined($_) && !ref($_) && $_ eq '@scfg' ? $scfg : $_ } @args);
     }
