@@ -38,8 +38,10 @@ RESERVED_S: Final = 60
 LOCK_TIMEOUT_S: Final = 10.0
 #: Seconds for `qemu-nbd` to connect a device; it takes 0.2.
 CONNECT_TIMEOUT_S: Final = 30.0
-#: Seconds for a device to be free again after its `qemu-nbd` was told so.
+#: Seconds for `qemu-nbd --disconnect`, and for a device to be free when its `qemu-nbd` has ended.
 _FREE_TIMEOUT_S: Final = 5.0
+#: Seconds for a `qemu-nbd` to end when its device was disconnected.
+_OBEY_TIMEOUT_S: Final = 5.0
 #: Bytes of a file of reservations that are read.
 _MAX_RESERVATIONS: Final = 64 * 1024
 #: The kernel's own limit: a minor number has 20 bits.
@@ -339,7 +341,7 @@ class NbdHost:
         """Free the device that `child` serves: told so first, then SIGTERM and SIGKILL."""
         with trio.CancelScope(shield=True):
             await self._tell(tool, number, child.pid)
-            with trio.move_on_after(_FREE_TIMEOUT_S):
+            with trio.move_on_after(_OBEY_TIMEOUT_S):
                 await child.wait()
             await child.stop(stop_s=STOP_TIMEOUT_S)
             await self._check_free(number, child.pid)

@@ -5,7 +5,9 @@ does: it fails with its words where the device is taken, keeps it until it is to
 it is to do otherwise stands in files of `behaviour`.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +118,14 @@ class FakeNbd:
             return int((self.root / f"sys/block/nbd{number}/pid").read_text() or 0)
         except FileNotFoundError:
             return None
+
+    def end_all(self) -> None:
+        """End the programs that still serve a device."""
+        for number in range(self.devices):
+            pid = self.user(number)
+            with contextlib.suppress(OSError):
+                if pid and str(self.root) in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
 
     def behave(self, what: str, number: int, how: str = "yes") -> None:
         """`fails`: connecting ends with these words. `deaf`: nothing but SIGKILL ends it."""
