@@ -36,7 +36,8 @@ p{margin:.2rem 0}.dim,.none{color:var(--dim)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid var(--line)}
 th{color:var(--dim);font-weight:600;white-space:nowrap}tbody tr:nth-child(even){background:var(--row)}
-td{overflow-wrap:anywhere}time{white-space:nowrap}td.n{text-align:right;white-space:nowrap}th.n{text-align:right}td.w{white-space:nowrap}
+td,li,p{overflow-wrap:anywhere}td{min-width:5.5rem}td.n{min-width:0}td:nth-child(2){min-width:8rem}
+time,th,td>span{white-space:nowrap}td.n{text-align:right;white-space:nowrap}th.n{text-align:right}td.w{white-space:nowrap}
 small{color:var(--dim);display:block}
 .ok,.warn,.bad{font-weight:600}.ok{color:var(--ok)}.warn{color:var(--warn)}.bad{color:var(--bad)}
 ul.list{margin:.4rem 0 0;padding:0 0 0 1.1rem}
