@@ -21,7 +21,7 @@ from tests.support.guest import small_guest
 PACKAGES: Final = (
     "systemd-sysv", "udev", "kmod", "dbus", "python3", "python3-libnbd", "python3-cryptography", "libnbd-bin",
     "qemu-system-x86", "qemu-utils", "qemu-guest-agent", "fuse3", "libfuse3-3", "iproute2", "procps", "psmisc",
-    "adduser", "openssl",
+    "adduser", "openssl", "nbdkit", "nbdkit-plugin-python",
 )  # fmt: skip
 #: Nobody reads or needs these in the VM.
 _LEFT_OUT: Final = ("man", "doc", "locale", "info", "qemu/edk2*", "qemu/*.dtb", "zoneinfo")
