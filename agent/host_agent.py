@@ -38,7 +38,11 @@ _EXTEND_S: Final = 30.0
 #: Variables that belong to the agent and not to its jobs.
 _OWN_VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
-#: Runs a job to its end and returns its exit code; cancelled, it ends the job first.
+#: Exit codes of a job that has done what it was to do.
+_DONE: Final = (ExitCode.DONE, ExitCode.WARNINGS)
+
+#: Runs a job to its end and returns its exit code. Cancelled, it ends the job first; of one that was done all the same
+#: it returns the code.
 RunJob = Callable[[str], Awaitable[int]]
 
 
@@ -83,15 +87,22 @@ class ChildRunner:
             raise FleeceError("start", f"'fleece {' '.join(arguments)}'", os_reason(error)) from error
         try:
             return await process.wait()
-        finally:
-            if process.poll() is None:
-                with trio.CancelScope(shield=True):
-                    process.terminate()
-                    with trio.move_on_after(self.stop_timeout_s):
-                        await process.wait()
-                    if process.poll() is None:
-                        process.kill()
-                        await process.wait()
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                code = await self._end(process)
+            if code in _DONE:  # it was in its last steps, and is not to be run again
+                return code
+            raise
+
+    async def _end(self, process: trio.Process) -> int:
+        """End a process that may have ended by itself; its exit code, negative if a signal ended it."""
+        if process.poll() is None:
+            process.terminate()
+            with trio.move_on_after(self.stop_timeout_s):
+                await process.wait()
+        if process.poll() is None:
+            process.kill()
+        return await process.wait()
 
 
 @dataclass
@@ -211,9 +222,10 @@ class HostAgent:
             self.say(f"job {name}: {error}")
         finally:
             self._running.discard(name)
-        # Not after a cancellation: what the agent's end cut off is made up for at its next start.
-        if not self._stopping:
+        # What the agent's end cut off is made up for at its next start.
+        if code in _DONE or not self._stopping:
             self._noted(lambda: self._due.end(name))
+        if not self._stopping:
             notify(self._status())
             if self.watch is not None:
                 await self.watch.job_ended(name, code, begun)

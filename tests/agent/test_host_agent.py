@@ -15,11 +15,12 @@ from trio.testing import MockClock
 
 from agent.config import Config, parse_config
 from agent.due_jobs import DueJobs
-from agent.host_agent import HostAgent
+from agent.host_agent import ChildRunner, HostAgent
 from agent.job_store import JobStore
 from core.errors import BusyError, UsageError
 from core.systemd import notify, watchdog_s
 from datastore.names import parse_time
+from tests.support.waiting import until
 
 from .conftest import Fleece, Popen
 
@@ -210,6 +211,29 @@ async def test_stop_ends_running_jobs_and_their_time_is_made_up_for_at_the_next_
         await trio.sleep(100)
         third.agent.stop()
     assert third.ran == []
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, 0), (3, 0), (1, 1)])
+async def test_a_job_that_was_done_when_the_agent_ended_it_is_not_run_again(
+    tmp_path: Path, code: int, again: int
+) -> None:
+    """It was in its last steps, or ended by itself at that moment; what failed then counts as cut off."""
+    script = tmp_path / "job"
+    script.write_text(f"#!/bin/sh\ntrap 'exit {code}' TERM\n: >{tmp_path}/ready\nwhile :; do sleep 0.05; done\n")
+    script.chmod(0o755)
+    config = jobs(DAILY)
+    due = DueJobs(tmp_path / "agent", lambda: START)
+    due.take(config.job, lambda name: None)
+    due.begin("sweep")  # as an earlier agent left it, so that it begins at once
+    said: list[str] = []
+    agent = HostAgent(lambda: config, ChildRunner(program=(str(script),)), tmp_path, said.append, lambda: START + 60.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(agent.run)
+        await until((tmp_path / "ready").exists)
+        agent.stop()
+    assert sum("job sweep has" in text for text in said) == (not again)
+    found = due_at(tmp_path / "agent", START + 120, config)
+    assert found == ((START + 120 if again else START + 14 * HOUR), "sweep")
 
 
 async def test_a_second_agent_is_refused_and_a_state_that_cannot_be_written_stops_no_job(
