@@ -15,6 +15,7 @@ import trio
 
 from core.errors import FleeceError, os_reason
 from core.nursery import open_nursery
+from core.systemd import notify, watchdog_s
 from core.tls import TlsStream
 from server.application import Application
 from server.certificate import Certificate
@@ -264,28 +265,18 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def notify(message: str) -> None:
-    """Tell systemd something, if it wants to know."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.connect("\0" + path[1:] if path.startswith("@") else path)
-        sender.sendall(message.encode())
-
-
 @asynccontextmanager
 async def watchdog() -> AsyncIterator[None]:
     """Tell systemd while the block runs that the event loop goes on."""
-    text = os.environ.get("WATCHDOG_USEC", "")
-    pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    patience_s = watchdog_s()
     async with open_nursery() as nursery:
-        if text.isdigit() and int(text) and pid == str(os.getpid()):
+        if patience_s is not None:
+            pause_s = patience_s / 2
 
             async def beat() -> None:
                 while True:
                     notify("WATCHDOG=1")
-                    await trio.sleep(int(text) / 2_000_000)
+                    await trio.sleep(pause_s)
 
             nursery.start_soon(beat)
         yield
@@ -311,7 +302,7 @@ async def run_until_signal(
                 asked = False
                 async for number in signals:
                     if number == signal.SIGHUP:
-                        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                         try:
                             settings.certificate.reload()
                             settings.say(f"the certificate was read again: {settings.certificate.fingerprint}")

@@ -27,7 +27,6 @@ from server.service import (
     Service,
     Settings,
     listen,
-    notify,
     raise_descriptor_limit,
     run_until_signal,
     systemd_listeners,
@@ -221,12 +220,6 @@ async def test_the_watchdog_of_another_process_is_not_fed(tmp_path: Path, monkey
     async with service_module.watchdog():
         await trio.testing.wait_all_tasks_blocked(0.05)
     assert sent == []
-
-
-def test_without_systemd_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in ("", "relative", "/nonexistent/socket"):
-        monkeypatch.setenv("NOTIFY_SOCKET", path)
-        notify("READY=1")
 
 
 async def test_sessions_may_end_after_the_first_signal_and_must_at_the_second(
