@@ -7,6 +7,7 @@ import pytest
 from core import dial
 from core.errors import UsageError
 from datastore.s3.client import S3Client
+from datastore.s3.endpoint import ContentMd5
 from datastore.s3.errors import S3BackendError, S3CertificateError, S3UnavailableError
 from datastore.s3.link import RetryPolicy
 from tests.datastore.s3.conftest import IMPATIENT
@@ -107,3 +108,27 @@ async def test_faults_over_tls_are_survived(server: S3Emulator, certificate: Cer
 def test_fingerprint_only_without_fingerprint_makes_no_sense(server: S3Emulator) -> None:
     with pytest.raises(UsageError, match="needs a fingerprint"):
         server.endpoint(fingerprint_only=True)
+
+
+@pytest.mark.parametrize(
+    ("tls", "setting", "put", "batch"),
+    [
+        (True, ContentMd5.AUTO, False, True),  # the connection protects the body, and the signature its SHA-256
+        (False, ContentMd5.AUTO, True, True),
+        (True, ContentMd5.ALWAYS, True, True),
+        (False, ContentMd5.NEVER, False, True),  # S3 does not take a batch of deletes without
+    ],
+)
+async def test_which_requests_have_an_md5(
+    certificate: Certificate, s3_emulator: S3Emulator, tls: bool, setting: ContentMd5, put: bool, batch: bool
+) -> None:
+    """R10."""
+    with S3Emulator(tls=certificate.context()) as server:
+        emulator = server if tls else s3_emulator
+        changes = {"content_md5": setting, "fingerprint": certificate.fingerprint if tls else None}
+        async with S3Client.open(emulator.endpoint(**changes), BUCKET, policy=IMPATIENT) as client:
+            await client.put("st1/a", [b"fleece"])
+            await client.copy("st1/a", "st1/b")
+            await client.delete_many(["st1/a"])
+        sent = [(one.operation, one.header("content-md5") is not None) for one in emulator.requests()]
+        assert sent == [("PUT", put), ("COPY", False), ("POST", batch)]
