@@ -1,5 +1,6 @@
 """The plugin for Proxmox VE in a Perl of its own, called as Proxmox VE does; its base classes are stand-ins."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any, Final
 import trio
 
 from tests.support.cache import ROOT
+from tests.support.warm_command import WarmCommand
 
 PERL: Final = Path(__file__).with_name("perl")
 #: Seconds for an answer: something hangs.
 _PATIENCE_S: Final = 120.0
+_RELAY: Final = Path(__file__).with_name("relay.py")
+_numbers = itertools.count()
 FLEECE: Final = (str(Path(sys.executable).with_name("fleece")),)
 
 
@@ -30,6 +34,7 @@ class Plugin:
 
     process: trio.Process
     log: list[tuple[str, str]] = field(default_factory=list)
+    ends_with: int = 0  #: the exit code that is right
     _received: bytes = b""
 
     async def _done(self, message: Mapping[str, Any]) -> Any:
@@ -82,7 +87,8 @@ class Worker:
     home: Path
     scfg: dict[str, Any]
     storeid: str = "fleece"
-    command: Sequence[str] = FLEECE
+    command: Sequence[str] | None = None  #: None: `fleece` itself
+    warm: WarmCommand | None = None  #: does its single calls
     limits: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +107,42 @@ class Worker:
     @asynccontextmanager
     async def started(self) -> AsyncIterator[Plugin]:
         """A worker while the block runs; it must leave no process behind."""
+        async with trio.open_nursery() as nursery:
+            command = self.command
+            if command is None:
+                command = await self._relayed(nursery)
+            async with self._driver(command) as plugin:
+                yield plugin
+            nursery.cancel_scope.cancel()
+
+    async def _relayed(self, nursery: trio.Nursery) -> Sequence[str]:
+        """The command by which single calls are done by the warm one."""
+        if self.warm is None:
+            return FLEECE
+        warm, path = self.warm, self.home / f"relay-{next(_numbers)}"
+
+        async def serve(stream: trio.SocketStream) -> None:
+            data = b"".join([part async for part in stream])
+            request = json.loads(data)
+            done = await trio.to_thread.run_sync(
+                lambda: warm.run(
+                    request["arguments"],
+                    request["environment"],
+                    stdin=request["stdin"].encode(),
+                    timeout_s=_PATIENCE_S,
+                )
+            )
+            answer = {"stdout": done.stdout.decode(), "stderr": done.stderr.decode(), "code": done.returncode}
+            await stream.send_all(json.dumps(answer).encode())
+
+        listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listener.bind(str(path))
+        listener.listen(8)
+        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+        return ("/usr/bin/python3", "-S", "-E", str(_RELAY), str(path), *FLEECE)
+
+    @asynccontextmanager
+    async def _driver(self, command: Sequence[str]) -> AsyncIterator[Plugin]:
         process = await trio.lowlevel.open_process(
             ["/usr/bin/perl", "-T", f"-I{ROOT / 'proxmox'}", f"-I{PERL}", str(PERL / "driver.pl")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PATH": os.environ["PATH"]},
@@ -109,7 +151,7 @@ class Worker:
         try:
             await plugin.send(
                 {
-                    "command": list(self.command),
+                    "command": list(command),
                     "environment": self.fleece_environment,
                     "limits": self.limits,
                     "scfg": self.scfg,
@@ -120,7 +162,7 @@ class Worker:
             assert process.stdin is not None
             await process.stdin.aclose()
             with trio.fail_after(_PATIENCE_S):
-                assert await process.wait() == 0
+                assert await process.wait() == plugin.ends_with
         finally:
             if process.returncode is None:
                 process.kill()

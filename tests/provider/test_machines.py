@@ -275,37 +275,36 @@ async def test_a_backup_that_is_cut_off_leaves_nothing(
         await host.vm.qemu_io("d0", "write -P 5 0 24M")
         shutil.rmtree(Path(worker.scfg["fleece-repository"], "vm/100", first.rpartition("/")[2]))
         host.started += 60
-        with suppress(AssertionError):  # of the worker that was killed
-            async with worker.started() as plugin:
-                await plugin("backup_init", 100, "qemu", host.started)
-                async with host.job.prepared(dict.fromkeys(DEVICES, "new")) as disks:
-                    volumes = {
-                        disk.device: {
-                            "size": disk.size,
-                            "bitmap-mode": disk.bitmap_mode.value,
-                            "nbd-path": str(host.job.socket),
-                            "bitmap-name": TARGET_ID,
-                        }
-                        for disk in disks
+        async with worker.started() as plugin:
+            await plugin("backup_init", 100, "qemu", host.started)
+            async with host.job.prepared(dict.fromkeys(DEVICES, "new")) as disks:
+                volumes = {
+                    disk.device: {
+                        "size": disk.size,
+                        "bitmap-mode": disk.bitmap_mode.value,
+                        "nbd-path": str(host.job.socket),
+                        "bitmap-name": TARGET_ID,
                     }
-                    # So slow that it takes minutes.
-                    info = {"bandwidth-limit": 100_000}
-                    call = {"on": "provider", "call": "backup_vm", "args": [100, CONFIG, volumes, info]}
-                    await plugin.send(call)
-                    await until(lambda: under_way(worker))
-                    (session,) = plugin.children()
-                    if killed == "worker":
-                        plugin.process.kill()
-                        await plugin.process.wait()
-                        await until(lambda: process_start_time(session) is None)
-                    else:
-                        number = signal.SIGKILL if killed == "session" else signal.SIGTERM
-                        os.kill(session if killed == "session" else plugin.process.pid, number)
-                        match = "ended by signal 9" if killed == "session" else "interrupted by signal"
-                        with pytest.raises(Died, match=match):
-                            await plugin.answer()
-                        await plugin("backup_cleanup", 100, "qemu", 0, {"error": "cut off"})
-                        assert plugin.children() == []
+                    for disk in disks
+                }
+                # So slow that it takes minutes.
+                info = {"bandwidth-limit": 100_000}
+                call = {"on": "provider", "call": "backup_vm", "args": [100, CONFIG, volumes, info]}
+                await plugin.send(call)
+                await until(lambda: under_way(worker))
+                (session,) = plugin.children()
+                if killed == "worker":
+                    plugin.process.kill()
+                    plugin.ends_with = -signal.SIGKILL
+                    await until(lambda: process_start_time(session) is None)
+                else:
+                    number = signal.SIGKILL if killed == "session" else signal.SIGTERM
+                    os.kill(session if killed == "session" else plugin.process.pid, number)
+                    match = "ended by signal 9" if killed == "session" else "interrupted by signal"
+                    with pytest.raises(Died, match=match):
+                        await plugin.answer()
+                    await plugin("backup_cleanup", 100, "qemu", 0, {"error": "cut off"})
+                    assert plugin.children() == []
         async with worker.started() as plugin:
             assert await plugin.storage("list_volumes", "fleece", "@scfg", 100, ["backup"]) == []
             content = host.content()
