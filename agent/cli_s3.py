@@ -68,6 +68,10 @@ ContentMd5Option = Annotated[
     Literal["auto", "always", "never"] | None,
     typer.Option("--content-md5", help="Send MD5 sums of what is stored (default auto: where they are needed)."),
 ]
+ProxyOption = Annotated[
+    str | None,
+    typer.Option("--proxy", metavar="URL", help="http://HOST[:PORT]: connect through this proxy, which makes tunnels."),
+]
 
 
 def add_to(application: typer.Typer) -> None:
@@ -151,6 +155,7 @@ def add(
     provider_quirk: QuirkOption = None,
     throttle_code: ThrottleOption = None,
     content_md5: ContentMd5Option = None,
+    proxy: ProxyOption = None,
 ) -> None:  # fmt: skip
     """Make an S3 endpoint known: where it is, and the keys for it.
 
@@ -165,7 +170,7 @@ def add(
         fingerprint=fingerprint, fingerprint_only=fingerprint_only, allow_http=allow_http,
         put_rate_limit=put_rate_limit, request_rate_limit=request_rate_limit, rate_in=rate_in, burst_in=burst_in,
         rate_out=rate_out, burst_out=burst_out, provider_quirks=provider_quirk, throttle_codes=throttle_code,
-        content_md5=content_md5,
+        content_md5=content_md5, proxy=proxy,
     )  # fmt: skip
     section = section_of(values)
     section.resolve(id)  # before anybody is asked for a secret
@@ -204,6 +209,7 @@ def update(
     provider_quirk: QuirkOption = None,
     throttle_code: ThrottleOption = None,
     content_md5: ContentMd5Option = None,
+    proxy: ProxyOption = None,
     unset: Annotated[
         list[str] | None, typer.Option("--unset", metavar="NAME", help="Back to the default: port, region, ...")
     ] = None,
@@ -217,7 +223,7 @@ def update(
         fingerprint=fingerprint, fingerprint_only=fingerprint_only, allow_http=allow_http,
         put_rate_limit=put_rate_limit, request_rate_limit=request_rate_limit, rate_in=rate_in, burst_in=burst_in,
         rate_out=rate_out, burst_out=burst_out, provider_quirks=provider_quirk, throttle_codes=throttle_code,
-        content_md5=content_md5,
+        content_md5=content_md5, proxy=proxy,
     )  # fmt: skip
     from agent.s3_endpoints import EndpointSection
 

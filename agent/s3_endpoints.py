@@ -47,6 +47,7 @@ class EndpointSection(Section):
     provider_quirks: tuple[QuirkText, ...] = ()
     throttle_codes: tuple[str, ...] = ()
     content_md5: ContentMd5Text = "auto"
+    proxy: str | None = None
 
     def resolve(self, id: str, secret: str = _NO_SECRET) -> Endpoint:
         """The endpoint as the client wants it.
@@ -71,6 +72,7 @@ class EndpointSection(Section):
             quirks=frozenset(map(Quirk, self.provider_quirks)),
             throttle_codes=self.throttle_codes,
             content_md5=ContentMd5(self.content_md5),
+            proxy=self.proxy,
             **{name: None if text is None else parse_size(text) for name, text in rates.items()},
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from core.dial import Proxy
 from core.errors import UsageError
 
 #: What PBS puts into signatures when no region is configured.
@@ -68,6 +69,7 @@ class Endpoint:
     quirks: frozenset[Quirk] = frozenset()
     throttle_codes: tuple[str, ...] = ()  #: more answers that mean "slower": `403`, `403/AccessDenied`, `TooBusy`
     content_md5: ContentMd5 = ContentMd5.AUTO
+    proxy: str | None = None  #: `http://host[:port]`; makes tunnels, so it sees no more of https than the host name
 
     def __post_init__(self) -> None:
         self._require(_ID.fullmatch(self.id), "3 to 32 letters, digits, '.', '_' or '-' are allowed")
@@ -87,6 +89,7 @@ class Endpoint:
             self._require(possible, f"{name.replace('_', '-')} must be more than 0")
         for text in self.throttle_codes:
             self._require(text and _THROTTLE.fullmatch(text), f"{text!r} is no status, code or STATUS/CODE")
+        self._require(self.proxy is None or _is_proxy(self.proxy), "the proxy is not of the form http://host[:port]")
 
     def _require(self, holds: object, why: str) -> None:
         if not holds:
@@ -125,6 +128,14 @@ class Endpoint:
             match = _THROTTLE.fullmatch(text)
             if match is not None and match["status"] in (None, str(status)) and match["code"] in (None, code):
                 return True
+        return False
+
+
+def _is_proxy(text: str) -> bool:
+    """Credentials would be shown with everything else of the endpoint."""
+    try:
+        return Proxy.parse(text).credentials == ""
+    except UsageError:
         return False
 
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from core.dial import TlsPin
+from core.dial import Dialer, Proxy, TlsPin
 from core.errors import FormatError
 from datastore.s3.calls import (
     CLOCK_TOLERANCE_S,
@@ -124,8 +124,9 @@ class EndpointLink:
         self._signer = Signer(endpoint.access_key, endpoint.secret, endpoint.region)
         self._puts = _bucket(endpoint.put_rate_limit)
         self._requests = _bucket(endpoint.request_rate_limit)
+        pin = TlsPin.parse(endpoint.fingerprint, only=endpoint.fingerprint_only)
         self._pool = HttpPool(
-            TlsPin.parse(endpoint.fingerprint, only=endpoint.fingerprint_only),
+            dialer=Dialer(pin, proxy=None if endpoint.proxy is None else Proxy.parse(endpoint.proxy)),
             max_connections=parallel,
             received=_bucket(endpoint.rate_in, endpoint.burst_in),
             sent=_bucket(endpoint.rate_out, endpoint.burst_out),

@@ -27,6 +27,7 @@ ALL = {
     "provider-quirks": ["skip-if-none-match-header"],
     "throttle-codes": ["403/TooBusy", "429"],
     "content-md5": "always",
+    "proxy": "http://proxy.example.org:3128",
 }
 
 
@@ -51,7 +52,7 @@ def test_every_value_survives_the_file_and_reaches_the_client(endpoints: Endpoin
     assert (found.rate_in, found.burst_in, found.rate_out, found.burst_out) == (10 << 20, 20 << 20, 10**6, 2 * 10**6)
     assert (found.put_rate_limit, found.request_rate_limit) == (10.5, 100.0)
     assert found.quirks == {Quirk.SKIP_IF_NONE_MATCH}
-    assert found.content_md5 is ContentMd5.ALWAYS
+    assert (found.content_md5, found.proxy) == (ContentMd5.ALWAYS, "http://proxy.example.org:3128")
     assert found.is_throttle(403, "TooBusy")
     assert not found.is_throttle(403, "AccessDenied")
 
@@ -66,6 +67,8 @@ def test_every_value_survives_the_file_and_reaches_the_client(endpoints: Endpoin
         ({"provider-quirks": ["x"]}, "provider-quirks"),
         ({"throttle-codes": ["9/"]}, "no status"),
         ({"rate-in": "fast"}, "not a number"),
+        ({"proxy": "socks5://host"}, "http://host"),
+        ({"proxy": "http://user:word@host"}, "http://host"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -1,8 +1,10 @@
 """Certificates: the system's authorities, or the pinned leaf (R4)."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+import trio
 
 from core import dial
 from core.errors import UsageError
@@ -108,6 +110,44 @@ async def test_faults_over_tls_are_survived(server: S3Emulator, certificate: Cer
 def test_fingerprint_only_without_fingerprint_makes_no_sense(server: S3Emulator) -> None:
     with pytest.raises(UsageError, match="needs a fingerprint"):
         server.endpoint(fingerprint_only=True)
+
+
+@pytest.mark.parametrize("tls", [True, False])
+async def test_through_a_proxy_certificates_are_compared_as_ever(
+    certificate: Certificate, s3_emulator: S3Emulator, tls: bool
+) -> None:
+    asked: list[bytes] = []
+
+    async def proxy(stream: trio.SocketStream) -> None:
+        head = await stream.receive_some()
+        asked.append(head.split(b" ")[1])
+        target = await trio.open_tcp_stream("127.0.0.1", int(asked[-1].rpartition(b":")[2]))
+        await stream.send_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+        async def copy(one: trio.SocketStream, other: trio.SocketStream) -> None:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while data := await one.receive_some():
+                    await other.send_all(data)
+
+        async with target, trio.open_nursery() as nursery:
+            nursery.start_soon(copy, target, stream)
+            await copy(stream, target)
+            nursery.cancel_scope.cancel()
+
+    with S3Emulator(tls=certificate.context()) as server:
+        async with trio.open_nursery() as nursery:
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, proxy, listeners)
+            place = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+            if tls:
+                await works(server, proxy=place, fingerprint=certificate.fingerprint)
+                with pytest.raises(S3CertificateError):
+                    await works(server, proxy=place, fingerprint=OTHER)
+                assert set(asked) == {b"127.0.0.1:%d" % server.port}
+            else:
+                await works(s3_emulator, proxy=place)
+                assert set(asked) == {b"127.0.0.1:%d" % s3_emulator.port}
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
