@@ -211,6 +211,9 @@ def _system_files(work: Path, stage: Path, version: str) -> None:
             shutil.copyfile(unit, _folder(stage / "usr/lib/systemd/system" / unit.name))
     for kind in ("sysusers", "tmpfiles"):
         shutil.copyfile(ROOT / f"systemd/fleece.{kind}.conf", _folder(stage / f"usr/lib/{kind}.d/fleece.conf"))
+    # The plugin for Proxmox VE: of no use, and not loaded, anywhere else.
+    for module in sorted((ROOT / "proxmox").rglob("*.pm")):
+        shutil.copyfile(module, _folder(stage / "usr/share/perl5" / module.relative_to(ROOT / "proxmox")))
     shutil.copyfile(DEBIAN / "fleece.toml", _folder(stage / "etc/fleece/fleece.toml"))
     doc = stage / "usr/share/doc/fleece"
     for name in _DOCS:
