@@ -79,6 +79,7 @@ bench: setup-bench
 	$(PYTHON) bench/verify.py
 	$(PYTHON) bench/wire.py
 	$(PYTHON) bench/s3.py
+	$(PYTHON) bench/host.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
