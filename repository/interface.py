@@ -4,7 +4,7 @@
 suite (`tests/repository/test_interface.py`) runs over every implementation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
@@ -441,8 +441,11 @@ class Repository(Protocol):
         """
         ...
 
-    async def create_namespace(self, ns: Namespace) -> bool:
-        """Make a namespace and those above it; False if it was there."""
+    async def create_namespace(self, ns: Namespace, *, known: Collection[Namespace] | None = None) -> bool:
+        """Make a namespace and those above it; False if it was there.
+
+        `known`: the namespaces that are there, as the caller has just seen, so that they need not be listed again.
+        """
         ...
 
     async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> NamespaceRemoval:

@@ -1,7 +1,7 @@
 """A local datastore as a repository."""
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -119,7 +119,7 @@ class LocalRepository:
         """See `Repository.set_owner`."""
         await changes.set_owner(self.store, group, owner)
 
-    async def create_namespace(self, ns: Namespace) -> bool:
+    async def create_namespace(self, ns: Namespace, *, known: Collection[Namespace] | None = None) -> bool:
         """See `Repository.create_namespace`."""
         return await changes.create_namespace(self.store, ns)
 

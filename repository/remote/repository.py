@@ -1,7 +1,7 @@
 """A datastore on a server as a repository."""
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -36,6 +36,8 @@ from repository.verify import VerifyOptions, VerifyResult
 
 #: First version that tells what it removed, and that can leave protected snapshots out without an error.
 _DELETE_STATISTICS: Final = (3, 2, 11)
+#: First version of servers that know namespaces.
+_NAMESPACES: Final = (2, 2, 0)
 _VERSION_PART: Final = re.compile(r"[0-9]{1,5}")
 
 
@@ -97,7 +99,7 @@ class RemoteRepository:
 
     async def groups(self, ns: Namespace = ROOT) -> list[GroupInfo]:
         """See `Repository.groups`."""
-        data = await self._call("GET", "/groups", {"ns": str(ns)}, "list the groups of", self._where(ns))
+        data = await self._call("GET", "/groups", self._of_groups(ns), "list the groups of", self._where(ns))
         infos = parse_groups(data, ns, self._name)
         # A line end behind the comment means that there is more of it.
         return [
@@ -154,8 +156,9 @@ class RemoteRepository:
         """See `Repository.forget_group`."""
         parameters: Parameters = group_parameters(group)
         if await self.version() >= _DELETE_STATISTICS:
-            parameters = {**parameters, "error-on-protected": False}
-            await self._call("DELETE", "/groups", parameters, "remove the group", str(group))
+            parameters = {**parameters, **self._of_groups(group.ns), "error-on-protected": False}
+            if _nothing_kept(await self._call("DELETE", "/groups", parameters, "remove the group", str(group))):
+                return []
         else:
             with suppress(ProtectedError):  # those are what is returned
                 await self._call("DELETE", "/groups", parameters, "remove the group", str(group))
@@ -203,11 +206,11 @@ class RemoteRepository:
             group, lambda: self._call("POST", "/change-owner", parameters, "change the owner of", str(group))
         )
 
-    async def create_namespace(self, ns: Namespace) -> bool:
+    async def create_namespace(self, ns: Namespace, *, known: Collection[Namespace] | None = None) -> bool:
         """See `Repository.create_namespace`: level by level, since servers make one at a time."""
         if not ns.components:
             raise UsageError("create", "the root namespace", "it is always there")
-        there = await self.namespaces()
+        there = await self.namespaces() if known is None else known
         if ns in there:
             return False
         for depth in range(1, len(ns.components) + 1):
@@ -222,8 +225,8 @@ class RemoteRepository:
         if not ns.components:
             raise UsageError("delete", "the root namespace", "it cannot be removed")
         before = await self.namespaces(ns)
-        held = [info.group for one in before for info in await self.groups(one)]
-        if held and not groups:
+        held = [] if groups else [info.group for one in before for info in await self.groups(one)]
+        if held:
             shown = ", ".join(f"{group.ns}: {group}" for group in held[:3]) + (", ..." if len(held) > 3 else "")
             raise FleeceError(
                 "delete the namespace", str(ns), f"it holds {len(held)} groups ({shown})",
@@ -232,8 +235,8 @@ class RemoteRepository:
         parameters: Parameters = {"ns": str(ns), "delete-groups": groups}
         if await self.version() >= _DELETE_STATISTICS:
             parameters = {**parameters, "error-on-protected": False}
-        await self._call("DELETE", "/namespace", parameters, "delete the namespace", str(ns))
-        after = {one for one in await self.namespaces() if one in before}
+        answer = await self._call("DELETE", "/namespace", parameters, "delete the namespace", str(ns))
+        after = set() if groups and _nothing_kept(answer) else set(await self.namespaces()).intersection(before)
         result = NamespaceRemoval()
         for one in sorted(before, key=lambda one: len(one.components), reverse=True):
             (result.kept if one in after else result.removed).append(one)
@@ -377,5 +380,15 @@ class RemoteRepository:
                 raise SnapshotNotFoundError("change", str(target), "there is no such group") from None
             raise
 
+    def _of_groups(self, ns: Namespace) -> dict[str, str]:
+        """How calls about groups name a namespace: as PBS does, the root too, but not to servers that may know none."""
+        named = ns.components or (self._version is not None and self._version >= _NAMESPACES)
+        return {"ns": str(ns)} if named else {}
+
     def _where(self, ns: Namespace) -> str:
         return f"{self._name}, namespace {ns}" if ns.components else self._name
+
+
+def _nothing_kept(statistics: object) -> bool:
+    """True if what a server says of a removal names no protected snapshot; older ones say nothing."""
+    return isinstance(statistics, dict) and statistics.get("protected-snapshots") == 0

@@ -109,7 +109,7 @@ async def ensure_namespace(
             continue
         if not options.rights.modifies(one):
             raise FleeceError("create the namespace", str(one), "no right to")
-        if await target.create_namespace(one):
+        if await target.create_namespace(one, known=there):
             created(one)
         there.add(one)
 

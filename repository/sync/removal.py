@@ -127,7 +127,7 @@ class Remover:
             and ns not in above
         ]
         stuck: set[Namespace] = set()
-        for ns in sorted(vanished, key=lambda ns: (-len(ns.components), str(ns))):
+        for ns in sorted(vanished, key=lambda ns: (len(str(ns)), str(ns)), reverse=True):  # a child has the longer name
             if not options.rights.modifies(ns):
                 stuck.add(ns)
                 progress.warn(f"vanished namespace {ns} stays, there is no right to remove it")

@@ -331,6 +331,8 @@ class PbsDouble:
                 if folder.locked or folder.readers:
                     raise RefusedError(400, "unable to acquire lock on snapshot - EWOULDBLOCK")
                 del self.folders[key]
+                if all(other[:3] != key[:3] for other in self.folders):
+                    del self.owners[key[:3]]
                 return None
             case "GET", "/notes":
                 key = (*group(), take("backup-time", int))
@@ -479,12 +481,12 @@ class PbsDouble:
         if manifest is None:
             return {**entry, "files": [{"filename": name} for name in folder.files]}
         files = [{key: file[key] for key in ("filename", "crypt-mode", "size")} for file in manifest["files"]]
-        files.append(
-            {"filename": "index.json.blob", "crypt-mode": "none", "size": len(folder.files["index.json.blob"])}
-        )
+        mode = "none" if manifest.get("signature") is None else "sign-only"
+        files.append({"filename": "index.json.blob", "crypt-mode": mode, "size": len(folder.files["index.json.blob"])})
         entry |= {"files": files, "size": sum(file["size"] for file in files)}
-        if folder.verification is not None:
-            entry["verification"] = folder.verification
+        verification = folder.verification or manifest["unprotected"].get("verify_state")
+        if verification is not None:
+            entry["verification"] = verification
         if folder.notes:
             entry["comment"] = folder.notes.split("\n")[0]
         return entry

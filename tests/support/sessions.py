@@ -7,7 +7,7 @@ pipeline that breaks a rule of the interface fails here too.
 
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -352,7 +352,7 @@ class NoUpkeep:
     async def set_owner(self, group: Group, owner: str) -> None:
         raise _not_here()
 
-    async def create_namespace(self, ns: Namespace) -> bool:
+    async def create_namespace(self, ns: Namespace, *, known: Collection[Namespace] | None = None) -> bool:
         raise _not_here()
 
     async def delete_namespace(self, ns: Namespace, *, groups: bool = False) -> NamespaceRemoval:
