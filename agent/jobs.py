@@ -135,7 +135,7 @@ async def run_job(
         log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
         hooks = job_hooks(section, config, recording, log)
         report = _report(recording.run, section, config, registry, endpoints, store, log)
-        report.began()
+        await report.began()
         both.watch(report.warned)
         try:
             failed: list[str] = []

@@ -70,6 +70,19 @@ class Monitoring:
                 self.say(f"not everything can be reported: {error}")
             await self._report(name, current, hurried=hurried)
 
+    async def remember(self, name: str) -> None:
+        """Begin to keep something of a job: what it did before is counted, and all that comes is news.
+
+        Raises:
+            FleeceError: it cannot be written.
+        """
+        store = JobStore(self.state_dir, name)
+        if await in_io_thread(load_summary, store) is None:
+            kept = Summary()
+            for run in uncounted(None, await in_io_thread(store.runs)):
+                kept.take(run)
+            await in_io_thread(save_summary, store, kept)
+
     async def _report(self, name: str, current: Run | None, *, hurried: bool) -> None:
         store = JobStore(self.state_dir, name)
         try:
@@ -279,9 +292,10 @@ class JobReport:
         self._repositories = [] if repository is None else [repository]
         self._repository = repository
 
-    def began(self) -> None:
-        """The run has begun."""
+    async def began(self) -> None:
+        """The run has begun. No failure is raised."""
         run = self._run
+        await self._safely(self._monitoring.remember(run.job))
         self._monitoring.events.emit(
             "job-start", f"job {run.job} begins", job=run.job, type=run.type, run=run.id, repository=self._repository
         )

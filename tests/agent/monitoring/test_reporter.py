@@ -154,6 +154,16 @@ async def test_a_run_that_was_killed_is_told_by_the_next_one(tmp_path: Path, sto
     assert (summary.runs["ok"], summary.runs["killed"]) == (2, 1)
 
 
+async def test_a_first_run_that_is_killed_is_told_too(tmp_path: Path, store_folder: Path) -> None:
+    host = Host(tmp_path, teller(tmp_path), store_folder)
+    with JobStore(host.state, "night").begin("backup") as recording:
+        await JobReport(host.monitoring, recording.run, "main").began()
+    await host.monitoring.job_ended("night", -9, 0.0)
+    assert host.told() == ["failure night killed"]
+    end = next(event for event in host.events if event["event"] == "job-end")
+    assert (end["run"], end["state"]) == (recording.run.id, "killed")
+
+
 async def test_the_past_before_anything_was_kept_is_counted_but_no_news(tmp_path: Path) -> None:
     host = Host(tmp_path, teller(tmp_path))
     for state in ("failed", "ok", "killed"):
