@@ -37,9 +37,9 @@ class Channel:
         self._incoming, self._outgoing = incoming, outgoing
         self._lines: deque[bytes] = deque()
         self._wake = trio.Event()
-        self._questions, self._asked = _questions()
+        self._questions, self._asked = trio.open_memory_channel[Request](1)
         self._stopped = False
-        self._open: str | None = None  #: id of the question that is worked on
+        self._open: str | None = None  #: id of the question that has no answer yet
         self.parent: int | None = None  #: process whose end ends the session
         self.nursery: trio.Nursery | None = None
 
@@ -50,9 +50,7 @@ class Channel:
 
     async def question(self) -> Request:
         """The next question. There is always one: when none comes any more everything is cancelled."""
-        request = await self._asked.receive()
-        self._open = request.id
-        return request
+        return await self._asked.receive()
 
     def answer(self, result: dict[str, Any]) -> None:
         """Answer the question that is open."""
@@ -89,11 +87,12 @@ class Channel:
                 del received[: end + 1]
                 data = received
                 request = parsed(Request, decoded(line, "a question"), "a question")
-                if self._open is not None or self._asked.statistics().current_buffer_used:
+                if self._open is not None:
                     raise UsageError("understand", "a question", "the one before it has no answer yet")
                 if not watched and self.nursery is not None:
                     watched, self.parent = True, request.parent
                     self.nursery.start_soon(_watch, request.parent, over)
+                self._open = request.id
                 self._questions.send_nowait(request)
             if len(received) > MAX_DOCUMENT:
                 raise FormatError("understand", "a question", f"it has more than {MAX_DOCUMENT} bytes")
@@ -122,10 +121,6 @@ class Channel:
             await trio.sleep(ALIVE_S)
             if self._open is not None:
                 self._say({"alive": True})
-
-
-def _questions() -> tuple[trio.MemorySendChannel[Request], trio.MemoryReceiveChannel[Request]]:
-    return trio.open_memory_channel[Request](1)
 
 
 async def _watch(process: int, over: trio.CancelScope) -> None:
