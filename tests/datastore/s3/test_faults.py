@@ -168,13 +168,13 @@ async def test_an_attempt_has_an_end_although_something_moves_and_a_large_body_h
     s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """R12: here the inactivity time-out of a minute does not come into it."""
-    monkeypatch.setattr("datastore.s3.link.ATTEMPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("datastore.s3.link.ATTEMPT_TIMEOUT_S", 0.4)
     async with S3Client.open(s3_emulator.endpoint(), BUCKET, policy=IMPATIENT) as client:
         s3_emulator.plan("GET", "deaf")
-        with trio.fail_after(30):
+        with trio.fail_after(PATIENCE_S):
             assert await get(client) == b"fleece"
-        assert len(s3_emulator.requests("GET")) == 2
-        waiting = s3_emulator.plan("PUT", "delay", seconds=30)
+        assert len(s3_emulator.requests("GET")) >= 2
+        waiting = s3_emulator.plan("PUT", "delay", seconds=PATIENCE_S)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.put, "st1/large", [bytes(100 * 1024)])
             await until(lambda: waiting.met > 0)

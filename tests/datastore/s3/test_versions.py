@@ -246,7 +246,7 @@ def test_listings_that_make_no_sense_are_refused(body: bytes) -> None:
         [listing([entry("p/a")], ("p/b", "v1")), listing([entry("p/c")], ("p/a", "v1"))],
         [listing([entry("p/a")], ("p/b", "v1"))] * 2,
         [listing([entry("elsewhere")])],
-        [listing([], (f"p/{number:04}", "v1")) for number in range(1005)],
+        [listing([], (f"p/{number:04}", "v1")) for number in range(25)],
     ],
     ids=["backwards", "circle", "not asked for", "empty"],
 )
@@ -259,6 +259,7 @@ async def test_a_listing_that_does_not_end_is_given_up(
         return left.pop(0) if left else answers[-1]
 
     monkeypatch.setattr(s3_emulator.bucket, "version_listing", answer)
+    monkeypatch.setattr("datastore.s3.versions.MAX_EMPTY_PAGES", 20)
     with trio.fail_after(120), pytest.raises(S3AnswerError):
         async for _ in version_pages(emulated, "p/"):
             pass
