@@ -214,6 +214,8 @@ def _system_files(work: Path, stage: Path, version: str) -> None:
     # The plugin for Proxmox VE: of no use, and not loaded, anywhere else.
     for module in sorted((ROOT / "proxmox").rglob("*.pm")):
         shutil.copyfile(module, _folder(stage / "usr/share/perl5" / module.relative_to(ROOT / "proxmox")))
+    for module in sorted((ROOT / "proxmox").rglob("*.pm")):
+        shutil.copyfile(module, _folder(stage / "usr/share/perl5" / module.relative_to(ROOT / "proxmox")))
     shutil.copyfile(DEBIAN / "fleece.toml", _folder(stage / "etc/fleece/fleece.toml"))
     doc = stage / "usr/share/doc/fleece"
     for name in _DOCS:
