@@ -3,9 +3,9 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from agent.documents import table, verify_word
 from core.errors import FormatError
@@ -16,6 +16,8 @@ from datastore.upid import Upid
 from datastore.usage_history import UsageSample
 from repository.interface import Repository, SnapshotInfo, StoreUsage
 
+T = TypeVar("T")
+_FORBIDDEN: Final = 403
 _DAY_S: Final = 86_400
 #: Days over which growth is summed up; the estimate rests on the longest one where there is no history.
 _GROWTH_DAYS: Final = (1, 7, 30)
@@ -123,18 +125,23 @@ class StoreStatus:
 
 
 async def look(
-    repository: Repository, seen: Callable[[Namespace, Sequence[SnapshotInfo]], None] | None = None
+    repository: Repository,
+    seen: Callable[[Namespace, Sequence[SnapshotInfo]], None] | None = None,
+    *,
+    lenient: bool = False,
 ) -> StoreStatus:
     """Collect the facts; reads every manifest.
 
     Args:
         repository: to look at.
         seen: told the snapshots of each namespace, unfinished ones too.
+        lenient: what a server's user or token may not see is unknown: space 0, no garbage collection.
 
     Raises:
         FleeceError: the repository cannot be read.
     """
-    status = StoreStatus(repository.name, await repository.usage(), await repository.gc_status(), time.time())
+    usage = await _allowed(repository.usage, lenient=lenient) or StoreUsage(0, 0, 0)
+    status = StoreStatus(repository.name, usage, await _allowed(repository.gc_status, lenient=lenient), time.time())
     status.history = await repository.usage_history()
     for ns in await repository.namespaces():
         status.namespaces += bool(ns.components)
@@ -158,6 +165,17 @@ async def look(
                 if 0 <= status.now - ctime < days * _DAY_S:
                     status.growth[days] += info.added or 0
     return status
+
+
+async def _allowed(ask: Callable[[], Awaitable[T]], *, lenient: bool) -> T | None:
+    from repository.remote.errors import RemoteRefusedError
+
+    try:
+        return await ask()
+    except RemoteRefusedError as error:
+        if not lenient or error.status != _FORBIDDEN:
+            raise
+        return None
 
 
 def status_document(status: StoreStatus) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import binascii
 import hmac
 import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +100,7 @@ class StatusServer:
             async with open_nursery() as nursery:
                 for listener in listeners:
                     nursery.start_soon(self._accept, listener, served, nursery)
+                self.say(f"the status page is at {_url(section, listeners)}")
                 task_status.started([listener.socket.getsockname()[:2] for listener in listeners])
                 await trio.sleep_forever()
         finally:
@@ -189,6 +190,14 @@ class StatusServer:
                 self._document = await in_io_thread(self.collect)
                 self._collected = trio.current_time()
             return self._document
+
+
+def _url(section: "StatusSection", listeners: Sequence[trio.SocketListener]) -> str:
+    """Where it is, also if the port was left to the system."""
+    host, _ = split_host_port(section.listen)
+    port = listeners[0].socket.getsockname()[1]
+    scheme = "http" if section.certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def _text(status: int, text: str) -> Answer:

@@ -1,9 +1,10 @@
 """Peers of notifications: a web server and a mail server that do as they are told, one connection after the other."""
 
 import base64
+import socket
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -121,6 +122,14 @@ async def _line(stream: trio.abc.Stream, rest: bytes) -> tuple[bytes, bytes]:
         rest += await _some(stream)
     line, _, rest = rest.partition(b"\r\n")
     return line, rest
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    """A port at which nobody listens, nor can while the block runs."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield int(bound.getsockname()[1])
 
 
 @asynccontextmanager

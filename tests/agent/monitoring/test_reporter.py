@@ -275,3 +275,34 @@ async def test_hooks_and_notifications_get_along(tmp_path: Path, store_folder: P
     with pytest.raises(HookError):
         await host.run("night")
     assert host.told() == ["failure night failed"]
+
+
+async def test_of_a_server_is_known_what_its_token_may_see(store_folder: Path) -> None:
+    from agent.monitoring.survey import look_at
+    from repository.local import open_local
+    from repository.remote.errors import RemoteRefusedError
+
+    class BackupOnly:
+        """A repository whose server answers some questions with `status`."""
+
+        def __init__(self, inner: Any, status: int) -> None:
+            self._inner, self._status = inner, status
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        async def usage(self) -> Any:
+            raise RemoteRefusedError("ask", "main", "no", status=self._status)
+
+        gc_status = usage
+
+    inner = await open_local(store_folder, name="main")
+    try:
+        repository: Any = BackupOnly(inner, 403)
+        status = (await look_at(repository))["status"]
+        assert (status["total"], status["used"], status["gc-status"], status["unfinished"]) == (None, None, None, 0)
+        repository = BackupOnly(inner, 500)
+        with pytest.raises(RemoteRefusedError):
+            await look_at(repository)
+    finally:
+        inner.close()

@@ -172,7 +172,7 @@ async def test_what_is_no_request_is_refused_and_the_next_one_is_served(served: 
             reply = await served.raw(data)
         assert reply == b"" or reply.split(b" ")[1] in (b"400", b"421", b"431")
         assert (await served.ask())[0] == 200
-    assert served.said == []
+    assert served.said == [f"the status page is at http://127.0.0.1:{served.port}/"]
 
 
 async def test_those_who_say_nothing_keep_nobody_out(served: Served) -> None:
@@ -213,7 +213,7 @@ async def test_a_mistake_is_an_answer_and_told_once(served: Served, monkeypatch:
             status, _, body = await served.ask("/metrics")
             assert (status, b"secret" in body) == (500, False)
         assert (await served.ask("/"))[0] == 200
-    assert len(served.said) == 1
+    assert len(served.said) == 2
 
 
 async def test_over_tls_nothing_is_said_in_plain_text(tmp_path: Path) -> None:
