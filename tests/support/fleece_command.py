@@ -159,14 +159,19 @@ class FleeceCommand:
         return outcome.document
 
     @asynccontextmanager
-    async def start(self, *arguments: str | Path, stop_at: str | None = None) -> AsyncIterator[RunningFleece]:
-        """It runs while the block does, or to its end; it halts at the point `stop_at` (see `stopping_fleece`)."""
+    async def start(
+        self, *arguments: str | Path, stop_at: str | None = None, output: bool = True
+    ) -> AsyncIterator[RunningFleece]:
+        """It runs while the block does, or to its end; it halts at the point `stop_at` (see `stopping_fleece`).
+
+        `output`: it has the option `--output`.
+        """
         self._number += 1
         folder = self.home / f"command-{self._number}"
         folder.mkdir(parents=True)
         self.config.touch()
         line = [str(_PROGRAM)] if stop_at is None else [sys.executable, "-m", "tests.support.stopping_fleece", stop_at]
-        line += [*map(str, arguments), "--output", "json"]
+        line += [*map(str, arguments), *(["--output", "json"] if output else [])]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             process = await trio.lowlevel.open_process(
                 line, env=self._environment(), stdin=DEVNULL, stdout=out, stderr=err, cwd=str(ROOT)

@@ -4,15 +4,24 @@ What it serves is an export of `qemu-nbd`; docs/nbd.md says what must hold. The 
 tests/hypervisor/test_nbd_devices.py.
 """
 
+import functools
+import hashlib
 import json
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from tests.support.debian_vm import DebianVm
+from tests.support.fleece_command import FleeceCommand
 from tests.support.python_in_vm import python_files
+from tests.support.qemu_binaries import QemuBinary
+from tests.support.running import VmDisk
 
 pytestmark = pytest.mark.vm
 
@@ -208,3 +217,71 @@ def test_without_the_module_and_with_a_program_that_outlived_its_holder(debian_v
     assert kernel.in_use() == [name]
     vm.check(f"(sleep 1; kill -CONT $(pgrep -f -- '[-]-connect={device}')) > /dev/null 2>&1 & true")
     assert kernel.end_all().splitlines()[-1] == "[] [] used: []"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_a_disk_of_a_backup_is_a_block_device(distribution: QemuBinary, store_folder: Path, tmpfs: Path) -> None:
+    """The whole command, on a disk of its own: `qemu-nbd` reads from nbdkit, that from Fleece, that from the store."""
+    source, part = tmpfs / "disk.raw", tmpfs / "part"
+    (part / "etc").mkdir(parents=True)
+    (part / "etc/hostname").write_text("backed-up\n")
+    await trio.run_process(["mke2fs", "-q", "-t", "ext4", "-d", str(part), str(source), "24M"])
+    with source.open("r+b") as file:
+        file.seek(20 << 20)
+        file.write(os.urandom(3 << 20))
+    fleece = FleeceCommand(tmpfs / "h", store_folder)
+    await fleece.json("backup", f"drive-scsi0.img:{source}", "--backup-type", "vm", "--backup-id", "100")
+    disk = tmpfs / "fleece.img"
+    await trio.to_thread.run_sync(_disk_with_fleece, tmpfs / "d", disk, store_folder)
+    work = functools.partial(_in_a_debian, distribution, disk, source)
+    await trio.to_thread.run_sync(work)
+
+
+def _disk_with_fleece(folder: Path, disk: Path, store: Path) -> None:
+    """A file system with Fleece and the store; of the 65536 folders of chunks those that have some."""
+    rooms = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
+    for name, content in python_files(rooms, ["fleece"]).items():
+        path = folder / "python" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    for path in store.rglob("*"):
+        if path.is_file():
+            copy = folder / "store" / path.relative_to(store)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    (folder / "fleece").write_text('#!/bin/sh\nPYTHONPATH=/mnt/python exec python3 -m agent.main "$@"\n')
+    (folder / "fleece").chmod(0o755)
+    subprocess.run(["truncate", "-s", "600M", str(disk)], check=True)
+    line = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(folder), str(disk)]
+    subprocess.run(line, check=True, timeout=120)
+
+
+def _in_a_debian(qemu: QemuBinary, disk: Path, source: Path) -> None:
+    with DebianVm.start(qemu, disks=[VmDisk(disk, "fleece")]) as vm:
+        vm.check("mount /dev/vdb /mnt; modprobe nbd nbds_max=2")
+        vm.check("mount -t tmpfs -o nr_inodes=0 tmpfs /srv; cp -a /mnt/store/. /srv")
+        vm.check("cd /srv/.chunks && printf '%04x\\n' {0..65535} | xargs mkdir -p", timeout_s=300)
+        assert vm.run("/mnt/fleece nbd list", timeout_s=240).out == "Nothing is connected.\n"
+        connect = "/mnt/fleece nbd connect vm/100/latest drive-scsi0.img --repo /srv/ --output json"
+        document = json.loads(vm.check(connect, timeout_s=240))
+        assert document["disks"][0] == {
+            "name": "drive-scsi0.img", "device": "/dev/nbd0", "file": None, "size": 24 << 20, "read-only": True,
+            "changed": None,
+        }  # fmt: skip
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        assert vm.check("sha256sum /dev/nbd0").split()[0] == digest
+        vm.check("mkdir /run/disk; mount -o ro,noload /dev/nbd0 /run/disk")
+        assert vm.check("cat /run/disk/etc/hostname") == "backed-up\n"
+        assert "nbd0 is mounted on /run/disk" in vm.run("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=240).err
+        vm.check("umount /run/disk")
+        assert vm.check("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=240) == "disconnected /dev/nbd0\n"
+        assert vm.run("ls /sys/block/nbd0/pid; pgrep nbdkit; pgrep qemu-nbd").out == ""
+        # Killed, it takes device and server along.
+        document = json.loads(vm.check(connect, timeout_s=240))
+        device = document["disks"][0]["device"].removeprefix("/dev/")
+        vm.check(f"kill -9 {document['pid']}")
+        vm.until(f"[ ! -e /sys/block/{device}/pid ] && ! pgrep nbdkit")
