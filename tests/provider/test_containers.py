@@ -1,16 +1,20 @@
 """Containers of Proxmox VE by the mechanism `directory`: read as their own root, in a user namespace."""
 
 import os
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from hypervisor.unix_socket import process_start_time
 from tests.provider.plugin import Died, Plugin, Worker
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -148,3 +152,86 @@ async def test_what_does_not_go_well(worker: Worker, mounts: Path) -> None:
             await plugin("restore_vm_init", volname)
         assert plugin.children() == []
     assert list((worker.home / "run").rglob("restore-*")) == []
+
+
+def walkers(folder: Path) -> list[int]:
+    """Processes that have `folder` open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(os.readlink(fd).startswith(str(folder)) for fd in (process / "fd").iterdir()):  # noqa: PTH115
+                found.append(int(process.name))
+    return found
+
+
+async def test_a_worker_that_is_killed_takes_session_and_walk_along(worker: Worker, mounts: Path) -> None:
+    folder = mounts / "ct"
+    make_container(folder)
+    async with worker.started() as plugin:
+        await plugin("backup_init", 101, "lxc", START)
+        await plugin("backup_container_prepare", 101, {})
+        (session,) = plugin.children()
+        info = {"directory": str(folder), "sources": ["."], "bandwidth-limit": 10_000}  # it would take minutes
+        call = {"on": "provider", "call": "backup_container", "args": [101, CONFIG, [], info], "forked": ROOT_ID}
+        await plugin.send(call)
+        group = Path(worker.scfg["fleece-repository"], "ct/101")
+        await until(lambda: list(group.glob("*/*didx*")))
+        fork = [pid for pid in plugin.children() if pid != session]
+        plugin.process.kill()
+        plugin.ends_with = -signal.SIGKILL
+        await until(lambda: all(process_start_time(pid) is None for pid in (session, *fork)))
+        await until(lambda: not walkers(folder))
+        assert list(group.glob("*/*")) == []
+    async with worker.started() as plugin:
+        assert await back_up(plugin, folder) == NAME
+
+
+@pytest.mark.fuse
+async def test_a_mount_ends_with_the_worker_and_that_of_a_killed_session_is_removed(
+    worker: Worker, mounts: Path
+) -> None:
+    folder, volname = mounts / "ct", f"backup/{NAME}"
+    make_container(folder)
+    worker.scfg["fleece-container-restore"] = "directory"
+    async with worker.started() as plugin:
+        await back_up(plugin, folder)
+        first = Path((await plugin("restore_container_init", volname, {}))["archive-directory"])
+        assert (first / "etc/hostname").read_text() == "web\n"
+        (session,) = plugin.children()
+        plugin.process.kill()
+        plugin.ends_with = -signal.SIGKILL
+        await until(lambda: process_start_time(session) is None)
+        assert not first.exists()
+    async with worker.started() as plugin:
+        second = Path((await plugin("restore_container_init", volname, {}))["archive-directory"])
+        (session,) = plugin.children()
+        os.kill(session, signal.SIGKILL)
+        await until(lambda: process_start_time(session) is None)
+        with pytest.raises(Died):
+            await plugin("restore_container_cleanup", volname, {})
+        third = Path((await plugin("restore_container_init", volname, {}))["archive-directory"])
+        assert (third / "etc/hostname").read_text() == "web\n"
+        assert not os.path.lexists(second.parent)
+        await plugin("restore_container_cleanup", volname, {})
+        assert not os.path.lexists(third.parent)
+
+
+async def test_a_tar_stream_that_fails_is_no_whole_archive(worker: Worker, mounts: Path) -> None:
+    folder, target = mounts / "ct", mounts / "back"
+    make_container(folder)
+    target.mkdir()
+    volname = f"backup/{NAME}"
+    async with worker.started() as plugin:
+        await back_up(plugin, folder)
+        for chunk in Path(worker.scfg["fleece-repository"], ".chunks").glob("*/*"):
+            # The one with the contents: their bytes are random, so it is the largest.
+            if chunk.stat().st_size > 1 << 20:
+                chunk.unlink()
+        given = await plugin("restore_container_init", volname, {})
+        done = await trio.run_process(
+            ["tar", "xpf", given["tar-path"], "-C", str(target)], check=False, capture_stderr=True
+        )
+        assert done.returncode != 0, done.stderr
+        with pytest.raises(Died, match="chunk"):
+            await plugin("restore_container_cleanup", volname, {})
+        assert plugin.children() == []

@@ -41,12 +41,12 @@ class Machine:
     started: int = START
     modes: dict[str, str] = field(default_factory=dict)  #: what the last query said
 
-    async def back_up(self, plugin: Plugin, *, limit: int = 0) -> str:
+    async def back_up(self, plugin: Plugin, *, limit: int = 0, mode: str | None = None) -> str:
         """One guest of a job, from `backup_init` to `backup_cleanup`; the name of the archive."""
         self.started += 60
         name: str = (await plugin("backup_init", 100, "qemu", self.started))["archive-name"]
         try:
-            await self.hand_over(plugin, {"bandwidth-limit": limit, "firewall-config": FIREWALL})
+            await self.hand_over(plugin, {"bandwidth-limit": limit, "firewall-config": FIREWALL}, mode)
         except BaseException as error:
             await plugin("backup_cleanup", 100, "qemu", 0, {"error": str(error)})
             raise
@@ -54,11 +54,12 @@ class Machine:
         assert done["stats"]["archive-size"] == 2 * SIZE + len(CONFIG.encode()) + len(FIREWALL)
         return name
 
-    async def hand_over(self, plugin: Plugin, info: dict[str, Any]) -> None:
+    async def hand_over(self, plugin: Plugin, info: dict[str, Any], mode: str | None) -> None:
         """What lies between."""
         self.modes = await plugin("backup_vm_query_incremental", 100, {device: {"size": SIZE} for device in DEVICES})
         self.job.success = False
-        async with self.job.prepared(dict(self.modes)) as disks:
+        modes = dict(self.modes) if mode is None else dict.fromkeys(DEVICES, mode)
+        async with self.job.prepared(modes) as disks:
             await self.vm.qemu_io("d0", "write -P 99 23M 64k")  # after the instant
             volumes = {
                 disk.device: {
@@ -137,6 +138,12 @@ async def test_a_chain_of_backups(worker: Worker, backports: QemuBinary, tmpfs: 
         contents.append(host.content())
         names.append(await host.back_up(plugin))
         assert host.modes == dict.fromkeys(DEVICES, "use")
+        # Without bitmaps everything is read, and there are none afterwards.
+        contents.append(host.content())
+        names.append(await host.back_up(plugin, mode="none"))
+        contents.append(host.content())
+        names.append(await host.back_up(plugin))
+        assert host.modes == dict.fromkeys(DEVICES, "new")
         for name, content in zip(names, contents, strict=True):
             assert await restored(plugin, name, tmp_path) == content, name
         assert await plugin("archive_get_guest_config", f"backup/{names[-1]}") == CONFIG
@@ -310,3 +317,18 @@ async def test_a_backup_that_is_cut_off_leaves_nothing(
             content = host.content()
             name = await host.back_up(plugin)
             assert await restored(plugin, name, tmp_path) == content
+
+
+async def test_the_servers_of_a_restore_end_with_the_worker(worker: Worker, backports: QemuBinary, tmpfs: Path) -> None:
+    async with machine(backports, tmpfs) as host, worker.started() as plugin:
+        volname = f"backup/{await host.back_up(plugin)}"
+        await plugin("restore_vm_init", volname)
+        path = (await plugin("restore_vm_volume_init", volname, "fmt-d0", {}))["qemu-img-path"]
+        (session,) = plugin.children()
+        socket = Path(path.partition("socket=")[2])
+        assert socket.is_socket()
+        plugin.process.kill()
+        plugin.ends_with = -signal.SIGKILL
+        await until(lambda: process_start_time(session) is None)
+        await until(lambda: not socket.parent.exists())
+        assert list((worker.home / "run").rglob("restore-*")) == []
