@@ -7,7 +7,7 @@ import os
 import select
 import ssl
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
@@ -92,10 +92,11 @@ class TlsStream(trio.abc.Stream):
                 raise trio.BrokenResourceError from error
             await self._flush()
 
-    async def send_parts(self, parts: Iterable[Buffer]) -> None:
+    async def send_parts(self, parts: Iterable[Buffer], taken: Callable[[], None] | None = None) -> None:
         """As `send_all` for one part after the other; once it waits, none of them is needed any more.
 
-        They are encrypted in memory first: a megabyte together, not a hundred.
+        They are encrypted in memory first: a megabyte together, not a hundred. `taken` is called whenever the system
+        has taken a piece of them.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
@@ -105,7 +106,7 @@ class TlsStream(trio.abc.Stream):
                     view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
             raise trio.BrokenResourceError from error
-        await self._flush()
+        await self._flush(taken)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See `trio.abc.ReceiveStream.receive_some`."""
@@ -242,12 +243,16 @@ class TlsStream(trio.abc.Stream):
         else:
             self._came.write_eof()
 
-    async def _flush(self) -> None:
+    async def _flush(self, taken: Callable[[], None] | None = None) -> None:
         """Send what was encrypted, in that order."""
         async with self._sending:
-            data = self._goes.read()
-            if data:
-                await self._transport.send_all(data)
+            view = memoryview(self._goes.read())
+            while view:
+                end = len(view) if taken is None else _PIECE
+                await self._transport.send_all(view[:end])
+                view = view[end:]
+                if taken is not None:
+                    taken()
 
 
 def _readable(descriptor: int, wait_ms: int) -> bool:
@@ -256,13 +261,19 @@ def _readable(descriptor: int, wait_ms: int) -> bool:
     return bool(poll.poll(wait_ms))
 
 
-async def send_parts(stream: trio.abc.SendStream, parts: Sequence[Buffer]) -> None:
-    """Send `parts` in order; once it waits, none of them is needed any more.
+async def send_parts(
+    stream: trio.abc.SendStream, parts: Sequence[Buffer], taken: Callable[[], None] | None = None
+) -> None:
+    """Send `parts` in order; once it waits, none of them is needed any more. Cancelled, the connection is of no use.
+
+    `taken` is called whenever the system has taken a piece of them: it takes more only as the other side does.
 
     Raises:
         OSError, trio.BrokenResourceError: as `stream.send_all`.
     """
     if isinstance(stream, TlsStream):
-        await stream.send_parts(parts)
+        await stream.send_parts(parts, taken)
     else:
         await stream.send_all(bytes(parts[0]) if len(parts) == 1 else b"".join(parts))
+        if taken is not None:
+            taken()

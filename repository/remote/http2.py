@@ -279,17 +279,19 @@ class Http2Client:
                     self._wake = trio.Event()
                     await self._wake.wait()
                     continue
+                # Of a body the system takes more only as the server does: a slow upload is no silence.
+                taken = None if control else self._note_life
                 if self._sent is None:
-                    await send_parts(self._stream, parts)
+                    await send_parts(self._stream, parts, taken)
                 else:
-                    await self._send_slowly(self._sent, b"".join(parts))
-                if not control:
-                    # The system takes more only as the server does: a slow upload is no silence.
-                    self._alive = trio.current_time()
+                    await self._send_slowly(self._sent, b"".join(parts), taken)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._fail(self._lost(innermost_reason(error)))
 
-    async def _send_slowly(self, bucket: TokenBucket, data: bytes) -> None:
+    def _note_life(self) -> None:
+        self._alive = trio.current_time()
+
+    async def _send_slowly(self, bucket: TokenBucket, data: bytes, taken: Callable[[], None] | None) -> None:
         view = memoryview(data)
         while view:
             # A frame of one piece goes with its head: 9 bytes are not worth a record and a system call.
@@ -297,7 +299,8 @@ class Http2Client:
             piece, view = view[:end], view[end:]
             await bucket.take(len(piece))
             await self._stream.send_all(piece)
-            self._alive = trio.current_time()
+            if taken is not None:
+                taken()
 
     def _next_frame(self) -> list[Buffer]:
         """The next frame of a body that the server's windows let through; empty if there is none."""

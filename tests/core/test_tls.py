@@ -228,6 +228,28 @@ async def test_parts_are_not_needed_once_their_sender_waits(certificate: Certifi
 
 async def test_parts_go_over_any_stream() -> None:
     left, right = trio.testing.memory_stream_pair()
-    await send_parts(left, [b"a", bytearray(b"bc"), memoryview(b"d")])
+    taken: list[None] = []
+    await send_parts(left, [b"a", bytearray(b"bc"), memoryview(b"d")], lambda: taken.append(None))
     await send_parts(left, [memoryview(b"e")])
     assert await right.receive_some() == b"abcde"
+    assert len(taken) == 1
+
+
+async def test_what_the_system_takes_of_a_large_part_is_told_while_the_rest_waits(certificate: Certificate) -> None:
+    part = bytes(8 << 20)
+    received = 0
+    taken: list[int] = []  #: what had been received by then
+
+    async def serve(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+        nonlocal received
+        await stream.do_handshake()
+        while received < len(part):
+            received += len(await stream.receive_some())
+
+    async with served(serve, certificate.context()) as transport:
+        stream = TlsStream(transport, client_context(certificate), "127.0.0.1")
+        await stream.do_handshake()
+        await send_parts(stream, [part], lambda: taken.append(received))
+    assert received == len(part)
+    assert len(taken) > 8 << 20 >> 18
+    assert taken[0] <= 1 << 18
