@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from hypervisor.nbd_files import is_mounted
+from core.limits import in_io_thread
+from hypervisor.nbd_files import is_mounted, open_handle
 from tests.support.fuse import NEEDS_FUSE
 from tests.support.nbd_servers import NEEDS_NBDKIT_PYTHON
+from tests.support.proxmox_qemu import ProxmoxQemu
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 from tests.support.waiting import until
@@ -104,6 +106,28 @@ async def test_what_a_killed_process_leaves_in_qemu_goes_with_disconnect(
         assert gone(files)
         report = await lab.backup(vm)
         assert report.archives[D0]["dirty"] == CHUNK
+        await lab.assert_restores(report, guest.images())
+
+
+async def test_under_proxmoxs_flavour_what_changed_can_be_read(backports: QemuBinary, lab: Lab, files: Path) -> None:
+    async with lab.vm(backports, [VmDisk(lab.raw("a", 24 * MIB), "disk0")]) as vm, ProxmoxQemu.before(vm) as double:
+        guest = PlayedGuest(vm, {"disk0": 24 * MIB})
+        await guest.write("disk0", 0x11, 0, 24 * MIB)
+        await lab.backup(vm)
+        await guest.write("disk0", 0x22, 9 * MIB, 512)
+        expected = guest.images()[D0]
+        held = await connect(lab, vm, files, "--changed")
+        await guest.write("disk0", 0x33, 0, 24 * MIB)
+        assert (held["source"]["flavour"], held["disks"][0]["changed"]) == ("proxmox", CHUNK)
+        ((offset, length),) = [tuple(region.values()) for region in await lab.fleece.json("nbd", "regions", files / D0)]
+        with open_handle(files / D0) as handle:
+            assert await in_io_thread(os.pread, handle, length, offset) == expected[offset : offset + length]
+            with pytest.raises(OSError, match=r"Invalid argument|Input/output error"):
+                await in_io_thread(os.pread, handle, 4096, 0)
+        await lab.fleece.json("nbd", "disconnect", "--all")
+        assert double.access is None
+        report = await lab.backup(vm)
+        assert report.archives[D0]["read"] == 24 * MIB
         await lab.assert_restores(report, guest.images())
 
 
