@@ -9,6 +9,7 @@
     jobs.py            jobs of the configuration, run and recorded (job_store.py); job_backup.py: those of type backup
     host_agent.py      the service; due_jobs.py, calendar_times.py: when what is due
     hooks.py           scripts that jobs call; vzdump_hook.py: Fleece as vzdump's
+    monitoring/        events, metrics, notifications, the status page: what is seen of jobs
     slots.py           limits on what runs at the same time; vm_choice.py: which VMs a job means
     config.py          fleece.toml, its schema; toml_lines.py: on which line a key stands
     registry.py        the datastores that commands made; repositories.py: what `--repo` means
