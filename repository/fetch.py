@@ -24,7 +24,7 @@ from core.limits import cpu_count, in_cpu_thread, in_io_thread
 from core.nursery import open_nursery
 from datastore.blob import Blob
 from datastore.codec import ChunkCodec
-from datastore.s3.errors import S3BackendError, S3BudgetError, S3UnavailableError
+from datastore.s3.errors import S3BackendError, S3BudgetError, S3Error, S3UnavailableError
 from repository.buffers import Lease, batch_size, shared_pool
 from repository.interface import BlockingReads, Reader
 from repository.locate import Archive
@@ -300,7 +300,8 @@ async def _read_blobs(reader: Reader, digests: Sequence[bytes]) -> list[Blob | F
 
 
 def _placed(error: FleeceError, archive: Archive, number: int) -> FleeceError:
-    """The same error, naming snapshot, archive, offset and digest."""
-    placed = type(error)("read", archive.chunk_where(number), error.why, error.hint)
+    """The same error, naming snapshot, archive, offset and digest; and where chunks come from, if that is a bucket."""
+    why = f"{error.where.partition('/')[0]}: {error.why}" if isinstance(error, S3Error) else error.why
+    placed = type(error)("read", archive.chunk_where(number), why, error.hint)
     placed.__cause__ = error
     return placed

@@ -10,12 +10,15 @@ from core.buffers import Buffer
 from core.errors import FleeceError
 from datastore.names import Group, Snapshot
 from datastore.s3.counters import Counters, Method, Work
+from datastore.s3.errors import S3UnavailableError
+from datastore.s3.link import RetryPolicy
 from datastore.s3.opening import S3Datastore
 from repository.archive import _FAR_WINDOW, open_archive_reader, open_cache
 from repository.fetch import fetch
 from repository.local import LocalRepository
 from repository.locate import load_readable, open_archive
 from tests.support.s3_emulator import S3Emulator
+from tests.support.s3_faults import ALWAYS
 from tests.support.s3_stores import NAME, s3_store
 from tests.support.snapshots import CHUNK, CODEC, put_all, write_snapshot
 
@@ -87,6 +90,27 @@ async def test_nothing_that_the_cache_holds_is_fetched(store_folder: Path, s3_em
             assert data == IMAGE
         asked = [one.key for one in s3_emulator.requests()[before:]]
         assert sorted(asked) == sorted(store.keys.chunk(digest) for digest in DIGESTS[40:])
+
+
+async def test_without_the_bucket_a_mount_goes_on_with_what_is_cached_and_with_the_rest_when_it_is_back(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    impatient = RetryPolicy(patience_s=0.1, base_s=0.01, cap_s=0.02)
+    async with s3_store(store_folder, s3_emulator.endpoint(), policy=impatient) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {DISK: IMAGE})
+        await make_cold(store, but=8)
+        s3_emulator.plan("*", "reset", times=ALWAYS)
+        async with repo.reader(snapshot) as reader, open_cache() as cache:
+            manifest, codec = await load_readable(reader, CODEC)
+            archive = await open_archive_reader(reader, codec, manifest, DISK, cache)
+            for at in range(0, 8 * CHUNK, CHUNK // 2):
+                assert await archive.read(at, CHUNK // 2) == IMAGE[at : at + CHUNK // 2]
+            for at in (20 * CHUNK, 8 * CHUNK):
+                with pytest.raises(S3UnavailableError, match="emulator:bucket"):
+                    await archive.read(at, 1)
+            s3_emulator.faults.clear()
+            assert await archive.read(8 * CHUNK, len(IMAGE)) == IMAGE[8 * CHUNK :]
 
 
 async def test_a_limit_on_prefetch_stops_prefetch_and_not_the_reading(
