@@ -18,7 +18,7 @@ from tests.support.warm_command import WarmCommand
 
 PERL: Final = Path(__file__).with_name("perl")
 #: Seconds for an answer: something hangs.
-_PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 120.0
 _RELAY: Final = Path(__file__).with_name("relay.py")
 _numbers = itertools.count()
 FLEECE: Final = (str(Path(sys.executable).with_name("fleece")),)
@@ -49,7 +49,7 @@ class Plugin:
     async def answer(self) -> Any:
         """What the method that was asked returns, in list context: nothing, one value, or a list."""
         assert self.process.stdout is not None
-        with trio.fail_after(_PATIENCE_S):
+        with trio.fail_after(PATIENCE_S):
             while b"\n" not in self._received:
                 data = await self.process.stdout.receive_some(1 << 20)
                 assert data, f"the worker has ended with {await self.process.wait()}"
@@ -129,7 +129,7 @@ class Worker:
                     request["arguments"],
                     request["environment"],
                     stdin=request["stdin"].encode(),
-                    timeout_s=_PATIENCE_S,
+                    timeout_s=PATIENCE_S,
                 )
             )
             answer = {"stdout": done.stdout.decode(), "stderr": done.stderr.decode(), "code": done.returncode}
@@ -161,7 +161,7 @@ class Worker:
             yield plugin
             assert process.stdin is not None
             await process.stdin.aclose()
-            with trio.fail_after(_PATIENCE_S):
+            with trio.fail_after(PATIENCE_S):
                 assert await process.wait() == plugin.ends_with
         finally:
             if process.returncode is None:
