@@ -5,6 +5,7 @@
     invocation.py      what every verb has: general options, configuration, repository, output, warnings
     running.py         trio, signals, one error out of many
     vm_backup.py       the backup of a virtual machine; vm_settings.py: what is known of one
+    nbd_holder.py      disks held ready as block devices or files; nbd_offers.py: which, nbd_records.py: by whom
     sessions.py        a backup session at a free second
     jobs.py            jobs of the configuration, run and recorded (job_store.py); job_backup.py: those of type backup
     host_agent.py      the service; due_jobs.py, calendar_times.py: when what is due

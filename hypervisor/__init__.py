@@ -10,12 +10,16 @@ tells what happens in a QEMU during a backup, and why.
     files.py        `open_source`: image files, block devices and NBD exports to back up
     targets.py      `open_target`, `StreamTarget`: what an image is restored to
     nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd (by `nbd_connection.py`)
+    nbd_devices.py  `NbdHost`: an NBD export as a block device /dev/nbdX; nbd_files.py: as a file
+    nbd_server.py   `serve_disk`: a disk served by nbdkit (by `nbdkit_plugin.py`, which runs there)
+    dirty_regions.py  `open_regions`: what to read, for programs that read such a device or file
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
     disk_names.py   `archive_name`, `image_path`: what disks are called
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
+    children.py     `running`: programs that end with this process
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
     unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them
     checked.py      `field`, `optional`, `objects`: JSON from outside, checked for its types
