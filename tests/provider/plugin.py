@@ -91,6 +91,7 @@ class Worker:
     warm: WarmCommand | None = None  #: does its single calls
     limits: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    reaped: bool = False  #: the kernel itself waits for what has ended
 
     @property
     def fleece_environment(self) -> dict[str, str]:
@@ -156,6 +157,7 @@ class Worker:
                     "limits": self.limits,
                     "scfg": self.scfg,
                     "storeid": self.storeid,
+                    "reaped": self.reaped,
                 }
             )
             yield plugin

@@ -5,7 +5,7 @@ import signal
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +235,26 @@ async def test_a_tar_stream_that_fails_is_no_whole_archive(worker: Worker, mount
         with pytest.raises(Died, match="chunk"):
             await plugin("restore_container_cleanup", volname, {})
         assert plugin.children() == []
+
+
+async def test_mount_points_of_the_container_are_entered_and_no_others(worker: Worker, mounts: Path) -> None:
+    folder = mounts / "ct"
+    make_container(folder)
+    async with AsyncExitStack() as stack:
+        for name in ("mnt", "other"):
+            path = folder / name
+            path.mkdir()
+            mounting = ["mount", "-t", "tmpfs", "-o", f"uid={ROOT_ID},gid={ROOT_ID},mode=0755", "tmpfs", str(path)]
+            if (await trio.run_process(mounting, check=False, capture_stderr=True)).returncode:
+                pytest.skip("nothing can be mounted")
+            stack.push_async_callback(trio.run_process, ["umount", "-l", str(path)])
+            (path / "inside").write_text(name)
+            os.chown(path / "inside", ROOT_ID, ROOT_ID)
+        async with worker.started() as plugin:
+            await back_up(plugin, folder, sources=[".", "./mnt"])
+            given = await plugin("restore_container_init", f"backup/{NAME}", {})
+            told = await trio.run_process(["tar", "tf", given["tar-path"]], capture_stdout=True)
+            await plugin("restore_container_cleanup", f"backup/{NAME}", {})
+    names = {name.strip("./") for name in told.stdout.decode().split()}
+    assert {"mnt/inside", "other", "etc/hostname"} <= names
+    assert "other/inside" not in names

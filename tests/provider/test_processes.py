@@ -173,3 +173,18 @@ async def test_a_worker_that_is_told_to_stop_ends_the_session(worker: Worker, tm
         assert await plugin("backup_cleanup", 100, "qemu", 0, {"error": "interrupted"}) == {"stats": {}}
         assert told.exists()
         assert plugin.children() == []
+
+
+async def test_how_it_ended_need_not_be_known(worker: Worker) -> None:
+    worker.reaped = True
+    good = """cat > /dev/null; echo '{"total": 3, "available": 2, "used": 1}'"""
+    async with played(worker, good).started() as plugin:
+        assert await plugin.storage("status", "fleece", "@scfg", {}) == [3, 2, 1, 1]
+    async with played(worker, "cat > /dev/null; echo 'no such thing' >&2; exit 1").started() as plugin:
+        with pytest.raises(Died, match="it has ended: no such thing"):
+            await plugin.storage("status", "fleece", "@scfg", {})
+    async with played(worker, BEGUN + "exit 1").started() as plugin:
+        await plugin("backup_init", 100, "qemu", 1)
+        with pytest.raises(Died, match="fleece provider session: it has ended"):
+            await plugin("backup_vm_query_incremental", 100, {"d": {"size": 512}})
+        assert plugin.children() == []

@@ -25,6 +25,7 @@ for my $name (keys(%{ $setup->{limits} // {} })) {
     no strict 'refs';
     ${"PVE::Fleece::Process::$name"} = $setup->{limits}->{$name};
 }
+$SIG{CHLD} = 'IGNORE' if $setup->{reaped}; # then nobody can wait for a child
 my ($scfg, $storeid) = @$setup{qw(scfg storeid)};
 my $storage = 'PVE::Storage::Custom::FleecePlugin';
 my @log;

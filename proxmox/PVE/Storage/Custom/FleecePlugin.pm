@@ -154,6 +154,8 @@ sub volume_snapshot_rollback { die "a backup cannot have snapshots\n" }
 sub volume_snapshot_delete { die "a backup cannot have snapshots\n" }
 sub volume_has_feature { return undef }
 sub list_images { return [] }
+sub volume_export_formats { return () }
+sub volume_import_formats { return () }
 
 # --- its backups ------------------------------------------------------------------------------------------------------
 
