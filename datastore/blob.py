@@ -30,6 +30,8 @@ MAX_BLOB_SIZE: Final = 128 << 20
 MAX_CHUNK_SIZE: Final = 16 << 20
 #: Bytes of the largest header.
 MAX_HEADER_SIZE: Final = _ENCRYPTED.size
+#: An encoded blob is at most this long.
+MAX_ENCODED_BLOB: Final = MAX_BLOB_SIZE + MAX_HEADER_SIZE
 #: An encoded chunk is at most this long.
 MAX_ENCODED_CHUNK: Final = MAX_CHUNK_SIZE + MAX_HEADER_SIZE
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from core.errors import UsageError
 from core.limits import in_io_thread
-from datastore.blob import Blob
+from datastore.blob import MAX_ENCODED_BLOB, Blob
 from datastore.dynamic_index import DynamicIndex
 from datastore.errors import SnapshotNotFoundError
 from datastore.fixed_index import FixedIndex
@@ -36,11 +36,11 @@ class LocalReader:
         """See `Reader.open_index`."""
         return await in_io_thread(open_snapshot_index, self.store, self.snapshot, name, size)
 
-    async def read_blob(self, name: str) -> bytes:
+    async def read_blob(self, name: str, *, limit: int = MAX_ENCODED_BLOB) -> bytes:
         """See `Reader.read_blob`."""
         if archive_kind(name) is not ArchiveKind.BLOB:
             raise UsageError("read blob", f"{self.snapshot}/{name}", "its name does not end in .blob")
-        return await in_io_thread(self.store.read_file, self.snapshot, name)
+        return await in_io_thread(self.store.read_file, self.snapshot, name, limit)
 
     async def read_chunk(self, digest: bytes) -> Blob:
         """See `Reader.read_chunk`."""

@@ -3,6 +3,7 @@
 Layout: docs/formats.md, "Layout". Reading only: quick system calls; a listing of the whole store runs in one thread.
 """
 
+import errno
 import json
 import os
 import stat
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from core.errors import FleeceError, UsageError, os_reason
-from datastore.blob import MAX_BLOB_SIZE
+from core.errors import FleeceError, FormatError, UsageError, os_reason
+from datastore.blob import MAX_ENCODED_BLOB
 from datastore.crypt_mode import CryptMode
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import read_file, store_errors
@@ -158,14 +159,23 @@ class StoreTree:
         """
         return self.read_file(snapshot, MANIFEST_NAME)
 
-    def read_file(self, snapshot: Snapshot, name: str) -> bytes:
-        """The blob file `name` of a snapshot as stored; errors as `read_manifest`."""
+    def read_file(self, snapshot: Snapshot, name: str, limit: int = MAX_ENCODED_BLOB) -> bytes:
+        """The blob file `name` of a snapshot as stored.
+
+        Raises:
+            FormatError: it has more than `limit` bytes.
+            SnapshotNotFoundError, StoreError: as `read_manifest`.
+        """
         where = f"{snapshot}/{name}"
         with store_errors("read", where):
             try:
-                return read_file(self.base / snapshot.path / name, limit=MAX_BLOB_SIZE + 4096)
+                return read_file(self.base / snapshot.path / name, limit=limit)
             except FileNotFoundError:
                 missing = not self.exists(snapshot)
+            except OSError as error:
+                if error.errno == errno.EFBIG:
+                    raise FormatError("read blob", where, f"wrong size ({os_reason(error)})") from error
+                raise
         why = "there is no such snapshot" if missing else "it is unfinished or lacks this file"
         raise SnapshotNotFoundError("read", where, why, "'fleece list' shows what there is")
 

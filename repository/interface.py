@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from core.buffers import Buffer
 from core.progress import Progress
-from datastore.blob import Blob
+from datastore.blob import MAX_ENCODED_BLOB, Blob
 from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.crypt_mode import CryptMode
 from datastore.filters import GroupFilter
@@ -227,8 +227,13 @@ class Reader(Protocol):
         """
         ...
 
-    async def read_blob(self, name: str) -> bytes:
-        """The encoded blob `name` as stored (raw)."""
+    async def read_blob(self, name: str, *, limit: int = MAX_ENCODED_BLOB) -> bytes:
+        """The encoded blob `name` as stored (raw), of at most `limit` bytes: those that the manifest lists, if it does.
+
+        Raises:
+            NotFoundError: not there.
+            FormatError, RemoteAnswerError: it is longer, and took no more memory than `limit`.
+        """
         ...
 
     async def read_chunk(self, digest: bytes) -> Blob:

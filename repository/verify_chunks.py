@@ -103,7 +103,7 @@ class Check:
 
     async def _blob(self, entry: ManifestFile) -> None:
         where = f"{self.reader.snapshot}/{entry.filename}"
-        raw = await self.reader.read_blob(entry.filename)
+        raw = await self.reader.read_blob(entry.filename, limit=entry.size)
         if len(raw) != entry.size:
             raise FormatError("verify", where, f"wrong size ({len(raw)} != {entry.size})")
 

@@ -14,7 +14,7 @@ import trio
 from core.errors import FleeceError, NotFoundError, UsageError
 from core.limits import in_cpu_thread
 from core.nursery import open_nursery
-from datastore.blob import MAX_BLOB_SIZE, MAX_ENCODED_CHUNK, MAX_HEADER_SIZE, Blob
+from datastore.blob import MAX_ENCODED_BLOB, MAX_ENCODED_CHUNK, Blob
 from datastore.digests import DigestSet
 from datastore.errors import ChunkNotFoundError, SnapshotNotFoundError
 from datastore.index import ArchiveIndex
@@ -82,11 +82,11 @@ class RemoteReader:
                 self._sizes = {}
         return self._sizes.get(name, 0)
 
-    async def read_blob(self, name: str) -> bytes:
+    async def read_blob(self, name: str, *, limit: int = MAX_ENCODED_BLOB) -> bytes:
         """See `Reader.read_blob`."""
         if archive_kind(name) is not ArchiveKind.BLOB:
             raise UsageError("read blob", f"{self.snapshot}/{name}", "its name does not end in .blob")
-        return bytes(await self._file(name, MAX_BLOB_SIZE + MAX_HEADER_SIZE))
+        return bytes(await self._file(name, limit))
 
     async def read_chunk(self, digest: bytes) -> Blob:
         """See `Reader.read_chunk`: only chunks of indexes that were opened."""

@@ -41,7 +41,7 @@ async def look_again(
         await target.replace_manifest(snapshot, wanted)
         report = SnapshotReport(snapshot, Outcome.UPDATED)
     if all(file.filename != CLIENT_LOG_NAME for file in there.files):
-        async with context.batches:  # a source may send more than it says: only so many of these at a time
+        async with context.batches:  # no manifest says how long it is: only so many of these at a time
             log = await client_log(source.reader, context.progress)
             if log is not None:
                 await target.upload_log(snapshot, log)

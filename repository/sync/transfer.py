@@ -115,8 +115,8 @@ async def send_file(
         where = f"{reader.snapshot}/{file.filename}"
         if file.size > MAX_ENCODED_CHUNK:
             raise FormatError("read blob", where, f"{file.size} bytes, at most {MAX_ENCODED_CHUNK} are possible")
-        async with context.batches:  # a source may send more than it says: only so many of these at a time
-            raw = await reader.read_blob(file.filename)
+        async with context.batches:
+            raw = await reader.read_blob(file.filename, limit=file.size)
             blob = await in_cpu_thread(_checked_blob, raw, file, where)
             await _paced(context, len(raw))
             await session.put_blob(file.filename, blob)
@@ -162,14 +162,11 @@ async def client_log(reader: Reader, progress: Progress) -> Blob | None:
     """The log that came with a snapshot; None without one, or if it is damaged, which is told."""
     where = f"{reader.snapshot}/{CLIENT_LOG_NAME}"
     try:
-        raw = await reader.read_blob(CLIENT_LOG_NAME)
-    except NotFoundError:
-        return None
-    try:
-        if len(raw) > MAX_ENCODED_CHUNK:
-            raise FormatError("read blob", where, f"{len(raw)} bytes, at most {MAX_ENCODED_CHUNK} are possible")
+        raw = await reader.read_blob(CLIENT_LOG_NAME, limit=MAX_ENCODED_CHUNK)
         blob = Blob.parse(raw, where=where)
         await in_cpu_thread(lambda: blob.check(where=where))
+    except NotFoundError:
+        return None
     except FormatError as error:
         progress.warn(f"the client log of {snapshot_text(reader.snapshot)} is left out: {error.why}")
         return None

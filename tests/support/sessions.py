@@ -18,7 +18,7 @@ from core.buffers import Buffer, WritableBuffer
 from core.disks import Extent, ExtentState, ReadPlan
 from core.errors import FleeceError, FormatError, SourceError, TargetError
 from core.progress import Progress
-from datastore.blob import Blob
+from datastore.blob import MAX_ENCODED_BLOB, Blob
 from datastore.changes import NamespaceMove, NamespaceRemoval
 from datastore.errors import ChunkNotFoundError, SnapshotNotFoundError
 from datastore.fixed_index import FixedHeader, FixedIndex
@@ -292,9 +292,11 @@ class MemoryReader:
             raise FormatError("read index", where, f"wrong size ({index.size} != {size})")
         return index
 
-    async def read_blob(self, name: str) -> bytes:
+    async def read_blob(self, name: str, *, limit: int = MAX_ENCODED_BLOB) -> bytes:
         if name not in self.stored.files:
             raise SnapshotNotFoundError("read blob", f"{self.snapshot}/{name}", "there is no such file")
+        if len(self.stored.files[name]) > limit:
+            raise FormatError("read blob", f"{self.snapshot}/{name}", f"more than {limit} bytes")
         return self.stored.files[name]
 
     async def read_chunk(self, digest: bytes) -> Blob:

@@ -115,12 +115,12 @@ async def test_a_snapshot_that_is_being_read_is_not_pruned(pair: Pair) -> None:
     await filled(pair)
     tried: list[bool] = []
 
-    async def read_blob(inner: Any, name: str) -> Any:
+    async def read_blob(inner: Any, name: str, **named: Any) -> Any:
         if not tried:
             tried.append(True)
             with pytest.raises(LockedError):
                 await pair.source.forget(inner.snapshot)
-        return await inner.read_blob(name)
+        return await inner.read_blob(name, **named)
 
     report = await pull(Faulty(pair.source, Faults(), {"reader.read_blob": read_blob}), pair.target)
     assert tried

@@ -167,7 +167,7 @@ async def other_size(inner: Any, name: str, *, size: int | None = None) -> Fixed
     return FixedIndex(head, memoryview(digests), index.where)
 
 
-async def other_blob(inner: Any, name: str) -> bytes:
+async def other_blob(inner: Any, name: str, **named: Any) -> bytes:
     return bytes(CODEC.encode_blob(b"something else"))
 
 

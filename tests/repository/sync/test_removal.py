@@ -209,9 +209,9 @@ async def test_a_failed_group_loses_nothing(pair: Pair, way: object) -> None:
     await write(pair.source, "vm/1", 3000)
     await pair.source.forget(group("vm/1").at(1000))
 
-    async def read_blob(inner: Any, name: str) -> bytes:
+    async def read_blob(inner: Any, name: str, **named: Any) -> bytes:
         if inner.snapshot.ctime != 3000:
-            return await inner.read_blob(name)  # type: ignore[no-any-return]
+            return await inner.read_blob(name, **named)  # type: ignore[no-any-return]
         raise FleeceError("read", name, "the disk is bad")
 
     source = Faulty(pair.source, Faults(), {"reader.read_blob": read_blob})
