@@ -52,6 +52,7 @@ fleece restore vm/100/latest drive-scsi0.img /dev/vg/web --force
 fleece restore vm/100/latest drive-scsi0.img nbd://storage/web
 fleece restore vm/100/latest drive-scsi0.img - | ssh other 'dd of=/dev/vg/web bs=4M'
 fleece restore vm/100/latest qemu-command.json -
+fleece restore vm/100/latest client.log -
 fleece restore host/db1/latest root.pxar /mnt/new
 fleece restore host/db1/latest root.pxar /tmp/some --pattern /etc --pattern '*.conf' --pattern '!*.bak'
 fleece restore host/db1/latest root.pxar/etc/fstab -
@@ -90,7 +91,9 @@ def restore(
     archive: Annotated[
         str | None,
         typer.Argument(
-            metavar="ARCHIVE", help="As 'fleece show' lists it, with or without its type; root.pxar/PATH for a part."
+            metavar="ARCHIVE",
+            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH for a part; client.log for the "
+            "log of the backup, index.json for the manifest.",
         ),
     ] = None,
     target: Annotated[
@@ -264,6 +267,12 @@ class _Job:
         wanted = wanted_files(self._manifest, archive)
         if wanted is not None:
             return await self._files(wanted, target)
+        beside = await self._beside_manifest(archive)
+        if beside is not None:
+            name = strip_archive_type(archive)
+            self._refuse_options_of_folders(name)
+            target = await in_io_thread(_inside_folder, target, name)
+            return Restored(name, target, await self._small_file(beside, target))
         entry = self._entry(archive)
         name = strip_archive_type(entry.filename)
         kind = archive_kind(entry.filename)
@@ -272,14 +281,28 @@ class _Job:
                 "restore", f"{self._reader.snapshot} {name}", "it is no archive of files",
                 "'fleece catalog dump' shows what is in a catalog",
             )  # fmt: skip
-        if self._options.patterns or self._format in ("tar", "zip"):
-            option = "--pattern" if self._options.patterns else f"--format {self._format}"
-            raise UsageError("use", option, f"{name} is no folder")
+        self._refuse_options_of_folders(name)
         target = await in_io_thread(_inside_folder, target, name)
         if kind is ArchiveKind.FIXED:
             await self._image(entry, target)
             return Restored(name, target, entry.size)
         return Restored(name, target, await self._blob(entry, target))
+
+    def _refuse_options_of_folders(self, name: str) -> None:
+        if self._options.patterns or self._format in ("tar", "zip"):
+            option = "--pattern" if self._options.patterns else f"--format {self._format}"
+            raise UsageError("use", option, f"{name} is no folder")
+
+    async def _beside_manifest(self, archive: str) -> bytes | None:
+        """The content of the client's log or of the manifest itself, if they are meant: no manifest lists them."""
+        from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, strip_archive_type
+        from repository.restore import restore_log, restore_manifest
+
+        if archive in (CLIENT_LOG_NAME, strip_archive_type(CLIENT_LOG_NAME)):
+            return await restore_log(self._reader, self._codec)
+        if archive in (MANIFEST_NAME, strip_archive_type(MANIFEST_NAME)):
+            return await restore_manifest(self._reader)
+        return None
 
     def _entry(self, archive: str) -> "ManifestFile":
         """The archive that a person named with or without its type extension."""
@@ -348,10 +371,14 @@ class _Job:
             await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
 
     async def _blob(self, entry: "ManifestFile", target: str) -> int:
-        from core.limits import in_io_thread
         from repository.restore import restore_blob
 
         data = await restore_blob(self._reader, self._codec, self._manifest, entry.filename)
+        return await self._small_file(data, target)
+
+    async def _small_file(self, data: bytes, target: str) -> int:
+        from core.limits import in_io_thread
+
         if target == "-" and sys.stdout.isatty():
             await in_io_thread(_to_terminal, data)
         elif target == "-":

@@ -18,7 +18,7 @@ from fusefs.opened_archive import OpenArchive, open_archive
 from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
 from repository.interface import Reader, Repository
 from repository.locate import load_readable, signature_doubt
-from repository.restore import restore_blob
+from repository.restore import restore_blob, restore_log
 
 #: Bytes up to which a decoded small file, or an image's index (1 MiB for 128 GiB), is kept while its snapshot is open;
 #: a larger one only while a handle uses it.
@@ -168,10 +168,7 @@ class OpenSnapshot:
     async def _blob(self, name: str) -> bytes:
         if name != CLIENT_LOG_NAME:
             return await restore_blob(self._reader, self._codec, self.manifest, name)
-        # Uploaded after the backup: the manifest does not list it.
-        raw = await self._reader.read_blob(name)
-        where = f"{self._reader.snapshot}/{name}"
-        return await in_cpu_thread(lambda: self._codec.decode_blob(raw, crypt_mode=None, where=where))
+        return await restore_log(self._reader, self._codec)
 
 
 def data_blocks(index: ArchiveIndex, zero: bytes | None) -> int:

@@ -6,23 +6,35 @@ from typing import Final
 
 from core.buffers import Buffer
 from core.disks import DiskTarget
-from core.errors import FleeceError, FormatError, TargetError
+from core.errors import FleeceError, FormatError, NotFoundError, TargetError
 from core.limits import in_cpu_thread
 from core.progress import Progress
+from datastore.blob import BlobKind
 from datastore.codec import ChunkCodec
+from datastore.crypt_mode import CryptMode
 from datastore.manifest import Manifest
-from datastore.names import ArchiveKind, archive_kind
+from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, archive_kind
 from repository.fetch import fetch
 from repository.interface import FIXED_CHUNK_SIZE, Reader
 from repository.locate import Archive, load_manifest, open_archive
 
-__all__ = ["Sink", "load_manifest", "restore_blob", "restore_disk", "restore_stream"]
+__all__ = [
+    "Sink",
+    "load_manifest",
+    "restore_blob",
+    "restore_disk",
+    "restore_log",
+    "restore_manifest",
+    "restore_stream",
+]
 
 #: Takes the next bytes of a stream.
 Sink = Callable[[Buffer], Awaitable[None]]
 #: Bytes zeroed by one call at most.
 MAX_ZERO: Final = 1 << 30
 _ZEROS: Final = bytes(FIXED_CHUNK_SIZE)
+#: How a blob begins.
+_MAGICS: Final = tuple(kind.value for kind in BlobKind)
 
 
 async def restore_disk(
@@ -126,7 +138,7 @@ async def restore_blob(reader: Reader, codec: ChunkCodec, manifest: Manifest, na
     where = f"{reader.snapshot}/{name}"
     if archive_kind(name) is not ArchiveKind.BLOB:
         raise FormatError("restore", where, "it is no small file")
-    raw = await reader.read_blob(name)
+    raw = await reader.read_blob(name, limit=entry.size)
     if len(raw) != entry.size:
         raise FormatError("read blob", where, f"wrong size ({len(raw)} != {entry.size})")
 
@@ -139,6 +151,41 @@ async def restore_blob(reader: Reader, codec: ChunkCodec, manifest: Manifest, na
         return codec.decode_blob(raw, crypt_mode=None, where=where)
 
     return await in_cpu_thread(decode)
+
+
+async def restore_log(reader: Reader, codec: ChunkCodec) -> bytes:
+    """The content of the log that came with a snapshot, which no manifest lists.
+
+    PBS pushes a log as a blob in a blob (docs/sync.md); what it says is the same.
+
+    Raises:
+        NotFoundError: there is none.
+        FormatError: it is broken.
+        KeyNeededError: it is encrypted and the key is not there.
+    """
+    where = f"{reader.snapshot}/{CLIENT_LOG_NAME}"
+    try:
+        raw = await reader.read_blob(CLIENT_LOG_NAME)
+    except NotFoundError as error:
+        hint = "'fleece upload-log' stores one"
+        raise NotFoundError("restore", where, "no log came with the backup", hint) from error
+
+    def decode() -> bytes:
+        data = codec.decode_blob(raw, crypt_mode=None, where=where)
+        return codec.decode_blob(data, crypt_mode=None, where=where) if data.startswith(_MAGICS) else data
+
+    return await in_cpu_thread(decode)
+
+
+async def restore_manifest(reader: Reader) -> bytes:
+    """The content of the manifest: JSON text as it was stored.
+
+    Raises:
+        FormatError: it is broken.
+    """
+    raw = await reader.manifest()
+    where = f"{reader.snapshot}/{MANIFEST_NAME}"
+    return await in_cpu_thread(lambda: ChunkCodec().decode_blob(raw, crypt_mode=CryptMode.NONE, where=where))
 
 
 def _runs(archive: Archive) -> Iterator[tuple[int, int, bool]]:

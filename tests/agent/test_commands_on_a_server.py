@@ -1,5 +1,6 @@
 """Every command of a repository on a server: Fleece's own, in the test's process."""
 
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator
@@ -143,6 +144,9 @@ async def test_a_log_of_ones_own_is_stored_once(
     assert stored == {"snapshot": report["snapshot"], "size": 19}
     log = store / report["snapshot"] / "client.log.blob"
     assert plain(log.read_bytes()) == b"what a script said\n"
+    restored = await local.json("restore", report["snapshot"], "client.log", tmp_path / "out.log", *repo)
+    assert restored["restored"] == [{"name": "client.log", "target": f"{tmp_path}/out.log", "size": 19}]
+    assert (tmp_path / "out.log").read_bytes() == b"what a script said\n"
     again = await local.run("upload-log", f"{GROUP}/latest", tmp_path / "own.log", *repo)
     assert again.code in (1, 2)
     store_pool.take_back(store)
@@ -152,6 +156,11 @@ async def test_a_log_of_ones_own_is_stored_once(
     assert refused.code == 1
     assert "log" in refused.error["why"]
     assert (await fleece.run("upload-log", report["snapshot"], tmp_path / "missing")).code == 1
+    for name in ("client.log.blob", "index.json"):
+        await fleece.json("restore", report["snapshot"], name, tmp_path / name)
+    assert "x.conf" in (tmp_path / "client.log.blob").read_text()
+    assert [file["filename"] for file in json.loads((tmp_path / "index.json").read_text())["files"]] == ["x.conf.blob"]
+    assert (await fleece.run("restore", report["snapshot"], "client.log", "-", "--format", "tar")).code == 2
 
 
 @pytest.mark.fuse

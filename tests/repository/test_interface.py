@@ -1,6 +1,7 @@
 """The suite of the repository interface: runs over a local datastore and one in a bucket."""
 
 import hashlib
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from datastore.names import MANIFEST_NAME, ROOT, Group, Namespace, Snapshot
 from datastore.prune import KeepOptions, Mark
 from repository.interface import Repository
 from repository.local import LocalRepository, open_local
+from repository.restore import restore_log, restore_manifest
 from tests.support.s3_stores import s3_place, s3_store
 from tests.support.snapshots import CHUNK, CODEC, put_all, put_file, put_image, read_image, write_snapshot
 
@@ -52,6 +54,9 @@ async def test_a_finished_snapshot_is_listed_with_its_files_and_reads_back(repo:
     async with repo.reader(snapshot) as reader:
         raw = await reader.read_blob("vm.conf.blob")
         assert CODEC.decode_blob(raw, crypt_mode=None, where="x") == b"name: test\n"
+        assert await reader.read_blob("vm.conf.blob", limit=len(raw)) == raw
+        with pytest.raises(FormatError):
+            await reader.read_blob("vm.conf.blob", limit=len(raw) - 1)
         with pytest.raises(SnapshotNotFoundError):
             await reader.read_blob("other.conf.blob")
         with pytest.raises(NotFoundError):
@@ -61,6 +66,20 @@ async def test_a_finished_snapshot_is_listed_with_its_files_and_reads_back(repo:
             await reader.open_index("disk.img.fidx", size=1)
         with pytest.raises(ChunkNotFoundError):
             await reader.read_chunk(bytes(32))
+
+
+async def test_the_log_and_the_manifest_of_a_snapshot_are_restored(repo: Repository) -> None:
+    snapshot, pushed = await write_snapshot(repo, GROUP, 1000, FILES), await write_snapshot(repo, GROUP, 2000, FILES)
+    async with repo.reader(snapshot) as reader:
+        with pytest.raises(NotFoundError, match="no log came with the backup"):
+            await restore_log(reader, CODEC)
+        assert json.loads(await restore_manifest(reader))["backup-time"] == 1000
+    blob = CODEC.encode_blob(b"all is well\n")
+    await repo.upload_log(snapshot, blob)
+    await repo.upload_log(pushed, CODEC.encode_blob(bytes(blob)))  # as PBS pushes one
+    for one in (snapshot, pushed):
+        async with repo.reader(one) as reader:
+            assert await restore_log(reader, CODEC) == b"all is well\n"
 
 
 async def test_a_repository_has_a_name_and_a_lasting_identity(repo: Repository) -> None:
