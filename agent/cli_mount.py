@@ -61,6 +61,7 @@ def mount(
     later. 'umount', 'fusermount3 -u' or SIGTERM ends the mount. Encrypted archives are shown if their key is given.
     """
     from agent.repositories import local_store, remote_spec
+    from core.systemd import notify
     from fusefs.mount import mount as mount_on
     from fusefs.options import MountOptions
 
@@ -76,6 +77,8 @@ def mount(
     store = None if remote_spec(*named) is not None else local_store(*named).path
 
     def on_ready() -> None:
+        if foreground:
+            notify("READY=1", f"STATUS=Mounted on {mountpoint}")
         # What it costs is told at its end.
         invocation.emit({"mountpoint": str(mountpoint)}, lambda: f"mounted on {mountpoint}", cost=False)
 

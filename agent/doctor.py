@@ -57,7 +57,26 @@ class Check:
         return {"name": self.name, "state": self.state.value, "detail": self.detail, "fix": self.fix}
 
 
+def missing_instructions(cpuinfo: str) -> list[str]:
+    """Of what numpy is compiled for (x86-64-v2), what the processor in the text of /proc/cpuinfo lacks."""
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = found[1].split() if found else []
+    return [name for name in ("cx16", "popcnt", "ssse3", "sse4_1", "sse4_2") if flags and name not in flags]
+
+
+def _processor() -> Iterator[Check]:
+    if os.uname().machine != "x86_64" or not Path("/proc/cpuinfo").exists():
+        return
+    missing = missing_instructions(Path("/proc/cpuinfo").read_text(errors="replace"))
+    if missing:
+        yield Check(
+            "processor", State.FAILED, f"it lacks {', '.join(missing)}: programs die of illegal instructions",
+            "give this virtual machine another type of processor, x86-64-v2 or 'host'",
+        )  # fmt: skip
+
+
 def _python() -> Iterator[Check]:
+    yield from _processor()
     yield Check("python", State.OK, f"{sys.version.split()[0]} in {sys.prefix}")
     for module, purpose, fix, state in (
         ("nbd", "reading virtual machines", "apt install python3-libnbd", State.FAILED),

@@ -108,3 +108,10 @@ def test_a_full_scratch_folder_is_a_warning(invocation: Invocation, monkeypatch:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
     assert states(examine(invocation), "scratch folder") == [State.WARNING]
+
+
+def test_a_processor_that_numpy_does_not_run_on_is_found() -> None:
+    old = "processor\t: 0\nflags\t\t: fpu sse2 ssse3 cx16\nbugs\t\t:\n"
+    assert doctor.missing_instructions(old) == ["popcnt", "sse4_1", "sse4_2"]
+    assert doctor.missing_instructions(old.replace("cx16", "cx16 popcnt sse4_1 sse4_2 avx")) == []
+    assert doctor.missing_instructions("nothing that is known") == []

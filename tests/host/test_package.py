@@ -9,11 +9,13 @@ import pytest
 
 from .conftest import HypervisorHost
 
-pytestmark = pytest.mark.vm
+#: Seconds are a limit for what hangs: a VM without acceleration on a busy machine is slow.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 #: Imports every module that is in the package, so that each library it needs is there.
 IMPORT_ALL = """
 import importlib, pathlib, sys
+import numpy, pyfuse3, pydantic, qemu.qmp, httpx, h2, isal, zstandard, cryptography, siphashc, trio_asyncio, nbd
 home = next(pathlib.Path(path) for path in sys.path if path.startswith("/usr/lib/fleece"))
 rooms = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
 count = 0
@@ -45,7 +47,7 @@ def test_it_brings_all_that_is_needed(bare_host: HypervisorHost) -> None:
         "755 root root", "755 root root", "755 root root", "700 root root", "2755 root fleece",
     ]  # fmt: skip
     doctor = json.loads(vm.run("fleece doctor --output json").out)
-    assert [check for check in doctor["checks"] if check["state"] in ("missing", "fail", "error")] == []
+    assert [check for check in doctor["checks"] if check["state"] == "failed"] == []
 
 
 def test_upgrade_removal_and_purge_beside_a_running_backup(host: HypervisorHost, tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_upgrade_removal_and_purge_beside_a_running_backup(host: HypervisorHost,
     after = host.qemu()
     assert (after["nodes"], after["roots"], after["exports"]) == (before["nodes"], before["roots"], [])
     assert len(after["bitmaps"]) == 1
-    assert vm.run("pgrep -fa /usr/lib/fleece/bin; ls -d /usr/lib/fleece /usr/bin/fleece").out == ""
+    assert vm.run("pgrep -fa [/]usr/lib/fleece/bin; ls -d /usr/lib/fleece /usr/bin/fleece").out == ""
     vm.check("test -e /etc/fleece/fleece.toml && test -e /var/lib/fleece/jobs/night/history.jsonl")
     assert len(host.snapshots()) == 2
 

@@ -393,7 +393,9 @@ def _command_line(
 ) -> list[str]:
     guest = small_guest()
     line = ["timeout", "-k", "5", f"{LIFETIME_S}s", qemu.system, "-nodefaults", "-no-user-config", "-display", "none"]
-    line += ["-machine", "q35", "-accel", "tcg", "-m", str(memory_mib), "-smp", str(cpus), "-name", "fleece-debian"]
+    # numpy needs more than QEMU's own type of processor.
+    line += ["-machine", "q35", "-accel", "tcg", "-cpu", "Westmere", "-m", str(memory_mib), "-smp", str(cpus)]
+    line += ["-name", "fleece-debian"]
     for name in ("own", "qmp"):
         line += ["-qmp", f"unix:{folder}/{name},server=on,wait=off"]
     line += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
