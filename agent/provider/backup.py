@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from repository.interface import BackupSession, Repository
 
 #: Seconds to wait for another backup of the same guest to end.
-LOCK_WAIT_S: Final = 30.0
+LOCK_WAIT_S: Final = 90.0
 
 
 def archive_of(device: str) -> str:
@@ -312,19 +312,28 @@ async def serve_backup(channel: Channel, storage: UsedStorage, init: BackupInit,
     """
     group = Group.parse(f"{init.type.value}/{init.vmid}", storage.ns)
     progress = ChannelProgress(channel)
-    async with storage.open() as repository:
+    async with storage.open() as repository, AsyncExitStack() as stack:
+
+        async def begun(ctime: int | None) -> "BackupSession":
+            return await stack.enter_async_context(
+                new_session(
+                    repository, group, owner=storage.owner, progress=progress, ctime=ctime, lock_wait_s=LOCK_WAIT_S
+                )
+            )
+
         newest = await repository.latest(group)
-        ctime = init.start_time if newest is None or newest.ctime < init.start_time else None
-        async with new_session(
-            repository, group, owner=storage.owner, progress=progress, ctime=ctime, lock_wait_s=LOCK_WAIT_S
-        ) as session:
-            guest = GuestBackup(channel, storage, init, repository, session, stream_fd)
-            channel.answer({"archive-name": str(session.snapshot)})
-            while True:
-                request = await channel.question()
-                try:
-                    result = await guest.answer(request.call, request.parameters)
-                except FleeceError as error:
-                    channel.refuse(error)
-                else:
-                    channel.answer(result)
+        try:
+            session = await begun(init.start_time if newest is None or newest.ctime < init.start_time else None)
+        except UsageError:
+            # Another backup was waited for, and its time is the later one.
+            session = await begun(None)
+        guest = GuestBackup(channel, storage, init, repository, session, stream_fd)
+        channel.answer({"archive-name": str(session.snapshot)})
+        while True:
+            request = await channel.question()
+            try:
+                result = await guest.answer(request.call, request.parameters)
+            except FleeceError as error:
+                channel.refuse(error)
+            else:
+                channel.answer(result)

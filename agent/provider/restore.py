@@ -36,6 +36,8 @@ from repository.archive import ArchiveReader, open_archive_reader
 ROOT: Final = "root.pxar"
 #: Seconds between two looks at whether somebody reads the pipe.
 _LOOK_S: Final = 0.1
+#: Seconds for a stream to end whose reader has come to its end.
+_LAST_S: Final = 30.0
 #: No header of a tar archive: what reads it behind a failure fails, too, wherever that was.
 _NO_TAR: Final = b"\xff" * 10240
 _FOLDER: Final = "restore-"
@@ -139,7 +141,7 @@ class ContainerRestore:
 
     def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery, progress: ChannelProgress) -> None:
         self._snapshot, self._folder, self._nursery, self._progress = snapshot, folder, nursery, progress
-        self._complete = False
+        self._begun = self._complete = False
         self._failure: FleeceError | None = None
         self._over = trio.Event()
 
@@ -168,13 +170,13 @@ class ContainerRestore:
     async def _write_tar(self, pipe: Path) -> None:
         try:
             descriptor = await _open_to_write(pipe)
+            self._begun = True
             async with trio.lowlevel.FdStream(descriptor) as stream:
                 try:
                     await self._send_tar(stream)
                 except FleeceError:
                     # An archive that just ends would pass for a whole one, if it ends between two files.
-                    with trio.move_on_after(_LOOK_S):
-                        await _send(stream, _NO_TAR)
+                    await _send(stream, _NO_TAR)
                     raise
             self._complete = True
         except FleeceError as error:
@@ -232,8 +234,10 @@ class ContainerRestore:
         if call != "restore-container-cleanup":
             raise UsageError("answer", call, "it is no call of a restore of a container")
         parsed(Nothing, parameters, call)
-        with trio.move_on_after(_LOOK_S):
-            await self._over.wait()
+        if self._begun:
+            # Who reads has read all there is, or has gone: either shows at once.
+            with trio.move_on_after(_LAST_S):
+                await self._over.wait()
         if self._failure is not None:
             raise self._failure
         if not self._complete:

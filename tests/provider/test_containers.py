@@ -258,3 +258,19 @@ async def test_mount_points_of_the_container_are_entered_and_no_others(worker: W
     names = {name.strip("./") for name in told.stdout.decode().split()}
     assert {"mnt/inside", "other", "etc/hostname"} <= names
     assert "other/inside" not in names
+
+
+async def test_a_backup_that_waited_for_another_one_takes_a_later_time(worker: Worker, mounts: Path) -> None:
+    folder = mounts / "ct"
+    make_container(folder)
+    async with worker.started() as plugin, worker.started() as other:
+        assert (await other("backup_init", 101, "lxc", START + 60))["archive-name"].endswith("22:14:20Z")
+        # Begun a minute before the one that it has to wait for.
+        await plugin.send({"on": "provider", "call": "backup_init", "args": [101, "lxc", START]})
+        await other("backup_container_prepare", 101, {})
+        info = {"directory": str(folder), "sources": ["."], "backup-user-id": ROOT_ID}
+        await other.forked(ROOT_ID, "backup_container", 101, CONFIG, [], info)
+        await other("backup_cleanup", 101, "lxc", 1, {})
+        name = (await plugin.answer())["archive-name"]
+        assert name > "ct/101/2023-11-14T22:14:20Z"
+        await plugin("backup_cleanup", 101, "lxc", 0, {})
