@@ -17,15 +17,16 @@ from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
 from core.limits import in_io_thread
 from core.nursery import grace
-from datastore.blob import MAX_ENCODED_CHUNK, Blob
+from datastore.blob import Blob
 from datastore.codec import ChunkCodec
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import unlink_quietly
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
 from datastore.reader import open_snapshot_index
-from datastore.session import LocalBackupSession, _StoredFile, _usable_base
+from datastore.session import LocalBackupSession, _usable_base
 from datastore.store import Datastore
+from datastore.written import named_blob
 
 #: Bytes of blobs that wait for `finish`.
 _MAX_WAITING: Final = 256 << 20
@@ -78,7 +79,7 @@ class LocalResyncSession(LocalBackupSession):
 
         if not await in_io_thread(fits):
             return False
-        self._files[file.filename] = _StoredFile(file.size, file.csum)
+        self._files.add_kept(file)
         return True
 
     async def mend_chunk(self, writer: int, digest: bytes, size: int, blob: Blob) -> bool:
@@ -107,38 +108,25 @@ class LocalResyncSession(LocalBackupSession):
     async def close_index(self, writer: int, count: int, size: int, csum: bytes) -> None:
         """See `BackupSession.close_index`: it waits for `finish`."""
         index = self._writer(writer)
-        where = f"{self.snapshot}/{index.name}"
-        if (index.writer.count, index.writer.size) != (count, size):
-            why = f"it has {index.writer.count} chunks of {index.writer.size} bytes, announced are {count} of {size}"
-            raise UsageError("close index", where, why)
-        found = await in_io_thread(index.writer.close)
-        if found != csum:
-            await in_io_thread(unlink_quietly, index.tmp)
-            raise UsageError("close index", where, f"its checksum is {found.hex()}, announced is {csum.hex()}")
+        await self._close_writer(index, count, size, csum)
         self.indexes[index.name] = index.tmp.name
         del self._writers[writer]
-        self._files[index.name] = _StoredFile(size, csum)
+        self._files.add_index(index.name, size, csum)
 
     async def put_blob(self, name: str, blob: Blob | Buffer, *, for_client: bool = False) -> None:
         """See `BackupSession.put_blob`: it waits for `finish`."""
         where = f"{self.snapshot}/{name}"
-        if archive_kind(name) is not ArchiveKind.BLOB:
-            raise UsageError("store blob", where, "its name does not end in .blob")
-        parsed = blob if isinstance(blob, Blob) else Blob.parse(blob, where=where)
-        waiting = sum(len(one) for one in self.waiting.values())
-        if len(parsed) > MAX_ENCODED_CHUNK or waiting + len(parsed) > _MAX_WAITING:
-            why = f"{len(parsed)} bytes; a blob has at most {MAX_ENCODED_CHUNK}, all together {_MAX_WAITING}"
+        parsed = named_blob(name, blob, where)
+        if sum(len(one) for one in self.waiting.values()) + len(parsed) > _MAX_WAITING:
+            why = f"{len(parsed)} bytes; all blobs together have at most {_MAX_WAITING}"
             raise UsageError("store blob", where, why)
-        parsed.check(where=where)
         if name == MANIFEST_NAME:
             self._manifest = parsed
             return
         if name != CLIENT_LOG_NAME:
             self._check_new(name)
         self.waiting[name] = parsed
-        csum = hashlib.sha256(parsed.header)
-        csum.update(parsed.payload)
-        self._files[name] = _StoredFile(len(parsed), csum.digest())
+        self._files.add_blob(name, parsed)
 
     async def finish(self) -> None:
         """See `BackupSession.finish`: everything takes its place, and what the manifest does not list goes.
@@ -150,14 +138,7 @@ class LocalResyncSession(LocalBackupSession):
             raise UsageError("finish", where, "the session is over")
         if self._writers or self._manifest is None:
             raise UsageError("finish", where, "an index is still being written, or there is no manifest")
-        manifest = Manifest.parse(bytes(self._manifest), where=where)
-        group = self.snapshot.group
-        if (manifest.type, manifest.id, manifest.ctime) != (group.type, group.id, self.snapshot.ctime):
-            raise UsageError("finish", where, "the manifest is that of another snapshot")
-        for file in manifest.files:
-            stored = self._files.get(file.filename)
-            if stored is None or (stored.size, stored.csum) != (file.size, file.csum):
-                raise UsageError("finish", where, f"the manifest's {file.filename} is not what was stored")
+        manifest = self._files.check_manifest(self._manifest, self.snapshot)
         folder = self.snapshot.path
         async with grace(_GRACE_S), self.store.locks.manifest(self.snapshot):
             await self.store.meta.sync([folder, ""])

@@ -4,7 +4,6 @@ Order of writes and why it survives a crash: docs/formats.md, "Life of a snapsho
 then everything is made durable, and only then the manifest appears, which makes the snapshot a listed one.
 """
 
-import hashlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,6 +32,7 @@ from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Group, 
 from datastore.reader import open_snapshot_index
 from datastore.store import Datastore
 from datastore.upid import Upid
+from datastore.written import WrittenFiles, check_csum, check_extent, named_blob
 
 #: Owner of a new group where nobody says otherwise.
 DEFAULT_OWNER: Final = "root@pam"
@@ -53,12 +53,6 @@ class _OpenIndex:
     short_chunk: bool = False  #: a chunk shorter than the chunk size was put; only the last one may be
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredFile:
-    size: int
-    csum: bytes
-
-
 @dataclass(slots=True)
 class LocalBackupSession:
     """See `repository.interface.BackupSession`. Made by `open_session`; not for several tasks but for `put_chunk`."""
@@ -71,7 +65,7 @@ class LocalBackupSession:
     _known: DigestSet = field(default_factory=DigestSet)
     _writers: dict[int, _OpenIndex] = field(default_factory=dict)
     _next_writer: int = 1
-    _files: dict[str, _StoredFile] = field(default_factory=dict)
+    _files: WrittenFiles = field(default_factory=WrittenFiles)
     _manifest: Blob | None = None
     _finished: bool = False
     _aborted: bool = False
@@ -201,40 +195,32 @@ class LocalBackupSession:
     async def close_index(self, writer: int, count: int, size: int, csum: bytes) -> None:
         """See `BackupSession.close_index`."""
         index = self._writer(writer)
+        await self._close_writer(index, count, size, csum)
+        await self.store.meta.publish_index(index.tmp, f"{self.snapshot.path}/{index.name}")
+        del self._writers[writer]
+        self._files.add_index(index.name, size, csum)
+
+    async def _close_writer(self, index: _OpenIndex, count: int, size: int, csum: bytes) -> None:
+        """The temporary file is whole then, or gone if its checksum is not the announced one."""
         where = f"{self.snapshot}/{index.name}"
-        if (index.writer.count, index.writer.size) != (count, size):
-            why = f"it has {index.writer.count} chunks of {index.writer.size} bytes, announced are {count} of {size}"
-            raise UsageError("close index", where, why)
+        check_extent((index.writer.count, index.writer.size), (count, size), where)
         found = await in_io_thread(index.writer.close)
         if found != csum:
             await in_io_thread(unlink_quietly, index.tmp)
-            raise UsageError("close index", where, f"its checksum is {found.hex()}, announced is {csum.hex()}")
-        await self.store.meta.publish_index(index.tmp, f"{self.snapshot.path}/{index.name}")
-        del self._writers[writer]
-        self._files[index.name] = _StoredFile(size, csum)
+        check_csum(found, csum, where)
 
     async def put_blob(self, name: str, blob: Blob | Buffer, *, for_client: bool = False) -> None:
         """See `BackupSession.put_blob`; `for_client` True: a blob may be replaced, and a client's log come along."""
-        where = f"{self.snapshot}/{name}"
-        if archive_kind(name) is not ArchiveKind.BLOB:
-            raise UsageError("store blob", where, "its name does not end in .blob")
-        if not isinstance(blob, Blob):
-            blob = Blob.parse(blob, where=where)
-        if len(blob) > MAX_ENCODED_CHUNK:
-            raise UsageError("store blob", where, f"{len(blob)} bytes; a blob has at most {MAX_ENCODED_CHUNK}")
-        blob.check(where=where)
+        parsed = named_blob(name, blob, f"{self.snapshot}/{name}")
         if name == MANIFEST_NAME:
             # Manifest last: a snapshot counts as finished once it is there.
-            self._manifest = blob
+            self._manifest = parsed
             return
         again = for_client and (name in self._files or name == CLIENT_LOG_NAME)
         if not again or self._finished or self._aborted:
             self._check_new(name)
-        header = blob.header
-        await self.store.meta.put(f"{self.snapshot.path}/{name}", (header, blob.payload), replace=again)
-        csum = hashlib.sha256(header)
-        csum.update(blob.payload)
-        self._files[name] = _StoredFile(len(blob), csum.digest())
+        await self.store.meta.put(f"{self.snapshot.path}/{name}", (parsed.header, parsed.payload), replace=again)
+        self._files.add_blob(name, parsed)
 
     async def put_log(self, blob: Blob | Buffer) -> None:
         """See `repository.sync.interface.LogSession.put_log`."""
@@ -254,17 +240,7 @@ class LocalBackupSession:
             raise UsageError("finish", where, f"still being written: {names}")
         if self._manifest is None or not self._files:
             raise UsageError("finish", where, "no manifest, or no file, was stored")
-        manifest = Manifest.parse(bytes(self._manifest), where=where)
-        if (manifest.type, manifest.id, manifest.ctime) != (
-            self.snapshot.group.type,
-            self.snapshot.group.id,
-            self.snapshot.ctime,
-        ):
-            raise UsageError("finish", where, "the manifest is that of another snapshot")
-        for file in manifest.files:
-            stored = self._files.get(file.filename)
-            if stored is None or (stored.size, stored.csum) != (file.size, file.csum):
-                raise UsageError("finish", where, f"the manifest's {file.filename} is not what was stored")
+        self._files.check_manifest(self._manifest, self.snapshot)
         if self.base is not None and not await in_io_thread(self.store.is_finished, self.base):
             raise StoreError("finish", where, f"its base {self.base} has been removed meanwhile", "back it up again")
         folders = [self.snapshot.path]

@@ -12,6 +12,7 @@ from core.errors import UsageError
 from datastore.blob import MAX_CHUNK_SIZE, MAX_ENCODED_CHUNK, Blob
 from datastore.index import ArchiveIndex
 from datastore.index_file import DIGEST_SIZE
+from datastore.written import check_csum, check_extent
 from repository.interface import FIXED_CHUNK_SIZE
 
 _UNSET: Final = bytes(DIGEST_SIZE)
@@ -86,15 +87,11 @@ class IndexWriter:
         found = (self.appended, self._end)
         if self._size is not None:
             found = (len(self._digests) // DIGEST_SIZE, self._size)
-        if found != (count, size):
-            why = f"it has {found[0]} chunks of {found[1]} bytes, announced are {count} of {size}"
-            raise UsageError("close index", self._where, why)
+        check_extent(found, (count, size), self._where)
         if self._size is not None and not self.reused:
             steps = range(0, len(self._digests), DIGEST_SIZE)
             unset = sum(self._digests[step : step + DIGEST_SIZE] == _UNSET for step in steps)
             if unset:
                 raise UsageError("close index", self._where, f"{unset} of {count} entries were never set")
         actual = self._sum.digest() if self._size is None else hashlib.sha256(self._digests).digest()
-        if actual != csum:
-            why = f"its checksum is {actual.hex()}, announced is {csum.hex()}"
-            raise UsageError("close index", self._where, why)
+        check_csum(actual, csum, self._where)

@@ -4,10 +4,8 @@ Life of a session: the connection is the session. Lost, cancelled or left withou
 snapshot away. The one doubtful moment is `finish` itself: a lost answer is looked up, never asked for again.
 """
 
-import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -15,13 +13,14 @@ import trio
 from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
 from core.limits import in_cpu_thread
-from datastore.blob import MAX_ENCODED_CHUNK, Blob
+from datastore.blob import Blob
 from datastore.digests import DigestSet
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.index import ArchiveIndex
 from datastore.interface import PutResult
 from datastore.manifest import MAX_MANIFEST_SIZE, Manifest
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
+from datastore.written import WrittenFiles, named_blob
 from repository.interface import FIXED_CHUNK_SIZE
 from repository.remote.connection import RemoteServer, ask, download
 from repository.remote.errors import (
@@ -54,12 +53,6 @@ _GONE_S: Final = 10.0
 _LOST_HINT: Final = "the server throws the snapshot away; back it up again"
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredFile:
-    size: int
-    csum: bytes
-
-
 class RemoteBackupSession:
     """See `repository.interface.BackupSession`. Made by `open_backup`; several tasks may use it."""
 
@@ -74,7 +67,7 @@ class RemoteBackupSession:
         self._writers: dict[int, IndexWriter] = {}
         self._names: set[str] = set()  #: of everything that was begun
         self._opened = 0  #: indexes
-        self._files: dict[str, _StoredFile] = {}
+        self._files = WrittenFiles()
         self._previous: bytes | None = None
         self._listed: Manifest | None = None  #: what `_previous` says
         self._manifest: Blob | None = None
@@ -227,37 +220,24 @@ class RemoteBackupSession:
         where = f"{self.snapshot}/{index.name}"
         await self._ask("POST", f"{index.prefix}_close", parameters, what="close index", where=where)
         del self._writers[writer]
-        self._files[index.name] = _StoredFile(size, csum)
+        self._files.add_index(index.name, size, csum)
 
     async def put_blob(self, name: str, blob: Blob | Buffer) -> None:
         """See `BackupSession.put_blob`. The manifest is sent by `finish`."""
-        where = f"{self.snapshot}/{name}"
-        if archive_kind(name) is not ArchiveKind.BLOB:
-            raise UsageError("store blob", where, "its name does not end in .blob")
-        if not isinstance(blob, Blob):
-            blob = Blob.parse(blob, where=where)
-        if len(blob) > MAX_ENCODED_CHUNK:
-            raise UsageError("store blob", where, f"{len(blob)} bytes; a blob has at most {MAX_ENCODED_CHUNK}")
-        blob.check(where=where)
+        parsed = named_blob(name, blob, f"{self.snapshot}/{name}")
         if name == MANIFEST_NAME:
-            self._manifest = blob
+            self._manifest = parsed
             return
         self._check_new(name)
         self._names.add(name)
-        await self._send_blob(name, blob)
-        csum = hashlib.sha256(blob.header)
-        csum.update(blob.payload)
-        self._files[name] = _StoredFile(len(blob), csum.digest())
+        await self._send_blob(name, parsed)
+        self._files.add_blob(name, parsed)
 
     async def put_log(self, blob: Blob | Buffer) -> None:
         """See `repository.sync.interface.LogSession.put_log`."""
-        where = f"{self.snapshot}/{CLIENT_LOG_NAME}"
         if self.finished or self._aborted:
             raise UsageError("write to", self._where, "the session is over")
-        parsed = blob if isinstance(blob, Blob) else Blob.parse(blob, where=where)
-        if len(parsed) > MAX_ENCODED_CHUNK:
-            raise UsageError("store the log", where, f"{len(parsed)} bytes; at most {MAX_ENCODED_CHUNK} are possible")
-        parsed.check(where=where)
+        parsed = named_blob(CLIENT_LOG_NAME, blob, f"{self.snapshot}/{CLIENT_LOG_NAME}")
         await self._send_blob(CLIENT_LOG_NAME, parsed)
 
     async def _send_blob(self, name: str, blob: Blob) -> None:
@@ -296,15 +276,7 @@ class RemoteBackupSession:
             raise UsageError("finish", self._where, f"still being written: {names}")
         if self._manifest is None or not self._files:
             raise UsageError("finish", self._where, "no manifest, or no file, was stored")
-        manifest = Manifest.parse(bytes(self._manifest), where=self._where)
-        wanted = (self.snapshot.group.type, self.snapshot.group.id, self.snapshot.ctime)
-        if (manifest.type, manifest.id, manifest.ctime) != wanted:
-            raise UsageError("finish", self._where, "the manifest is that of another snapshot")
-        for file in manifest.files:
-            stored = self._files.get(file.filename)
-            if stored is None or (stored.size, stored.csum) != (file.size, file.csum):
-                raise UsageError("finish", self._where, f"the manifest's {file.filename} is not what was stored")
-        return manifest
+        return self._files.check_manifest(self._manifest, self.snapshot)
 
     async def _look_up(self, manifest: Manifest, cause: BaseException, lost: str) -> None:
         """Find out whether the snapshot is finished although the answer was lost.
