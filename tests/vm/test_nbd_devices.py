@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,9 @@ def _disk_with_fleece(folder: Path, disk: Path, store: Path) -> None:
         path = folder / "python" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    # In the VM that would take minutes.
+    line = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(folder / "python")]
+    subprocess.run(line, check=True, timeout=300)
     for path in store.rglob("*"):
         if path.is_file():
             copy = folder / "store" / path.relative_to(store)
