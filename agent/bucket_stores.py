@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 from agent.registry import Datastore, S3Place
 from core.errors import FleeceError, FormatError, UsageError
 from core.limits import in_io_thread
@@ -103,6 +105,8 @@ def maintenance(path: Path) -> str | None:
 
 
 #: Methods as PBS counts them: LIST is a GET, COPY a PUT.
+#: Seconds that a bucket has to answer in the status.
+_ANSWER_S: Final = 15.0
 _COUNTED: Final = ("get", "put", "post", "head", "delete")
 #: What each of these is for people, and the command that ends it.
 MAINTENANCE: Final = {
@@ -152,12 +156,16 @@ class BucketStatus:
     cached: int  #: of them kept here
     cached_bytes: int
     counts: Mapping[str, int]  #: requests and bytes of all that used it, by PBS's names (`s3-get`)
+    #: Why the bucket cannot be used just now, so that only what is kept here can be; None: it can.
+    trouble: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Its part of the document."""
         return {
             "backend": {"type": "s3", "endpoint": self.endpoint, "bucket": self.bucket, "max-cache-size": self.limit},
             "maintenance": self.maintenance,
+            "state": "ok" if self.trouble is None else "degraded",
+            "state-reason": self.trouble,
             "cache": {
                 "known-chunks": self.known,
                 "cached-chunks": self.cached,
@@ -175,6 +183,7 @@ class BucketStatus:
         sent, received = format_size(self.counts["s3-upload"]), format_size(self.counts["s3-download"])
         return [
             ("bucket", f"{self.bucket} of endpoint {self.endpoint}"),
+            ("degraded", "" if self.trouble is None else f"only what the cache has can be read: {self.trouble}"),
             ("cache", f"{self.cached} of {self.known} chunks, {format_size(self.cached_bytes)}{limit}"),
             ("requests so far", requests),
             ("traffic so far", f"{sent} sent, {received} received"),
@@ -183,7 +192,7 @@ class BucketStatus:
 
 
 async def bucket_status(repository: "Repository") -> BucketStatus | None:
-    """What is special about a repository in a bucket; None for others. Sends nothing.
+    """What is special about a repository in a bucket; None for others. The bucket is asked for one small object.
 
     Raises:
         FleeceError: the cache cannot be read.
@@ -194,7 +203,19 @@ async def bucket_status(repository: "Repository") -> BucketStatus | None:
     if not isinstance(repository, LocalRepository) or not isinstance(repository.store, S3Datastore):
         return None
     store = repository.store
-    return await in_io_thread(_bucket_status, store)
+    status = await in_io_thread(_bucket_status, store)
+    return replace(status, trouble=await _trouble(store))
+
+
+async def _trouble(store: "S3Datastore") -> str | None:
+    """Why the bucket cannot be used; None if it answers."""
+    with trio.move_on_after(_ANSWER_S):
+        try:
+            await store.s3.chunks.in_use.read()
+        except FleeceError as error:
+            return error.why
+        return None
+    return f"no answer within {_ANSWER_S:.0f} s"
 
 
 def _bucket_status(store: "S3Datastore") -> BucketStatus:

@@ -205,6 +205,7 @@ def test_a_datastore_in_a_bucket_is_made_used_taken_over_and_destroyed(
     assert report["s3"]["by-work"]["backup"]["requests"]["put"] == 3 + 1 + 1 + 1  # chunks, owner, index, manifest
     status = fleece("datastore", "status", "cloud").document
     assert (status["backend"], status["maintenance"], "s3" in status) == (backend, None, False)
+    assert (status["state"], status["state-reason"]) == ("ok", None)
     assert status["cache"]["known-chunks"] == 4
     # What all commands on it have cost so far.
     assert status["requests"]["put"] >= 4
@@ -508,7 +509,11 @@ def test_a_bucket_that_cannot_be_used_fails_each_verb_with_its_reason_and_listin
     assert [one["snapshot"] for one in fleece("list", "--repo", cloud).document] == [snapshot]
     # What the cache has is restored.
     fleece("restore", snapshot, "disk.img", tmp_path / "out.raw", "--repo", cloud)
-    assert fleece("datastore", "status", cloud).document["counts"]["host"]["snapshots"] == 1
+    status = fleece("datastore", "status", cloud).document
+    assert status["counts"]["host"]["snapshots"] == 1
+    assert status["state"] == "degraded"
+    assert why in status["state-reason"]
+    assert "only what the cache has" in fleece("datastore", "status", cloud, as_json=False).out
 
 
 def test_a_budget_warns_and_a_hard_limit_stops_verify_only(
