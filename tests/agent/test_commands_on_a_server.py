@@ -12,7 +12,7 @@ import trio
 from repository.local import open_local
 from tests.support.fleece_command import FleeceCommand
 from tests.support.fuse import NEEDS_FUSE
-from tests.support.pbs_double import plain
+from tests.support.pbs_store import plain
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 from tests.support.stores import StorePool

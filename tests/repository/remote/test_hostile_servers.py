@@ -20,7 +20,8 @@ from repository.remote.errors import RemoteAnswerError, RemoteError
 from repository.remote.http2 import Http2Client, _Exchange
 from repository.remote.listing import parse_groups, parse_namespaces, parse_snapshots
 from repository.remote.rest import MAX_ANSWER, MAX_VALUES, unwrap
-from tests.support.pbs_double import CHUNK, PbsDouble
+from tests.support.pbs_double import PbsDouble
+from tests.support.pbs_store import CHUNK
 from tests.support.remote import remote
 from tests.support.snapshots import put_all, read_image, write_snapshot
 

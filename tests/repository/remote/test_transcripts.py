@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from datastore.names import Group
-from tests.support.pbs_double import CHUNK, Asked, PbsDouble
+from tests.support.pbs_double import PbsDouble
+from tests.support.pbs_store import CHUNK, Asked
 from tests.support.remote import remote
 from tests.support.snapshots import put_all, read_image, write_snapshot
 

@@ -22,7 +22,8 @@ from datastore.names import Group, Namespace
 from repository.interface import BackupSession
 from repository.local import LocalRepository
 from tests.repository.sync.conftest import Pair
-from tests.support.pbs_double import Folder, PbsDouble, make_blob
+from tests.support.pbs_double import PbsDouble
+from tests.support.pbs_store import Folder, make_blob
 from tests.support.remote import remote
 from tests.support.snapshots import CODEC
 from tests.support.syncs import pull, push

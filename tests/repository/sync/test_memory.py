@@ -8,7 +8,8 @@ from datastore.names import CLIENT_LOG_NAME, Group
 from repository.remote.http2 import Http2Client
 from repository.sync.transfer import MAX_BATCHES
 from tests.repository.sync.conftest import Pair
-from tests.support.pbs_double import PbsDouble, make_blob
+from tests.support.pbs_double import PbsDouble
+from tests.support.pbs_store import make_blob
 from tests.support.remote import remote
 from tests.support.snapshots import write_snapshot
 from tests.support.syncs import Said, pull, times
