@@ -307,7 +307,7 @@ async def test_where_no_hole_can_be_punched_zeros_are_written(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(targets, "_fallocate", refuse)
+    monkeypatch.setattr(targets, "fallocate", refuse)
     path = tmp_path / "disk.raw"
     path.write_bytes(OLD)
     async with open_target(str(path), 2 * CHUNK, force=True) as target:
