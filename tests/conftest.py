@@ -38,8 +38,19 @@ settings.register_profile(
 )
 settings.load_profile("always the same")
 
+#: Seconds for a test in the Debian VM: a limit for what hangs, since a busy machine is slow without acceleration.
+VM_TIMEOUT_S: Final = 900
 T = TypeVar("T")
 _LIBC: Final = ctypes.CDLL(None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in the Debian VM come first and together: one process has the VM, and nothing waits for them at the end."""
+    in_vm = [item for item in items if item.get_closest_marker("vm") is not None]
+    for item in in_vm:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(VM_TIMEOUT_S))  # the first of them builds it
+    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = [sys.executable, str(ROOT / "scripts/build_deb.py"), "--output", str(folder)]
     # As it is released but for the compression, which the VM undoes in a third of the time.
     line += ["--version", "0.1.0~test1", "--compression", "zstd", "--level", "1"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
 
@@ -110,7 +110,7 @@ def installed(started_debian_vm: DebianVm, package: Path) -> HypervisorHost:
     vm.restore("started")
     vm.put(package, "/root/fleece.deb")
     # There is no network, and what a disk would keep does not matter.
-    vm.check("apt-get -o Dpkg::Options::=--force-unsafe-io -y install /root/fleece.deb", timeout_s=280)
+    vm.check("apt-get -o Dpkg::Options::=--force-unsafe-io -y install /root/fleece.deb", timeout_s=600)
     vm.write("/root/look.py", LOOK)
     vm.save("installed")
     return HypervisorHost(vm, package)

@@ -47,9 +47,9 @@ from tests.support.running import VmDisk
 #: Seconds after which a VM is ended, whatever it is doing: even if the tests were killed, nothing stays for long.
 LIFETIME_S: Final = 1800
 #: Seconds for a start: a busy machine takes ten times the ten seconds it should.
-BOOT_S: Final = 180.0
+BOOT_S: Final = 300.0
 #: Seconds for a line.
-PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 240.0
 #: Bytes of a file in one request.
 _PIECE: Final = 1 << 20
 
