@@ -7,6 +7,7 @@ import typer
 
 from agent.invocation import Invocation, command
 from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
+from agent.section_options import FingerprintOnlyOption, FingerprintOption, check_credential, given, unset_too
 from core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ PasswordFileOption = Annotated[
 ]
 PasswordFdOption = Annotated[
     int | None, typer.Option("--password-fd", metavar="N", min=0, help="Read it from this file descriptor.")
-]
-FingerprintOption = Annotated[
-    str | None,
-    typer.Option("--fingerprint", metavar="XX:XX:...", help="SHA-256 of a certificate that no authority vouches for."),
-]
-FingerprintOnlyOption = Annotated[
-    bool | None,
-    typer.Option("--fingerprint-only/--no-fingerprint-only", help="Accept no other certificate, valid or not."),
 ]
 StoreOption = Annotated[
     str | None, typer.Option("--store", metavar="STORE", help="Datastore there, when a sync names none.")
@@ -108,14 +101,13 @@ def add(
 
     check_remote_id(name)
     section = section_of(
-        _given(
+        given(
             host=host.removeprefix("[").removesuffix("]"), auth_id=auth_id, port=port, fingerprint=fingerprint,
             fingerprint_only=fingerprint_only, store=store, ns=ns, rate_in=rate_in, burst_in=burst_in,
             rate_out=rate_out, burst_out=burst_out, comment=comment,
         )
     )  # fmt: skip
-    if systemd_credential and (password_file is not None or password_fd is not None):
-        raise UsageError("use", "--systemd-credential", "no secret is stored then", "leave the other options out")
+    check_credential(systemd_credential, password_file, password_fd)
     secret = None if systemd_credential else _secret(name, password_file, password_fd, needed=True)
     invocation.remotes.add(name, section, secret)
     invocation.emit(
@@ -151,18 +143,12 @@ def update(
     """Change a remote; what is not named stays. It counts from the next command or run of a job on."""
     from agent.remote_hosts import RemoteSection
 
-    changes = _given(
+    changes = given(
         host=None if host is None else host.removeprefix("[").removesuffix("]"), auth_id=auth_id, port=port,
         fingerprint=fingerprint, fingerprint_only=fingerprint_only, store=store, ns=ns, rate_in=rate_in,
         burst_in=burst_in, rate_out=rate_out, burst_out=burst_out, comment=comment,
     )  # fmt: skip
-    known = [field.alias for field in RemoteSection.model_fields.values()]
-    for one in unset or ():
-        if one not in known:
-            raise UsageError("unset", repr(one), "a remote has no such value", f"it has {', '.join(map(str, known))}")
-        if one in changes:
-            raise UsageError("unset", repr(one), "it is given as well")
-        changes[one] = None
+    unset_too(changes, unset or (), RemoteSection, "a remote")
     invocation.remotes.section(name)
     secret = _secret(name, password_file, password_fd, needed=ask_password)
     if not changes and secret is None:
@@ -245,11 +231,6 @@ def remove(invocation: Invocation, name: RemoteId) -> None:
     if users:
         invocation.warnings.append(f"jobs that name it: {', '.join(users)}")
     invocation.emit({"name": name, "removed": True}, lambda: f"removed remote {name!r}")
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Values by their names in the file, without those that were not given."""
-    return {name.replace("_", "-"): value for name, value in values.items() if value is not None}
 
 
 def _secret(name: str, file: Path | None, descriptor: int | None, *, needed: bool) -> str | None:

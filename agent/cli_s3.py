@@ -1,13 +1,14 @@
 """`fleece s3 endpoint`: where buckets are, and with which keys."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from agent import cli_s3_stores
 from agent.invocation import Invocation, command
 from agent.rate_options import BurstInOption, BurstOutOption, RateInOption, RateOutOption
+from agent.section_options import FingerprintOnlyOption, FingerprintOption, check_credential, given, unset_too
 from core.errors import FleeceError, UsageError
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ RegionOption = Annotated[
 PathStyleOption = Annotated[
     bool | None,
     typer.Option("--path-style/--no-path-style", help="The bucket stands in the path: Ceph, MinIO and the like."),
-]
-FingerprintOption = Annotated[
-    str | None,
-    typer.Option("--fingerprint", metavar="XX:XX:...", help="SHA-256 of a certificate that no authority vouches for."),
-]
-FingerprintOnlyOption = Annotated[
-    bool | None,
-    typer.Option("--fingerprint-only/--no-fingerprint-only", help="Accept no other certificate, valid or not."),
 ]
 AllowHttpOption = Annotated[
     bool | None,
@@ -165,7 +158,7 @@ def add(
     """
     from agent.s3_endpoints import section_of
 
-    values = _given(
+    values = given(
         endpoint=endpoint, access_key=access_key, port=port, region=region, path_style=path_style,
         fingerprint=fingerprint, fingerprint_only=fingerprint_only, allow_http=allow_http,
         put_rate_limit=put_rate_limit, request_rate_limit=request_rate_limit, rate_in=rate_in, burst_in=burst_in,
@@ -174,8 +167,7 @@ def add(
     )  # fmt: skip
     section = section_of(values)
     section.resolve(id)  # before anybody is asked for a secret
-    if systemd_credential and (secret_file is not None or secret_fd is not None):
-        raise UsageError("use", "--systemd-credential", "no secret is stored then", "leave the other options out")
+    check_credential(systemd_credential, secret_file, secret_fd)
     secret = None if systemd_credential else _secret(id, secret_file, secret_fd, needed=True)
     invocation.endpoints.add(id, section, secret)
     invocation.emit(
@@ -218,7 +210,7 @@ def update(
 
     Running mounts and jobs go on with new keys within seconds; everything else counts from the next command on.
     """
-    changes = _given(
+    changes = given(
         endpoint=endpoint, access_key=access_key, port=port, region=region, path_style=path_style,
         fingerprint=fingerprint, fingerprint_only=fingerprint_only, allow_http=allow_http,
         put_rate_limit=put_rate_limit, request_rate_limit=request_rate_limit, rate_in=rate_in, burst_in=burst_in,
@@ -227,26 +219,13 @@ def update(
     )  # fmt: skip
     from agent.s3_endpoints import EndpointSection
 
-    known = [field.alias for field in EndpointSection.model_fields.values()]
-    for name in unset or ():
-        if name not in known:
-            raise UsageError(
-                "unset", repr(name), "an endpoint has no such value", f"it has {', '.join(map(str, known))}"
-            )
-        if name in changes:
-            raise UsageError("unset", repr(name), "it is given as well")
-        changes[name] = None
+    unset_too(changes, unset or (), EndpointSection, "an endpoint")
     invocation.endpoints.section(id)
     secret = _secret(id, secret_file, secret_fd, needed=ask_secret)
     if not changes and secret is None:
         raise UsageError("update the S3 endpoint", repr(id), "nothing is to be changed", "see --help")
     section = invocation.endpoints.update(id, changes, secret)
     invocation.emit({"id": id, **section.to_json()}, lambda: f"changed S3 endpoint {id!r}")
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Values by their names in the file, without those that were not given."""
-    return {name.replace("_", "-"): value for name, value in values.items() if value is not None}
 
 
 def _secret(id: str, file: Path | None, descriptor: int | None, *, needed: bool) -> str | None:

@@ -4,19 +4,16 @@
 credential of systemd named `remote-ID`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from agent.config_types import Fingerprint, NamespaceText, RepositoryName, Section, Size
-from agent.secrets import SecretStore, Source
-from agent.state_files import Plain, StateFile
+from agent.secrets import Source
+from agent.section_store import Kind, SectionStore, validated
 from core.dial import TlsPin, parse_fingerprint
-from core.errors import NotFoundError, UsageError
+from core.errors import UsageError
 from core.units import parse_size
 from datastore.names import check_store_name
 from repository.remote.address import DEFAULT_PORT, RemoteAddress, check_auth_id
@@ -79,57 +76,22 @@ class _StoredSecret:
         return None
 
 
-class RemoteRegistry:
+_KIND: Final = Kind(
+    table="remote",
+    noun="remote",
+    short="remote",
+    command="fleece remote",
+    about="Servers that syncs use.",
+    secret="remote",
+    secret_option="--password-file",
+)
+
+
+class RemoteRegistry(SectionStore[RemoteSection]):
     """The remotes in the file `path`, their secrets in the folder `secrets`."""
 
     def __init__(self, path: Path, secrets: Path) -> None:
-        self.path = path
-        self.secrets = SecretStore(secrets)
-        self._file = StateFile(
-            path,
-            "remote",
-            "the list of remotes",
-            "Servers that syncs use. Written by 'fleece remote'; secrets lie elsewhere.",
-            "repair or remove the file, then 'fleece remote add' for each server",
-        )
-
-    def sections(self) -> dict[str, RemoteSection]:
-        """All remotes by id; none if the file is not there.
-
-        Raises:
-            FleeceError: the file cannot be read, or somebody else wrote it.
-        """
-        return {id: self._parse(id, table) for id, table in sorted(self._file.read().items())}
-
-    def _parse(self, id: str, table: dict[str, Any]) -> RemoteSection:
-        try:
-            return section_of(table)
-        except UsageError as error:
-            raise self._file.wrong(f"remote.{id}: {error.why}") from error
-
-    def section(self, id: str) -> RemoteSection:
-        """One remote.
-
-        Raises:
-            NotFoundError: there is none of that id.
-            FleeceError: as `sections`.
-        """
-        sections = self.sections()
-        if id not in sections:
-            known = ", ".join(sections)
-            hint = f"known remotes: {known}" if known else "'fleece remote add' makes one known"
-            raise NotFoundError("find the remote", repr(id), "no remote has that name", hint)
-        return sections[id]
-
-    def secret(self, id: str) -> str:
-        """The password of the remote's user, or the secret of its token.
-
-        Raises:
-            NotFoundError: there is none.
-            FleeceError: others may read it.
-        """
-        hint = f"'fleece remote update {id} --password-file FILE' stores it, or a systemd credential {secret_name(id)}"
-        return self.secrets.read(secret_name(id), hint=hint)
+        super().__init__(path, secrets, _KIND, lambda id, values: section_of(values))
 
     def options(self, id: str, rates: Mapping[str, str | None] | None = None) -> RemoteOptions:
         """How the server is reached; `rates` by `RATES`, in place of its own.
@@ -154,60 +116,15 @@ class RemoteRegistry:
 
     def listed(self) -> list[ListedRemote]:
         """All remotes, and whether they have a secret."""
-        return [
-            ListedRemote(id, section, self.secrets.source(secret_name(id))) for id, section in self.sections().items()
-        ]
+        return [ListedRemote(id, section, self.source(id)) for id, section in self.sections().items()]
 
     def add(self, id: str, section: RemoteSection, secret: str | None) -> None:
-        """Make a remote known; without a secret that is a credential of systemd.
-
-        Raises:
-            UsageError: there is one of that id, or a value cannot be right.
-            FleeceError: the files cannot be written.
-        """
-        check_remote_id(id)
-        with self._changing() as sections:
-            if id in sections:
-                hint = f"'fleece remote update {id}' changes it"
-                raise UsageError("add the remote", repr(id), "there is one of that name already", hint)
-            if secret is not None:
-                self.secrets.write(secret_name(id), secret)
-            sections[id] = section
-
-    def update(self, id: str, changes: Mapping[str, Any], secret: str | None) -> RemoteSection:
-        """Change values of a remote, by their names in the file; None takes one back to its default.
-
-        Raises:
-            NotFoundError: there is none of that id.
-            UsageError: a value cannot be right.
-            FleeceError: the files cannot be written.
-        """
-        self.section(id)
-        with self._changing() as sections:
-            before = sections[id].model_dump(by_alias=True, exclude_defaults=True, mode="json")
-            sections[id] = section_of({key: v for key, v in {**before, **changes}.items() if v is not None})
-            if secret is not None:
-                self.secrets.write(secret_name(id), secret)
-            return sections[id]
+        """As `SectionStore.add`; the id must be one that may name a remote."""
+        super().add(check_remote_id(id), section, secret)
 
     def remove(self, id: str) -> None:
-        """Forget a remote and its secret.
-
-        Raises:
-            NotFoundError: there is none of that id.
-            FleeceError: the files cannot be written.
-        """
-        self.section(id)
-        with self._changing() as sections:
-            sections.pop(id, None)
-        self.secrets.remove(secret_name(id))
-
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, RemoteSection]]:
-        with self._file.changing():
-            sections = self.sections()
-            yield sections
-            self._file.write({id: _table(section) for id, section in sections.items()})
+        """As `SectionStore.forget`."""
+        self.forget(id)
 
 
 def with_rates(options: RemoteOptions, rates: Mapping[str, str | None]) -> RemoteOptions:
@@ -248,23 +165,9 @@ def section_of(values: Mapping[str, Any]) -> RemoteSection:
     Raises:
         UsageError: an unknown name, or a value of another kind or form.
     """
-    try:
-        section = RemoteSection.model_validate(values)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise UsageError("use the remote", name, f"{name}: {fault['msg']}") from None
+    section = validated(RemoteSection, values, "remote")
     section.address(section.store or "any")
     if section.fingerprint_only and section.fingerprint is None:
         raise UsageError("use the remote", "fingerprint-only", "it needs a fingerprint")
     with_rates(RemoteOptions(), {name: getattr(section, name) for name in RATES})
     return section
-
-
-def secret_name(id: str) -> str:
-    """The name of a remote's secret: of a file in `secrets/`, and of a credential of systemd."""
-    return f"remote-{id}"
-
-
-def _table(section: RemoteSection) -> dict[str, Plain | None]:
-    return section.model_dump(by_alias=True, exclude_defaults=True, mode="json")
