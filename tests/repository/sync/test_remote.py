@@ -4,6 +4,7 @@ import os
 
 import pytest
 import trio
+import trio.testing
 
 from core.errors import FleeceError
 from datastore.names import CLIENT_LOG_NAME, Group, Namespace
@@ -143,3 +144,37 @@ async def test_a_push_that_is_cut_at_any_frame_leaves_nothing_half_and_goes_on(
             assert double.busy == set()
             assert (await push(pair.source, target)).failed == {}
             assert await read_image(target, GROUP.at(1000), "d.img.fidx") == IMAGE
+
+
+async def test_a_pull_that_is_cut_at_any_frame_goes_on_over_another_connection(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No clock that jumps: it would end the time limits of threads that write here.
+    monkeypatch.setattr("repository.remote.reader._FIRST_PAUSE_S", 0.0)
+    await write_snapshot(pair.source, GROUP, 1000, {"d.img.fidx": IMAGE, "vm.conf.blob": b"x"}, chunk_size=SERVER_CHUNK)
+    await pair.source.upload_log(GROUP.at(1000), CODEC.encode_blob(b"log"))
+    double = PbsDouble()
+    async with remote(double) as source:
+        await push(pair.source, source)
+        before = double.frames
+        assert (await pull(source, pair.target)).failed == {}
+        frames = double.frames - before
+        assert frames > 10
+        for cut in range(1, frames + 1):
+            await pair.target.forget_group(GROUP)
+            double.cut_at = double.frames + cut
+            try:
+                failed = (await pull(source, pair.target)).failed
+            except RemoteError:
+                failed = {"": ""}
+            was_cut, double.cut_at = double.cut_at is None, None
+            listed = [info for info in await pair.target.snapshots() if info.snapshot.group == GROUP]
+            assert was_cut or not failed
+            if failed:
+                assert listed == []
+                assert (await pull(source, pair.target)).failed == {}
+            assert await read_image(pair.target, GROUP.at(1000), "d.img.fidx") == IMAGE
+            folder = pair.target.store.base / GROUP.at(1000).path
+            assert (folder / CLIENT_LOG_NAME).is_file()
+            await trio.testing.wait_all_tasks_blocked()  # the server has noticed that the connection is closed
+            assert all(one.readers == 0 for one in double.folders.values())
