@@ -209,7 +209,11 @@ sub end {
 sub kill {
     my ($self) = @_;
     local ($?, $!, $@);
-    close(delete($self->{in})) if $self->{in};
+    # What it still says is of no use, and must not come in the way.
+    for my $which (qw(in out err)) {
+        close(delete($self->{$which})) if $self->{$which};
+    }
+    $self->{out_ended} = 1;
     for my $signal (qw(TERM KILL)) {
         last if !$self->{pid};
         # It is the leader of a group of its own, with what it has started.
