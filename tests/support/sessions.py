@@ -295,8 +295,9 @@ class MemoryReader:
     async def read_blob(self, name: str, *, limit: int = MAX_ENCODED_BLOB) -> bytes:
         if name not in self.stored.files:
             raise SnapshotNotFoundError("read blob", f"{self.snapshot}/{name}", "there is no such file")
-        if len(self.stored.files[name]) > limit:
-            raise FormatError("read blob", f"{self.snapshot}/{name}", f"more than {limit} bytes")
+        if (size := len(self.stored.files[name])) > limit:
+            why = f"wrong size ({size} bytes, at most {limit} are possible)"
+            raise FormatError("read blob", f"{self.snapshot}/{name}", why)
         return self.stored.files[name]
 
     async def read_chunk(self, digest: bytes) -> Blob:
