@@ -20,11 +20,12 @@ import trio
 
 from tests.support.debian_vm import DebianVm
 from tests.support.fleece_command import FleeceCommand
-from tests.support.python_in_vm import python_files
+from tests.support.python_in_vm import compiled, python_files
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import VmDisk
 
-pytestmark = pytest.mark.vm
+#: On a busy machine a VM may take minutes to start, and to start a Python.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 SIZE = 8 << 20
 
@@ -87,11 +88,11 @@ class Kernel:
     @classmethod
     def prepared(cls, vm: DebianVm, devices: int = 3) -> "Kernel":
         if vm.folder not in _PREPARED:
-            vm.unpack(python_files(["core", "hypervisor", "agent"], ["trio"]), "/opt/fleece")
+            files = python_files(["core", "hypervisor", "agent"], ["trio"])
+            vm.unpack({**files, **compiled(files)}, "/opt/fleece")
             vm.unpack({"hold.py": HOLD.encode(), "end.py": END.encode()}, "/opt/test")
             vm.check(f"head -c {SIZE} /dev/urandom > /var/tmp/disk && mke2fs -q -t ext4 /var/tmp/disk")
             vm.check(SERVE)
-            vm.check("PYTHONPATH=/opt/fleece python3 /opt/test/end.py")  # from now on its modules are compiled
             vm.save("nbd")
             _PREPARED.add(vm.folder)
         else:
@@ -165,6 +166,7 @@ def test_devices_are_held_and_freed(debian_vm: DebianVm) -> None:
     assert vm.check("ls -A /run/fleece/nbd").split() == ["lock", "reserved"]
 
 
+@pytest.mark.long
 def test_two_never_get_one_device_and_nobody_elses(debian_vm: DebianVm) -> None:
     kernel, vm = Kernel.prepared(debian_vm, devices=3), debian_vm
     vm.check("qemu-nbd -c /dev/nbd1 -r -f raw /var/tmp/disk")
@@ -224,7 +226,6 @@ def test_without_the_module_and_with_a_program_that_outlived_its_holder(debian_v
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 async def test_a_disk_of_a_backup_is_a_block_device(distribution: QemuBinary, store_folder: Path, tmpfs: Path) -> None:
     """The whole command, on a disk of its own: `qemu-nbd` reads from nbdkit, that from Fleece, that from the store."""
     source, part = tmpfs / "disk.raw", tmpfs / "part"
