@@ -1,12 +1,14 @@
 """A backup to a server, a restore from it and syncs with it, over TLS on the loopback interface, against their limits.
 
-    python bench/wire.py [--size 1GiB] [--rounds 3] [--chunks 10000] [--phases NAME,...] [--output FORM]
+    python bench/wire.py [--size 1GiB] [--rounds 3] [--chunks 10000] [--clients 32] [--phases NAME,...] [--output FORM]
 
 Server and client are processes of their own, so that both cores have work, as have two hosts of one core. Phases:
 
     backup   new data; the same again without a dirty bitmap, which reads and hashes everything and stores nothing
     restore  to a file, with every check
     delay    upload and download through a proxy with a line of 1 Gbit/s and 20 and 150 ms of round trip
+    clients  32 backups at a time (--clients) over connections of their own, against one with all of it, and what memory
+             the server takes
     sync     push of 10 000 chunks of 64 KiB (--chunks), all new, and again with 1 % new; pull of the same
 
 Everything is measured by turns with its limits, and the medians of the pairs' ratios count: the same work on the local
@@ -112,6 +114,10 @@ class Process:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
+    def peak_mib(self) -> int:
+        """The most memory it has had."""
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10
+
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -146,8 +152,11 @@ def run(*arguments: object, beside: Process | None = None) -> Sample:
 class Bench:
     """The folder with everything in it, and the results."""
 
-    def __init__(self, folder: Path, size: int, rounds: int, chunks: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, size: int, rounds: int, chunks: int, clients: int, say: Callable[[str], None]
+    ) -> None:
         self.folder, self.size, self.rounds, self.chunks, self.say = folder, size, rounds, chunks, say
+        self.clients = clients
         self.image = folder / "disk.raw"
         self.local, self.served = folder / "local", folder / "served"
         self.rows: dict[str, Row] = {}
@@ -228,6 +237,29 @@ class Bench:
                     self.note(row, Sample(stored / limit), "window")
                     if what == "restore":
                         target.unlink()
+
+    def many(self) -> None:
+        """Many clients at a time."""
+        part = max(CHUNK, self.size // self.clients // CHUNK * CHUNK)
+        row = self.row(f"backup, {self.clients} clients", part * self.clients)
+        images = [self.folder / f"part{number}.raw" for number in range(self.clients)]
+        with self.image.open("rb") as whole:
+            for image in images:
+                image.write_bytes(whole.read(part))
+        together = self.folder / "together.raw"
+        with together.open("wb") as file:
+            for image in images:
+                file.write(image.read_bytes())
+        for _ in range(self.rounds):
+            self.empty(self.served)
+            with process("serve", self.served, self.folder) as server:
+                self.note(row, run("clients", server.said["url"], self.folder, self.clients, beside=server))
+                row.samples[-1].rss_mib = server.peak_mib()
+            self.empty(self.served)
+            with process("serve", self.served, self.folder) as server:
+                self.note(row, run("backup", server.said["url"], together, "0", beside=server), "one client")
+        for image in (*images, together):
+            image.unlink()
 
     def sync(self) -> None:
         amount = self.chunks * SMALL_CHUNK
@@ -498,6 +530,17 @@ async def back_up(where: str, image: str, backup_id: str) -> float:
         return time.perf_counter() - started
 
 
+async def clients(url: str, folder: str, count: str) -> float:
+    """Backups of that many images at a time, each over a connection and in a session of its own."""
+    import trio
+
+    started = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        for number in range(int(count)):
+            nursery.start_soon(back_up, url, f"{folder}/part{number}.raw", str(number))
+    return time.perf_counter() - started
+
+
 async def restore(where: str, target: str, backup_id: str) -> float:
     from datastore.codec import ChunkCodec
     from datastore.names import BackupType, Group
@@ -589,9 +632,9 @@ def worker(what: str, arguments: Sequence[str]) -> None:
     }  # fmt: skip
     running: dict[str, Callable[..., Any]] = {
         "serve": serve, "proxy": proxy, "create": create, "fill": fill, "backup": back_up, "restore": restore,
-        "push": partial(sync, direction="push"), "pull": partial(sync, direction="pull"),
+        "push": partial(sync, direction="push"), "pull": partial(sync, direction="pull"), "clients": clients,
     }  # fmt: skip
-    if what in ("bare-send", "backup", "restore"):
+    if what in ("bare-send", "backup", "clients", "restore"):
         from datastore import sha256
 
         sha256.digest_many([b"", b""])  # the choice of an implementation is no part of the work
@@ -612,7 +655,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['cores']} cores, image of {format_size(document['size'])}, medians of {document['rounds']} rounds,"
         f" load {document['load']} at the end.",
         "",
-        "| work | MB/s | CPU, both sides | limit: MB/s, ratio | goal | client's memory |",
+        "| work | MB/s | CPU, both sides | limit: MB/s, ratio | goal | client's memory (clients: server's) |",
         "|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
@@ -630,7 +673,8 @@ def main() -> None:
     parser.add_argument("--size", default="1GiB", help="of the image")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=10_000, help="of 64 KiB, that are synced")
-    parser.add_argument("--phases", default="backup,restore,delay,sync", help="some of these, in this order")
+    parser.add_argument("--clients", type=int, default=32, help="at a time")
+    parser.add_argument("--phases", default="backup,restore,delay,clients,sync", help="some of these, in this order")
     parser.add_argument("--output", choices=["text", "markdown", "json"], default="text")
     arguments = parser.parse_args()
     size = max(CHUNK, parse_size(arguments.size) // CHUNK * CHUNK)
@@ -641,9 +685,16 @@ def main() -> None:
     memory = Path("/dev/shm")
     fits = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 6 * size + (4 << 30)
     with tempfile.TemporaryDirectory(prefix="fleece-bench-", dir=memory if fits else None) as folder:
-        bench = Bench(Path(folder), size, max(1, arguments.rounds), max(100, arguments.chunks), say)
+        clients = max(1, arguments.clients)
+        bench = Bench(Path(folder), size, max(1, arguments.rounds), max(100, arguments.chunks), clients, say)
         bench.prepare()
-        work = {"backup": bench.backup, "restore": bench.restore, "delay": bench.delay, "sync": bench.sync}
+        work = {
+            "backup": bench.backup,
+            "restore": bench.restore,
+            "delay": bench.delay,
+            "clients": bench.many,
+            "sync": bench.sync,
+        }
         for phase in arguments.phases.split(","):
             say(phase)
             work[phase]()
