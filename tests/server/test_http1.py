@@ -82,9 +82,10 @@ async def drip(client: trio.abc.Stream, data: bytes, every_s: float) -> float:
     async with trio.open_nursery() as nursery:
 
         async def send() -> None:
-            for byte in data:
-                await client.send_all(bytes([byte]))
-                await trio.sleep(every_s)
+            with suppress(trio.BrokenResourceError):  # it has hung up in the same instant
+                for byte in data:
+                    await client.send_all(bytes([byte]))
+                    await trio.sleep(every_s)
 
         nursery.start_soon(send)
         with suppress(trio.BrokenResourceError):
