@@ -14,6 +14,7 @@ from repository.remote.repository import RemoteRepository
 from tests.support.pbs_double import PbsDouble
 from tests.support.remote import remote
 from tests.support.snapshots import read_image, write_snapshot
+from tests.support.waiting import PATIENCE_S
 
 CHUNK = 4 << 20
 GROUP = Group.parse("vm/100")
@@ -151,13 +152,11 @@ async def test_a_server_that_never_answers_finish_is_left_before_anybody_looks(
         await write(repo, 2000, IMAGE)
 
 
-async def test_a_backup_can_be_cancelled_while_the_server_does_not_take_the_manifest(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
+async def test_a_backup_can_be_cancelled_while_the_server_does_not_take_the_manifest() -> None:
     double = PbsDouble()
     async with remote(double) as repo:
         double.silent = {"blob"}  # and nothing but the manifest is one
-        with trio.fail_after(10_000):  # of the clock that jumps: for ever, if the wait were shielded
+        with trio.fail_after(PATIENCE_S):  # for ever, if the wait were shielded
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(write_image, repo)
                 await double.fell_silent.wait()
