@@ -139,7 +139,7 @@ def test_garbage_collections_of_the_real_command_make_the_history(stored: Fleece
     (line,) = path.read_text().splitlines()
     end, used, _chunks = map(int, line.split())
     assert now <= end <= time.time()
-    assert used > 0
+    assert used >= 0
     # Figures of our own from here: the real ones are what other tests leave on the same file system.
     used = 1_000_000
     earlier = [f"{end - day * DAY} {used - day * 1000} 0\n" for day in (28, 21, 14, 7)]

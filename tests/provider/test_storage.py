@@ -43,7 +43,8 @@ async def test_an_empty_storage(worker: Worker) -> None:
         assert set(await plugin.storage("properties")) <= set(await plugin.storage("options"))
         total, available, used, active = await plugin.storage("status", "fleece", "@scfg", {})
         assert total >= available > 0
-        assert (used > 0, active) == (True, 1)
+        assert total >= used >= 0, "an empty store on an empty RAM disk takes no block"
+        assert active == 1
         assert await volumes(plugin) == []
         assert await plugin.storage("list_volumes", "fleece", "@scfg", None, ["images"]) == []
         assert await plugin("provider_name") == "Fleece"
