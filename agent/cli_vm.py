@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agent import cli_vm_restore
 from agent.cli_backup import (
     BackupTimeOption,
     BandwidthOption,
@@ -94,6 +95,7 @@ fleece vm cleanup web                                    what a killed backup le
 fleece vm cleanup --qmp /run/web.qmp --id web --bitmaps  also Fleece's dirty bitmaps: the next backup reads everything
 """,
     )(cleanup)
+    cli_vm_restore.add_to(group)
 
 
 def backup(

@@ -1,0 +1,276 @@
+"""A whole VM out of a snapshot: to files and devices, and what is refused before a byte is written."""
+
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from agent.snapshot_archives import OpenSnapshot, open_snapshot
+from agent.vm_restore import RestoredVm, RestoreOrder, parse_targets, restore_vm
+from core.errors import FormatError, NotFoundError, TargetError, UsageError
+from core.progress import Progress
+from datastore.codec import ChunkCodec
+from datastore.names import Group
+from hypervisor.errors import DiskInUseError
+from repository.archive import open_cache
+from repository.interface import FIXED_CHUNK_SIZE
+from repository.local import open_local
+from tests.support.loop_devices import loop_device
+from tests.support.qemu_binaries import QemuBinary
+from tests.support.running import RunningQemu, VmDisk
+from tests.support.snapshots import write_snapshot
+
+from .conftest import Fleece
+
+CHUNK = FIXED_CHUNK_SIZE
+DISK0 = os.urandom(CHUNK) + bytes(CHUNK) + os.urandom(8192)
+DISK1 = os.urandom(5 * 512)
+FILES = {
+    "drive-scsi0.img.fidx": DISK0,
+    "drive-scsi1.img.fidx": DISK1,
+    "qemu-command.json.blob": b'["qemu-system-x86_64", "-m", "64"]\n',
+    "efivars.fd.blob": b"variables",
+}
+
+
+@asynccontextmanager
+async def opened(store: Path, progress: Progress) -> AsyncIterator[OpenSnapshot]:
+    """The snapshot vm/web with `FILES`."""
+    repo = await open_local(store, name="test")
+    try:
+        snapshot = await repo.latest(Group.parse("vm/web")) or await write_snapshot(
+            repo, "vm/web", 1000, FILES, chunk_size=CHUNK
+        )
+        async with (
+            open_cache(CHUNK) as cache,
+            open_snapshot(repo, snapshot, ChunkCodec(), cache, progress) as found,
+        ):
+            yield found
+    finally:
+        repo.close()
+
+
+async def restored(store: Path, folder: Path, **options: Any) -> RestoredVm:
+    progress = Progress()
+    async with opened(store, progress) as found:
+        return await restore_vm(found, RestoreOrder(folder=folder, **options), progress)
+
+
+def qcow2_content(qemu: QemuBinary, path: Path) -> bytes:
+    raw = path.with_name(path.name + ".as-raw")
+    subprocess.run([qemu.img, "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)], check=True)
+    return raw.read_bytes()
+
+
+def run(*line: str) -> None:
+    subprocess.run(line, check=True)
+
+
+@pytest.fixture
+def device(tmpfs: Path) -> Iterator[Path]:
+    """A block device of 9 MiB."""
+    image = tmpfs / "device.raw"
+    image.write_bytes(bytes(9 << 20))
+    with loop_device(image) as found:
+        yield Path(found)
+
+
+async def test_disks_and_small_files_come_into_a_new_folder(store_folder: Path, tmpfs: Path) -> None:
+    folder = tmpfs / "new" / "web"
+    vm = await restored(store_folder, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "drive-scsi0.raw", "drive-scsi1.raw", "efivars.fd", "qemu-command.json",
+    ]  # fmt: skip
+    assert (folder / "drive-scsi0.raw").read_bytes() == DISK0
+    assert (folder / "drive-scsi1.raw").read_bytes() == DISK1
+    assert (folder / "efivars.fd").read_bytes() == b"variables"
+    assert (vm.name, vm.folder, vm.left_out) == ("web", folder, [])
+    assert [(disk.archive, disk.device, disk.target, disk.format, disk.size, disk.kind) for disk in vm.disks] == [
+        ("drive-scsi0.img", "scsi0", str(folder / "drive-scsi0.raw"), "raw", len(DISK0), "file"),
+        ("drive-scsi1.img", "scsi1", str(folder / "drive-scsi1.raw"), "raw", len(DISK1), "file"),
+    ]
+    assert vm.files == {name: folder / name for name in ("qemu-command.json", "efivars.fd")}
+
+
+async def test_every_disk_can_have_a_place_and_format_of_its_own(
+    store_folder: Path, tmpfs: Path, device: Path, distribution: QemuBinary
+) -> None:
+    other = tmpfs / "other.qcow2"
+    targets = parse_targets([f"scsi0={device}", f"drive-scsi1.img={other}"])
+    vm = await restored(store_folder, tmpfs / "web", targets=targets, name="again")
+    assert device.read_bytes()[: len(DISK0)] == DISK0
+    assert qcow2_content(distribution, other)[: len(DISK1)] == DISK1
+    assert [(disk.format, disk.kind) for disk in vm.disks] == [("raw", "device"), ("qcow2", "file")]
+    assert vm.name == "again"
+
+
+async def test_the_format_is_that_of_new_files_and_disks_can_be_left_out(
+    store_folder: Path, tmpfs: Path, distribution: QemuBinary
+) -> None:
+    vm = await restored(store_folder, tmpfs, format="qcow2", exclude=["scsi1"])
+    assert qcow2_content(distribution, tmpfs / "drive-scsi0.qcow2") == DISK0
+    assert vm.left_out == ["drive-scsi1.img"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "why"),
+    [
+        (["scsi0"], "not NAME=TARGET"),
+        (["=x"], "not NAME=TARGET"),
+        (["a="], "not NAME=TARGET"),
+        (["a=b", "a=c"], "twice"),
+    ],
+)
+def test_targets_have_a_form(targets: list[str], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        parse_targets(targets)
+
+
+async def test_what_cannot_be_is_refused_before_anything_is_made(store_folder: Path, tmpfs: Path) -> None:
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"targets": {"scsi7": "x"}}, NotFoundError, "it has scsi0, scsi1"),
+        ({"include": ["scsi7"]}, NotFoundError, "it has scsi0, scsi1"),
+        ({"exclude": ["*"]}, NotFoundError, "no disk of it is chosen"),
+        (
+            {"targets": {"scsi0": f"{tmpfs}/a", "scsi1": f"{tmpfs}/../{tmpfs.name}/a"}},
+            UsageError,
+            "two disks have this",
+        ),
+        ({"targets": {"scsi0": f"{tmpfs}/a.vmdk"}}, UsageError, "vmdk are not supported"),
+        ({"targets": {"scsi1": f"{tmpfs}/no/folder/a"}}, TargetError, "No such file"),
+        ({"targets": {"scsi1": str(tmpfs)}}, TargetError, "it is a folder|Is a directory"),
+    ]
+    for options, kind, why in cases:
+        with pytest.raises(kind, match=why):
+            await restored(store_folder, tmpfs / "web", **options)
+        assert list(tmpfs.iterdir()) == [], options
+
+
+async def test_a_device_that_is_too_small_is_refused_and_no_other_disk_is_touched(
+    store_folder: Path, tmpfs: Path, device: Path
+) -> None:
+    run("truncate", "-s", "4M", str(tmpfs / "device.raw"))
+    run("losetup", "--set-capacity", str(device))
+    with pytest.raises(TargetError, match=r"it has 4194304 bytes .* choose a larger one"):
+        await restored(store_folder, tmpfs / "web", targets={"scsi0": str(device)})
+    assert not (tmpfs / "web").exists()
+    assert device.read_bytes() == bytes(4 << 20)
+
+
+async def test_a_device_that_is_mounted_or_has_content_is_refused(
+    store_folder: Path, tmpfs: Path, device: Path
+) -> None:
+    run("mke2fs", "-q", str(device))
+    with pytest.raises(TargetError, match="first MiB is not zero"):
+        await restored(store_folder, tmpfs / "web", targets={"scsi0": str(device)})
+    (tmpfs / "mnt").mkdir()
+    run("mount", str(device), str(tmpfs / "mnt"))
+    try:
+        with pytest.raises(DiskInUseError, match="mounted or in use"):
+            await restored(store_folder, tmpfs / "web", targets={"scsi0": str(device)}, force=True)
+    finally:
+        run("umount", str(device))
+    assert not (tmpfs / "web").exists()
+
+
+async def test_a_disk_of_a_running_vm_is_refused_with_force_too(
+    store_folder: Path, tmpfs: Path, distribution: QemuBinary
+) -> None:
+    path = tmpfs / "used.raw"
+    path.write_bytes(bytes(len(DISK0)))
+    async with RunningQemu.start(distribution, [VmDisk(path, "scsi0")]):
+        with pytest.raises(DiskInUseError, match="in use"):
+            await restored(store_folder, tmpfs / "web", targets={"scsi0": str(path)}, force=True)
+    assert path.read_bytes() == bytes(len(DISK0))
+    assert not (tmpfs / "web").exists()
+
+
+async def test_files_that_are_there_need_force_and_stay_until_the_new_ones_are_whole(
+    store_folder: Path, tmpfs: Path
+) -> None:
+    disk = tmpfs / "drive-scsi0.raw"
+    disk.write_bytes(b"old")
+    disk.chmod(0o640)
+    with pytest.raises(TargetError, match="the file exists with 3 bytes"):
+        await restored(store_folder, tmpfs)
+    disk.rename(tmpfs / "aside")
+    (tmpfs / "efivars.fd").write_bytes(b"old")
+    with pytest.raises(TargetError, match=r"efivars\.fd: the file has content"):
+        await restored(store_folder, tmpfs)
+    assert sorted(path.name for path in tmpfs.iterdir()) == ["aside", "efivars.fd"]
+    (tmpfs / "aside").rename(disk)
+    script = tmpfs / "start.sh"
+    script.write_text("start the old disks")
+    await restored(store_folder, tmpfs, force=True, writes=[script])
+    assert disk.read_bytes() == DISK0
+    assert disk.stat().st_mode & 0o777 == 0o640
+    assert (tmpfs / "efivars.fd").read_bytes() == b"variables"
+    assert not script.exists()  # nobody has written the new one
+
+
+async def test_a_restore_that_fails_in_the_middle_leaves_what_was_there(store_folder: Path, tmpfs: Path) -> None:
+    progress = Progress()
+    disk = tmpfs / "drive-scsi0.raw"
+    disk.write_bytes(b"old")
+    async with opened(store_folder, progress) as found:
+        (damaged,) = [path for path in store_folder.glob(".chunks/*/*") if DISK1[:512] in path.read_bytes()]
+        raw = bytearray(damaged.read_bytes())
+        raw[100] ^= 1
+        damaged.write_bytes(raw)
+        with pytest.raises(FormatError, match=r"drive-scsi1\.img"):
+            await restore_vm(found, RestoreOrder(folder=tmpfs, force=True), progress)
+    assert [path.name for path in tmpfs.iterdir()] == [disk.name]
+    assert disk.read_bytes() == b"old"
+
+
+async def test_a_cancelled_restore_leaves_nothing_and_a_killed_ones_rest_is_replaced(
+    store_folder: Path, tmpfs: Path
+) -> None:
+    progress = Progress()
+    (tmpfs / "drive-scsi0.raw.partial").write_bytes(b"x" * 3 * CHUNK)  # of a killed one
+    async with opened(store_folder, progress) as found:
+
+        async def never(vm: RestoredVm, progress: Progress) -> None:
+            raise AssertionError
+
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await restore_vm(found, RestoreOrder(folder=tmpfs / "web", definers=[never]), progress)
+        assert not (tmpfs / "web").exists()
+        await restore_vm(found, RestoreOrder(folder=tmpfs), progress)
+    assert (tmpfs / "drive-scsi0.raw").read_bytes() == DISK0
+    assert not list(tmpfs.glob("*.partial"))
+
+
+async def test_who_defines_the_machine_comes_last_and_sees_everything(store_folder: Path, tmpfs: Path) -> None:
+    seen = []
+
+    async def define(vm: RestoredVm, progress: Progress) -> None:
+        seen.append([Path(disk.target).stat().st_size for disk in vm.disks])
+        assert vm.files["efivars.fd"].read_bytes() == b"variables"
+        vm.definitions.append({"type": "test", "line": "defined"})
+
+    vm = await restored(store_folder, tmpfs / "web", definers=[define])
+    assert seen == [[len(DISK0), len(DISK1)]]
+    assert vm.lines()[-1] == "defined"
+
+
+def test_the_command_tells_where_everything_is(stored: Fleece, tmpfs: Path) -> None:
+    (tmpfs / "a.raw").write_bytes(DISK0)
+    (tmpfs / "a.conf").write_text("memory: 1\n")
+    words = [f"drive-scsi0.img:{tmpfs}/a.raw", f"web.conf:{tmpfs}/a.conf", "--backup-id", "web", "--backup-type", "vm"]
+    snapshot = stored.json("backup", *words)["snapshot"]
+    document = stored.json("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2")
+    assert document["snapshot"] == snapshot
+    assert document["disks"] == [
+        {"name": "drive-scsi0.img", "target": f"{tmpfs}/new/drive-scsi0.qcow2", "format": "qcow2", "size": len(DISK0)}
+    ]
+    assert document["files"] == [{"name": "web.conf", "path": f"{tmpfs}/new/web.conf"}]
+    refused = stored("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2")
+    assert refused.code == 1
+    assert "has content" in refused.err
