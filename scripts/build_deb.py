@@ -1,14 +1,16 @@
 """Builds the Debian package: `make deb`, or `python scripts/build_deb.py --output FOLDER`.
 
 The package carries an environment of its own below /usr/lib/fleece: Fleece, built from this checkout with its C parts,
-and the Python packages it needs in the very versions that `.venv` has, which are the ones that were tested. Debian's
-packages are depended on where Fleece would otherwise have to follow security fixes of C libraries: Python itself,
-libfuse3, libnbd, and OpenSSL with `cryptography`. It installs without a network.
+and the Python packages it needs, copied from `.venv`: the very files that were tested. One that was changed since it
+was installed is fetched instead, and nothing else needs a network. Debian's packages are depended on where Fleece would
+otherwise have to follow security fixes of C libraries: Python itself, libfuse3, libnbd, and OpenSSL with
+`cryptography`. It installs without a network.
 
 The same commit, tools and versions give the same bytes (`SOURCE_DATE_EPOCH`, else the time of the last commit).
 """
 
 import argparse
+import base64
 import gzip
 import hashlib
 import os
@@ -48,7 +50,7 @@ _USELESS: Final = re.compile(
 )
 #: Those whose libraries come with 20 MB for debuggers. Others are not touched: not every library survives it.
 _UNSTRIPPED: Final = ("pyfuse3", "zstandard")
-_DOCS: Final = ("README.md", "CHANGELOG.md", "docs")
+_DOCS: Final = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs")
 _UNITS: Final = (".service", ".socket", ".timer")
 
 
@@ -111,10 +113,10 @@ def _environment(work: Path, home: Path) -> None:
     (home / "pyvenv.cfg").write_text(
         f"home = {PYTHON.parent}\ninclude-system-site-packages = true\nversion = {version}\n"
     )
-    wheel = _wheel(work)
-    needed = [f"{one}=={metadata.version(one)}" for one in needed_packages()]
+    changed = [name for name in needed_packages() if not copy_installed(metadata.distribution(name), packages)]
+    fetched = [f"{name}=={metadata.version(name)}" for name in changed]
     line = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile"]
-    _run(*line, "--target", str(packages), str(wheel), *needed)
+    _run(*line, "--target", str(packages), str(_wheel(work)), *fetched)
     _check_native_parts(packages)
     for path in sorted(packages.rglob("*")):
         if path.is_file() and _USELESS.search(f"/{path.relative_to(packages)}"):
@@ -143,6 +145,27 @@ def needed_packages() -> list[str]:
                 found[name] = None
                 left.append(name)
     return sorted(found)
+
+
+def copy_installed(installed: metadata.Distribution, target: Path) -> bool:
+    """Copy a Python package as it is installed; False, and nothing copied, if it is not what its wheel brought."""
+    contents: dict[str, tuple[bytes, int]] = {}
+    for file in installed.files or ():
+        if file.hash is None or ".." in file.parts:
+            continue  # made by the installation, or a command of its own
+        try:
+            path = Path(str(installed.locate_file(file)))
+            data, mode = path.read_bytes(), path.stat().st_mode & 0o755
+        except OSError:
+            return False
+        digest = base64.urlsafe_b64encode(hashlib.new(file.hash.mode, data).digest()).rstrip(b"=")
+        if digest.decode() != file.hash.value:
+            return False
+        contents[str(file)] = data, mode
+    for name, (data, mode) in contents.items():
+        _folder(target / name).write_bytes(data)
+        (target / name).chmod(mode)
+    return bool(contents)
 
 
 def _wheel(work: Path) -> Path:
@@ -214,20 +237,24 @@ def _system_files(work: Path, stage: Path, version: str) -> None:
     # The plugin for Proxmox VE: of no use, and not loaded, anywhere else.
     for module in sorted((ROOT / "proxmox").rglob("*.pm")):
         shutil.copyfile(module, _folder(stage / "usr/share/perl5" / module.relative_to(ROOT / "proxmox")))
-    for module in sorted((ROOT / "proxmox").rglob("*.pm")):
-        shutil.copyfile(module, _folder(stage / "usr/share/perl5" / module.relative_to(ROOT / "proxmox")))
     shutil.copyfile(DEBIAN / "fleece.toml", _folder(stage / "etc/fleece/fleece.toml"))
     doc = stage / "usr/share/doc/fleece"
-    for name in _DOCS:
-        source = ROOT / name
-        for path in sorted(source.glob("*.md")) if source.is_dir() else [source]:
-            shutil.copyfile(path, _folder(doc / path.name))
+    write_documentation(doc)
     shutil.copyfile(ROOT / "systemd/mnt-backup.mount", _folder(doc / "examples/mnt-backup.mount"))
-    _gzip(doc / "LICENSE.gz", (ROOT / "LICENSE").read_bytes())
     (doc / "copyright").write_text((DEBIAN / "copyright").read_text() + "".join(_licences()))
     _gzip(doc / "changelog.gz", _changelog(version).encode())
     shutil.copyfile(DEBIAN / "lintian-overrides", _folder(stage / "usr/share/lintian/overrides/fleece"))
     _manual(work, stage)
+
+
+def write_documentation(doc: Path) -> None:
+    """The pages for people, all in one folder: links between them, and to the licence, are made to fit."""
+    for name in _DOCS:
+        source = ROOT / name
+        for path in sorted(source.glob("*.md")) if source.is_dir() else [source]:
+            text = re.sub(r"\]\((?:docs|\.\.)/", "](", path.read_text()).replace("](LICENSE)", "](LICENSE.gz)")
+            _folder(doc / path.name).write_text(text)
+    _gzip(doc / "LICENSE.gz", (ROOT / "LICENSE").read_bytes())
 
 
 def _manual(work: Path, stage: Path) -> None:

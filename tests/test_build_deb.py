@@ -1,0 +1,55 @@
+"""Parts of `make deb` that need no package; what is in it, and how it installs: tests/host/test_package.py."""
+
+import importlib.util
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support.cache import ROOT
+
+
+@pytest.fixture(scope="module")
+def build_deb() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_deb", ROOT / "scripts/build_deb.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_between_installed_pages_lead_somewhere(build_deb: ModuleType, tmp_path: Path) -> None:
+    build_deb.write_documentation(tmp_path)
+    pages = list(tmp_path.glob("*.md"))
+    assert {page.name for page in pages} >= {"README.md", "CHANGELOG.md", "index.md", "agent.md"}
+    links = [(page.name, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())]
+    assert ("README.md", "index.md") in links
+    assert ("index.md", "README.md") in links
+    assert [(page, link) for page, link in links if "://" not in link and not (tmp_path / link).is_file()] == []
+
+
+def test_a_python_package_is_copied_only_if_it_is_as_it_was_installed(build_deb: ModuleType, tmp_path: Path) -> None:
+    installed = metadata.distribution("hpack")
+    assert build_deb.copy_installed(installed, tmp_path / "good")
+    original = Path(str(installed.locate_file("hpack")))
+    copied = {path.relative_to(tmp_path / "good/hpack") for path in (tmp_path / "good/hpack").rglob("*.py")}
+    assert copied == {path.relative_to(original) for path in original.rglob("*.py")}
+    assert not list((tmp_path / "good").rglob("*.pyc"))
+    for fault in ("changed", "missing"):
+        folder = tmp_path / fault
+        shutil.copytree(tmp_path / "good", folder)
+        (record,) = (Path(str(installed.locate_file(file))) for file in installed.files or () if file.name == "RECORD")
+        shutil.copy(record, folder / record.parent.name)
+        damaged = metadata.PathDistribution(folder / record.parent.name)
+        assert build_deb.copy_installed(damaged, tmp_path / f"{fault}-copy")
+        shutil.rmtree(tmp_path / f"{fault}-copy")
+        if fault == "changed":
+            (folder / "hpack/huffman.py").write_text("pass")
+        else:
+            (folder / "hpack/huffman.py").unlink()
+        assert not build_deb.copy_installed(damaged, tmp_path / f"{fault}-copy")
+        assert not (tmp_path / f"{fault}-copy").exists()
