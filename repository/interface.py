@@ -36,6 +36,7 @@ class FileInfo:
     filename: str  #: with type extension
     size: int | None  #: bytes (images and streams plain, blobs encoded), None if unknown
     crypt_mode: CryptMode | None
+    csum: bytes | None = None  #: as the manifest has it; servers do not list it
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,7 +257,7 @@ def _history(base: Path) -> list[UsageSample]:
 def _info(entry: SnapshotEntry) -> SnapshotInfo:
     manifest = entry.manifest
     fingerprint = None if manifest is None else manifest.fingerprint
-    files = tuple(FileInfo(file.filename, file.size, file.crypt_mode) for file in entry.files)
+    files = tuple(FileInfo(file.filename, file.size, file.crypt_mode, file.csum) for file in entry.files)
     return SnapshotInfo(
         entry.snapshot,
         files=files,

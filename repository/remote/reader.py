@@ -35,6 +35,9 @@ _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 15.0
 #: Chunks on their way for one call of `read_chunks`.
 _CHUNKS_AT_ONCE: Final = 16
+#: Bytes, besides a 64th of its size, that a chunk may have more than its plain data: its header, and what a bad
+#: compression adds where a writer keeps it.
+_SLACK: Final = 4 << 10
 
 
 class RemoteReader:
@@ -91,14 +94,16 @@ class RemoteReader:
     async def read_chunk(self, digest: bytes) -> Blob:
         """See `Reader.read_chunk`: only chunks of indexes that were opened."""
         where = f"{self.snapshot}, chunk {digest.hex()}"
-        if digest not in self._readable:
+        size = self._readable.size_of(digest)
+        if size is None:
             raise ChunkNotFoundError("read", where, "no index that was opened names it")
 
         def missing(error: RemoteRefusedError) -> FleeceError:
             # Not registered (401), which means another index than the one we saw, or not in the store.
             return ChunkNotFoundError("read", where, error.why)
 
-        raw = await self._ask("chunk", {"digest": digest.hex()}, "read chunk", where, MAX_ENCODED_CHUNK, missing)
+        limit = min(MAX_ENCODED_CHUNK, size + (size >> 6) + _SLACK)
+        raw = await self._ask("chunk", {"digest": digest.hex()}, "read chunk", where, limit, missing)
         return Blob.parse(raw, where=where)
 
     async def read_chunks(self, digests: Sequence[bytes]) -> list[Blob]:

@@ -32,6 +32,8 @@ from repository.sync.report import SnapshotReport, snapshot_text
 
 #: Chunks that are read and checked side by side.
 _BATCH: Final = 4
+#: Plain bytes of a batch: as many chunks of the usual 4 MiB, and one alone where an index says that they have 16 MiB.
+_BATCH_BYTES: Final = 16 << 20
 #: Batches of one archive on their way at a time: with `_BATCH` as many chunks as PBS has.
 _WORKERS: Final = 5
 #: Batches of a whole sync on their way at a time, which bounds its memory however many groups are synced at once.
@@ -216,7 +218,7 @@ class _Sender:
         """Hand on what has to be sent, each chunk once, in the order of the archive."""
         queued = DigestSet()
         batch: list[Wanted] = []
-        known = 0
+        batch_bytes = known = 0
         for number in range(index.count):
             digest, size = index.digest(number), index.span(number)[1]
             if digest in queued or (self.session.knows(digest) and digest not in absent):
@@ -225,10 +227,11 @@ class _Sender:
                 if not 1 <= size <= MAX_CHUNK_SIZE:
                     raise FormatError("read index", index.where, f"chunk {number} has {size} bytes")
                 queued.add(digest, size)
+                if batch and (len(batch) == _BATCH or batch_bytes + size > _BATCH_BYTES):
+                    await send.send(batch)
+                    batch, batch_bytes = [], 0
                 batch.append((digest, size))
-            if len(batch) == _BATCH:
-                await send.send(batch)
-                batch = []
+                batch_bytes += size
             if not number % _ENTRIES:
                 self.task.advance(known)
                 known = 0

@@ -46,7 +46,7 @@ def lies(endpoint: str, change: Callable[[bytes], bytes], **only: Any) -> Callab
         ("download", lambda body: body[:64] + (1 << 62).to_bytes(8, "little") + body[72:], "digests need"),
         ("download", lambda body: b"\0" * (8 << 20), "more than .* bytes"),
         ("chunk", lambda body: body[:-1], "CRC|checksum|digest"),
-        ("chunk", lambda body: b"\0" * (17 << 20), "more than 16777260 bytes"),
+        ("chunk", lambda body: body + bytes(CHUNK // 64 + 4096), f"more than {CHUNK + CHUNK // 64 + 4096} bytes"),
         ("chunk", lambda body: b"nonsense" * 10, "unknown magic"),
         ("chunk", lambda body: b"short", "a header has 12"),
     ],
