@@ -32,6 +32,8 @@ BACKGROUND: Final = "backup-access-background-bitmap"
 
 _MARK: Final = re.compile(r"fleece-since-(?P<target>[0-9a-f]{8})-(?P<disk>[0-9a-f]{8})-(?P<id>0|[1-9][0-9]{0,11})")
 _TARGET_ID: Final = re.compile(r"fleece-(?P<target>[0-9a-f]{8})")
+#: Drives whose names need no quoting.
+_DRIVE: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 #: Bytes a bit of a mark stands for, the most that QEMU allows: a mark needs no memory.
 _MARK_GRANULARITY: Final = 1 << 31
 
@@ -239,6 +241,42 @@ async def forget(qmp: Qmp, target: str | None) -> int:
     return len(found)
 
 
+# -- fleecing images as drives ----------------------------------------------------------------------------------------
+
+
+async def add_drive(qmp: Qmp, name: str, options: Mapping[str, str]) -> None:
+    """Attach a drive that no device uses: the form of a fleecing image that QEMU looks for before Proxmox VE 9.
+
+    There is no command for it but that for people.
+
+    Raises:
+        QmpCommandError: QEMU refused, in its own words.
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    every = {"if": "none", "id": name, **options}
+    words = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in every.items())
+    quoted = "".join(f"\\{char}" if char in '\\"' else char for char in words)
+    said = await _said(qmp, f'drive_add auto "{quoted}"')
+    if said != "OK":
+        raise QmpCommandError(qmp.where, "drive_add", "GenericError", said or "it says nothing")
+
+
+async def remove_drive(qmp: Qmp, name: str) -> None:
+    """Remove a drive of `add_drive`.
+
+    Raises:
+        QmpCommandError: QEMU refused, in its own words.
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    if said := await _said(qmp, f"drive_del {name}"):
+        raise QmpCommandError(qmp.where, "drive_del", "GenericError", said)
+
+
+async def _said(qmp: Qmp, line: str) -> str:
+    answer = await qmp.execute("human-monitor-command", {"command-line": line})
+    return checked.printable(checked.of_type(answer, str, f"{qmp.where}, human-monitor-command").strip())
+
+
 # -- what killed runs have left ---------------------------------------------------------------------------------------
 
 
@@ -251,3 +289,19 @@ def fleecing_nodes(nodes: Iterable[str], children: Mapping[str, Mapping[str, str
         and (ours := OurNode.parse(children.get(name, {}).get("file", ""))) is not None
         and ours.kind == "f"
     )
+
+
+async def fleecing_drives(qmp: Qmp, children: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The same as drives.
+
+    Raises:
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    where = f"{qmp.where}, query-block"
+    roots = {
+        checked.field(entry, "device", str, where): checked.field(inserted, "node-name", str, where)
+        for entry in checked.objects(await qmp.execute("query-block"), where)
+        if (inserted := checked.optional(entry, "inserted", dict, where)) is not None
+    }
+    own = fleecing_nodes(roots, {name: children.get(root, {}) for name, root in roots.items()})
+    return [name for name in own if _DRIVE.fullmatch(name) is not None]

@@ -110,18 +110,20 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: flo
 
 
 async def _end_access(qmp: Qmp, undone: Undone, ends: EndOfAccess | None) -> None:
-    """End a backup access of ours, and remove the nodes that it has used."""
-    nodes = await block_nodes(qmp)
-    used = access.fleecing_nodes(nodes, await children(qmp))
+    """End a backup access of ours, and remove the nodes and drives that it has used."""
+    nodes, graph = await block_nodes(qmp), await children(qmp)
+    used, drives = access.fleecing_nodes(nodes, graph), await access.fleecing_drives(qmp, graph)
     if ends is not None:
         await undone.attempt("end QEMU's backup access", access.tear_down(qmp, ends.target, success=ends.success))
-    elif used:
+    elif used or drives:
         for target in access.targets(nodes.values()):
             # Refused where the access is another one's. If it was ours and goes on, the nodes cannot go.
             await Undone().attempt("", access.tear_down(qmp, target, success=False))
     for node in used:
         await undone.attempt(f"remove the block node {node}", qmp.execute("blockdev-del", {"node-name": node}))
-    if used and not undone.problems:
+    for drive in drives:
+        await undone.attempt(f"remove the drive {drive}", access.remove_drive(qmp, drive))
+    if (used or drives) and not undone.problems:
         undone.actions.append("ended QEMU's backup access")
 
 
@@ -185,7 +187,7 @@ async def _set_devices_back(qmp: Qmp, undone: Undone, below: Mapping[str, str]) 
 
 
 async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> None:
-    there = await _ours(qmp, "pcft")
+    there = await _ours(qmp, "pcftk")
     used = {root for _, root in await device_roots(qmp)}
     for node in (node for node in there if node.kind == "p"):
         if str(node) in used:
@@ -198,10 +200,10 @@ async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> N
                 )
             else:
                 undone.problems.append(f"could not remove {node}: {node_error}")
-    for kind, what in (("c", "filter"), ("f", "fleecing image"), ("t", "TPM's state")):
+    for kind, what in (("c", "filter"), ("f", "fleecing image"), ("t", "TPM's state"), ("k", "helper")):
         for node in (node for node in there if node.kind == kind):
             await undone.attempt(f"remove the {what} {node}", _delete(qmp, node))
-    left = await _ours(qmp, "pcfst")
+    left = await _ours(qmp, "pcfstk")
     undone.images = not any(node.kind == "f" for node in left)
     if there and not left:
         undone.actions.append("removed the block nodes")
@@ -247,13 +249,13 @@ async def look_for_left(qmp: Qmp, run_dir: Path) -> Left:
     """
     state = await left_state(run_dir, qmp.peer)
     exports, _ = await our_exports(qmp)
-    nodes = [str(node) for node in await _ours(qmp, "pcfst")]
+    nodes = [str(node) for node in await _ours(qmp, "pcfstk")]
     images = [] if state is None else [disk.image for disk in state.disks]
     there = await in_io_thread(lambda: [image for image in images if Path(image).exists()])
     below, _ = await _standing_on(qmp)
     if access.TEARDOWN in qmp.commands:
         graph = await children(qmp)
-        used = access.fleecing_nodes(graph, graph)
+        used = [*access.fleecing_nodes(graph, graph), *await access.fleecing_drives(qmp, graph)]
         nodes += used
         below |= await _below_access(qmp, graph) if used else {}
     found = (("export", sorted(exports)), ("block node", nodes), ("fleecing image", there))

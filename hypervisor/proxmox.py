@@ -3,6 +3,7 @@
     guest's device -> filter of QEMU's -> the disk's node            the filter is put there by QEMU, at the instant
       view of QEMU's -> filter -> <device>-fleecing -> fleece-f<n>   the last two are Fleece's, attached before
 
+The QEMU of Proxmox VE 9 takes a node of that name, the one before it only a drive: whether it does is found by trying.
 Devices are switched one after the other, so disks with I/O threads of their own are at one instant only if the guest is
 frozen. The filter saves only what the bitmap calls dirty: nothing else of a view can be read. EFI variables are a disk
 like any other here, and so is the state of a TPM if its file is known, which QEMU does not have open: `fleece-t<n>`.
@@ -69,7 +70,12 @@ class ProxmoxFleecing(Fleecing):
                 name = self.devices[disk.number] + _FLEECING
                 await self._add_image(qmp, disk, name, partial(_image, name, disk.number, disk.disk.size))
             await self._step("freeze the guest, let QEMU make the views")
-            await self._set_up_access(qmp)
+            if not await self._set_up_access(qmp, last=False):
+                await self._step("attach the fleecing images as drives")
+                for disk in self.disks:
+                    await self._add_as_drive(qmp, disk)
+                await self._step("freeze the guest again, let QEMU make the views")
+                await self._set_up_access(qmp, last=True)
             await self._step("start the NBD server", nbd_server=True)
             await self._start_server(qmp)
             used = (disk for disk in self.disks if disk.choice.bitmap is not None)
@@ -99,8 +105,18 @@ class ProxmoxFleecing(Fleecing):
             if disk.choice.bitmap is not None and (archives is None or disk.disk.name in archives)
         ]
 
-    async def _set_up_access(self, qmp: Qmp) -> None:
+    async def _add_as_drive(self, qmp: Qmp, disk: FleecedDisk) -> None:
+        """The fleecing image of `disk`, a node so far, as a drive."""
+        name = self.devices[disk.number] + _FLEECING
+        await qmp.execute("blockdev-del", {"node-name": name})
+        await access.add_drive(
+            qmp, name, _drive(disk.number, disk.disk.size, str(self.scratch.folder / disk.image.name))
+        )
+
+    async def _set_up_access(self, qmp: Qmp, *, last: bool) -> bool:
+        """False if this QEMU does not find fleecing images that are nodes, and it is not the `last` attempt."""
         modes = {self.devices[disk.number]: self._mode(disk) for disk in self.disks}
+        warned = len(self.warnings)
         self.armed = True
         try:
             found = await self._set_instant(qmp, partial(access.set_up, qmp, self.target, modes))
@@ -110,14 +126,17 @@ class ProxmoxFleecing(Fleecing):
                 hint = "try again when that backup has ended"
                 raise VmStateError("back up the VM at", self.qmp_path, error.desc, hint) from error
             if error.error_class == "DeviceNotFound" and _FLEECING in error.desc:
-                # Before Proxmox VE 9 a fleecing image had to be a drive, which has no command but that for people.
-                hint = "this QEMU does not find fleecing images that are nodes; choose --flavour stock"
+                if not last:
+                    del self.warnings[warned:]  # the guest is frozen once more
+                    return False
+                hint = "this QEMU does not find the fleecing images; choose --flavour stock"
                 raise FleecingError("freeze the disks of", self.qmp_path, error.desc, hint) from error
             raise
         for disk in self.disks:
             self._take(disk, found[self.devices[disk.number]])
         for line in await access.log_lines(qmp):
             self.on_step(line)
+        return True
 
     def _mode(self, disk: FleecedDisk) -> str:
         if self.bitmap_mode is BitmapMode.NONE or disk.disk.written_past:
@@ -196,6 +215,12 @@ class ProxmoxFleecing(Fleecing):
 def _image(name: str, number: int, size: int, filename: str) -> Mapping[str, object]:
     file = {"driver": "file", "node-name": f"fleece-f{number}", "filename": filename, "discard": "unmap"}
     return {"driver": "raw", "node-name": name, "size": size, "discard": "unmap", "file": file}
+
+
+def _drive(number: int, size: int, filename: str) -> Mapping[str, str]:
+    file = {"driver": "file", "node-name": f"fleece-f{number}", "filename": filename, "discard": "unmap"}
+    options = {"driver": "raw", "size": str(size), "discard": "unmap"}
+    return options | {f"file.{key}": value for key, value in file.items()}
 
 
 def _tpm_node(name: str, filename: str, size: int) -> Mapping[str, object]:

@@ -105,6 +105,48 @@ async def test_every_kind_of_disk_is_read_full_and_then_what_changed(qemu: QemuB
         assert mark.endswith(f"-{bench.store.base}")
 
 
+async def killed(bench: Bench, double: ProxmoxQemu, phase: str) -> None:
+    """A backup that is killed at a step; of the files of its run nothing is left."""
+    command = [sys.executable, "-m", "tests.hypervisor.killed_backup", double.path, bench.folder]
+    command += [f"{bench.store.base}:{SIZE}", bench.store.next_id(), phase]
+    with trio.fail_after(240):
+        ended = await trio.run_process(
+            [str(word) for word in command], cwd=ROOT, check=False, stdin=DEVNULL, capture_stdout=True
+        )
+    assert ended.returncode == -9
+    shutil.rmtree(bench.run_dir)
+    bench.run_dir.mkdir(mode=0o700)
+
+
+async def test_where_fleecing_images_must_be_drives_they_become_that(backports: QemuBinary, tmpfs: Path) -> None:
+    disks = [VmDisk(tmpfs / "d0", "d0"), VmDisk(tmpfs / "d2", "d2", form="drive")]
+    # Characters that mean something to QEMU's monitor, and to its options.
+    folder = tmpfs / 'a, b\\ "c=d'
+    folder.mkdir()
+    async with proxmox(backports, folder, *disks) as (vm, bench, double):
+        double.drives_only = True
+        await bench.backup(vm)
+        await vm.qemu_io("d2", "write -P 8 23M 1M")
+        reads = await bench.backup(vm)
+        assert devices(double.seen) == {"fmt-d0": "use", "drive-d2": "use"}
+        assert (reads[D0].read, reads["drive-d2.img"].read) == (0, 4 * MIB)
+        assert reads["drive-d2.img"].image == b"\x05" * (23 * MIB) + b"\x08" * MIB
+        assert bench.warnings == []
+        # Killed with an access that is up, or before: QEMU alone says what there is to be removed.
+        for phase in ("read", "freeze the guest again, let QEMU make the views"):
+            await killed(bench, double, phase)
+            assert (double.access is not None) == (phase == "read")
+            async with connect(vm.qmp) as qmp:
+                left = await look_for_left(qmp, bench.run_dir)
+            assert any("drive-d2-fleecing" in thing for thing in left.things)
+            reads = await bench.backup(vm)
+            assert {read.mode for read in reads.values()} == {"incremental"}
+        double.plan = lambda command: "refuse" if command == "human-monitor-command" else None
+        with pytest.raises(FleecingError, match="planned by the test"):
+            await bench.backup(vm)
+        double.plan = lambda _command: None
+
+
 async def test_a_backup_that_fails_costs_nothing_but_reading_again(qemu: QemuBinary, tmpfs: Path) -> None:
     async with proxmox(qemu, tmpfs, VmDisk(tmpfs / "d0", "d0"), VmDisk(tmpfs / "d1", "d1", format="qcow2")) as (
         vm,
@@ -295,18 +337,9 @@ async def test_a_run_that_was_killed_is_cleaned_up_by_looking_at_qemu(qemu: Qemu
         double,
     ):
         await bench.backup(vm)
-        base = f"{bench.store.base}:{SIZE}"
         for number, phase in enumerate(("freeze the guest, let QEMU make the views", "read", "hand the bitmaps over")):
             await vm.qemu_io("d0", f"write -P {number + 1} {4 * number}M 1M")
-            command = [sys.executable, "-m", "tests.hypervisor.killed_backup", double.path, bench.folder, base]
-            command += [bench.store.next_id(), phase]
-            with trio.fail_after(240):
-                ended = await trio.run_process(
-                    [str(word) for word in command], cwd=ROOT, check=False, stdin=DEVNULL, capture_stdout=True
-                )
-            assert ended.returncode == -9
-            shutil.rmtree(bench.run_dir)
-            bench.run_dir.mkdir(mode=0o700)
+            await killed(bench, double, phase)
             assert (double.access is not None) == (number > 0)
             async with connect(vm.qmp) as qmp:
                 left = await look_for_left(qmp, bench.run_dir)
@@ -319,7 +352,6 @@ async def test_a_run_that_was_killed_is_cleaned_up_by_looking_at_qemu(qemu: Qemu
             assert reads[D0].mode == reads[D1].mode == "incremental"
             assert reads[D0].read == 4 * MIB
             assert reads[D0].image[4 * number * MIB] == number + 1
-            base = f"{bench.store.base}:{SIZE}"
         assert await cleanup(vm.qmp, run_dir=bench.run_dir, remove_bitmaps=True) == ["removed 2 dirty bitmaps"]
         assert await names(vm, "fmt-d0") == await names(vm, "fmt-d1") == []
 

@@ -100,6 +100,7 @@ class ProxmoxQemu:
     seen: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)  #: commands after the negotiation
     throttle_group: str = "group0"
     native_backup: bool = False  #: one of Proxmox's own runs
+    drives_only: bool = False  #: as before Proxmox VE 9, a fleecing image is found only if it is a drive
     twist: Callable[[list[dict[str, Any]]], Any] = lambda told: told  #: makes another answer of that to a setup
     before_setup: Callable[[], Awaitable[None]] | None = None  #: called before the next setup
     _shown: dict[str, str] = field(default_factory=dict)
@@ -276,12 +277,14 @@ class ProxmoxQemu:
         graph = await self._children()
         throttle = root if nodes[root]["drv"] == "throttle" else None
         node = graph[root]["file"] if throttle is not None else root
-        fleecing = f"{name}-fleecing"
+        wanted = f"{name}-fleecing"
+        drives = {entry["device"]: entry["inserted"]["node-name"] for entry in blocks if "inserted" in entry}
+        fleecing = drives.get(wanted, "" if self.drives_only else wanted)
         if fleecing not in nodes:
-            raise Refused(f"Device '{fleecing}' not found", "DeviceNotFound")
+            raise Refused(f"Device '{wanted}' not found", "DeviceNotFound")
         size, space = nodes[node]["image"]["virtual-size"], nodes[fleecing]["image"]["virtual-size"]
         if size // 512 != space // 512:
-            raise Refused(f"Size mismatch for '{fleecing}' - sector count {space // 512} instead of {size // 512}")
+            raise Refused(f"Size mismatch for '{wanted}' - sector count {space // 512} instead of {size // 512}")
         qdev = next((entry.get("qdev") for entry in blocks if entry.get("inserted", {}).get("node-name") == root), None)
         path = f"/machine/peripheral/{qdev}" if qdev and not qdev.startswith("/") else qdev or None
         self._numbers += 1
