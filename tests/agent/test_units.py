@@ -10,8 +10,14 @@ import pytest
 from tests.support.cache import ROOT
 
 UNITS = ROOT / "systemd"
-#: Exposure of a service that may be at most, as `systemd-analyze security` rates it.
-MOST = 3.0
+#: Exposure that each service may have at most, as `systemd-analyze security` rates it. A mount that is to be seen by
+#: others cannot have file systems of its own, which half of what is rated needs.
+MOST = {
+    "fleece-agent.service": 3.0,
+    "fleece-job@.service": 3.0,
+    "fleece-serve.service": 3.0,
+    "fleece-mount@.service": 4.3,
+}
 
 
 def analyze(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -24,12 +30,12 @@ def analyze(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fleece-agent.service", "fleece-job@.service"])
-def test_services_that_run_jobs_may_do_no_more_than_jobs_need(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(path.name for path in UNITS.glob("*.service")))
+def test_services_may_do_no_more_than_they_need(name: str) -> None:
     done = analyze("security", "--offline=true", UNITS / name)
     match = re.search(r"Overall exposure level for \S+: (\d+\.\d)", done.stdout)
     assert match is not None, done
-    assert float(match[1]) <= MOST, done.stdout
+    assert float(match[1]) <= MOST[name], done.stdout
 
 
 def test_the_timer_and_the_agent_take_away_the_same() -> None:
