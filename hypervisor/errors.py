@@ -16,6 +16,7 @@
     │   └── SnapshotBrokenError     the frozen view broke while it was read; the guest is fine
     ├── NbdDeviceError              no block device /dev/nbdX, or file, can be made of an export, or taken away again
     ├── NbdServerError              a disk cannot be served over NBD
+    ├── LibvirtError                libvirt cannot be reached, or refuses
     └── BusyError
         ├── VmStateError            not now: the VM migrates, has an I/O error, a block job runs, ...
         └── DiskInUseError          another process holds the disk's image
@@ -84,3 +85,7 @@ class NbdDeviceError(FleeceError):
 
 class NbdServerError(FleeceError):
     """A disk cannot be served over NBD."""
+
+
+class LibvirtError(FleeceError):
+    """libvirt cannot be reached, or refuses what is asked of it."""

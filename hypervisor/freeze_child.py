@@ -165,7 +165,8 @@ def _command(name: str, arguments: dict[str, int] | None = None) -> bytes:
     return json.dumps({"execute": name, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
 
 
-def _tell(event: str, **details: object) -> None:
+def tell(event: str, **details: object) -> None:
+    """Write an event for the parent."""
     # The parent may be gone: then nobody needs to know.
     with contextlib.suppress(OSError):
         os.write(1, json.dumps({"event": event, **details}).encode() + b"\n")
@@ -191,7 +192,7 @@ def _thaw(agent: Agent, *, refusal_counts: bool = True) -> str:
         else:
             return ""
         if attempt + 1 == TRIES_BEFORE_TELLING:
-            _tell("stuck", why=why)
+            tell("stuck", why=why)
         time.sleep(max(0.0, began + THAW_TIMEOUT_S - time.monotonic()) if attempt else 0)
     return why
 
@@ -203,7 +204,7 @@ def _is_frozen(agent: Agent) -> bool:
         return False  # one without the command cannot freeze either, and says so when asked
 
 
-def _parent_lets_go(timeout_s: float) -> bool:
+def parent_lets_go(timeout_s: float) -> bool:
     """Wait until the parent writes or closes its end; False if the time is over before."""
     return bool(select.select([0], [], [], max(0.0, timeout_s))[0])
 
@@ -215,14 +216,14 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
         agent.sync(SYNC_TIMEOUT_S)
         if _is_frozen(agent):
             if why := _thaw(agent):
-                return _tell("stuck", why=why)
+                return tell("stuck", why=why)
             earlier = {"was-frozen": True}
         if not freeze:
-            return _tell("thawed", **earlier)
-        if _parent_lets_go(0):
+            return tell("thawed", **earlier)
+        if parent_lets_go(0):
             return None
     except AgentError as error:
-        return _tell("failed", why=str(error), **earlier)
+        return tell("failed", why=str(error), **earlier)
 
     began = time.monotonic()
     failure: AgentError | None = None
@@ -231,8 +232,8 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
         count = agent.execute("guest-fsfreeze-freeze", hold_s)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_FILE_SYSTEMS:
             raise AgentError("the agent's answer to the freeze is no number of file systems")
-        _tell("frozen", **{"file-systems": count}, **earlier)
-        early = not _parent_lets_go(began + hold_s - time.monotonic())
+        tell("frozen", **{"file-systems": count}, **earlier)
+        early = not parent_lets_go(began + hold_s - time.monotonic())
     except AgentError as error:
         # Perhaps frozen, perhaps in part, perhaps a moment later: thaw in any case.
         failure = error
@@ -240,12 +241,12 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
     try:
         why = _thaw(agent, refusal_counts=not isinstance(failure, AgentRefusedError))
     except AgentLostError as error:
-        return _tell("failed", why=str(failure or error), **earlier)
+        return tell("failed", why=str(failure or error), **earlier)
     if why:
-        return _tell("stuck", why=why)
+        return tell("stuck", why=why)
     if failure is not None:
-        return _tell("failed", why=str(failure), **earlier)
-    return _tell("thawed", **{"frozen-s": time.monotonic() - began}, early=early, at=thawing)
+        return tell("failed", why=str(failure), **earlier)
+    return tell("thawed", **{"frozen-s": time.monotonic() - began}, early=early, at=thawing)
 
 
 def main() -> None:

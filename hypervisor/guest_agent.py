@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import trio
 
 from core.errors import os_reason
 from hypervisor import freeze_child
+from hypervisor.domain_address import DomainAddress
 from hypervisor.unix_socket import connect_unix
 
 #: Seconds a guest may stay frozen, from the order to freeze to the order to thaw.
@@ -121,6 +122,9 @@ class _Child:
 async def _begin(
     stack: AsyncExitStack, path: str, hold_s: float, freeze: Freeze, *, mode: str = "freeze"
 ) -> _Child | None:
+    if DomainAddress.parse(path) is not None:
+        # libvirt's bindings are no part of the standard library, but nothing of the environment is needed either.
+        return await _start(stack, ["-I", "-m", "hypervisor.freeze_domain", mode, path, str(hold_s)], (), freeze)
     try:
         with trio.fail_after(_CONNECT_TIMEOUT_S):
             sock = await connect_unix(path)
@@ -132,30 +136,36 @@ async def _begin(
         return None
     with sock:
         # -I -S: nothing of the environment and no site-packages, for a start within 20 ms.
-        command = [sys.executable, "-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
-        # Half a child would be nobody's.
-        with trio.move_on_after(_START_TIMEOUT_S, shield=True) as starting:
-            process = await trio.lowlevel.open_process(
-                command,
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,  # whoever reads ours must not have to wait for the child's end
-                pass_fds=[sock.fileno()],
-                start_new_session=True,
-                cwd="/",
-            )
-            assert process.stdin is not None
-            assert process.stdout is not None
-            child = _Child(process.stdin, process.stdout)
-            await stack.enter_async_context(process.stdout)
-            await stack.enter_async_context(process.stdin)
-            await process.wait()  # it has gone on in the background by itself
-        if starting.cancelled_caught:
-            process.kill()
-            with trio.move_on_after(_KILL_TIMEOUT_S, shield=True):
-                await process.wait()
-            freeze.warnings.append(_without("the process that freezes the guest does not start"))
-            return None
+        arguments = ["-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
+        return await _start(stack, arguments, [sock.fileno()], freeze)
+
+
+async def _start(
+    stack: AsyncExitStack, arguments: Sequence[str], descriptors: Sequence[int], freeze: Freeze
+) -> _Child | None:
+    # Half a child would be nobody's.
+    with trio.move_on_after(_START_TIMEOUT_S, shield=True) as starting:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, *arguments],
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,  # whoever reads ours must not have to wait for the child's end
+            pass_fds=descriptors,
+            start_new_session=True,
+            cwd="/",
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        child = _Child(process.stdin, process.stdout)
+        await stack.enter_async_context(process.stdout)
+        await stack.enter_async_context(process.stdin)
+        await process.wait()  # it has gone on in the background by itself
+    if starting.cancelled_caught:
+        process.kill()
+        with trio.move_on_after(_KILL_TIMEOUT_S, shield=True):
+            await process.wait()
+        freeze.warnings.append(_without("the process that freezes the guest does not start"))
+        return None
     return child
 
 

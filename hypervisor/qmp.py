@@ -5,6 +5,8 @@ trio, opened and closed with the connection, so that callers never meet asyncio.
 
 A QMP socket serves one client at a time: connect, do what is to be done, leave. Events in between two connections are
 lost, therefore none are kept at all: poll states instead. docs/hypervisor.md, "Connecting".
+
+Where libvirt holds the socket, commands go through libvirt: `connect("libvirt+qemu:///system#web")`.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 from qemu.qmp import QMPClient
@@ -24,6 +26,7 @@ from qemu.qmp.qmp_client import ExecInterruptedError, ExecuteError
 
 from core.errors import os_reason
 from hypervisor.checked import field, objects, of_type, printable
+from hypervisor.domain_address import DomainAddress
 from hypervisor.errors import QmpAnswerError, QmpCommandError, QmpConnectError, QmpError, QmpLostError, QmpTimeoutError
 from hypervisor.unix_socket import Peer, connect_unix, peer_of
 
@@ -65,19 +68,35 @@ class _Client(QMPClient):
         return msg
 
 
+class Commands(Protocol):
+    """Who carries commands to QEMU."""
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None) -> Any:
+        """As `Qmp.execute`, without its limit of time."""
+        ...
+
+    def send_fd(self, fd: int) -> None:
+        """Hand a copy of `fd` over, for the next command.
+
+        Raises:
+            QmpError: QEMU is gone.
+        """
+        ...
+
+
 class Qmp:
     """An open QMP session; made by `connect`.
 
     Several commands may be in flight at once. After `QmpLostError` every further command raises it too.
     """
 
-    def __init__(self, where: str, peer: Peer) -> None:
+    def __init__(self, where: str, peer: Peer, session: Commands) -> None:
         self.where: Final = where  #: the socket, the way messages name it
         self.peer: Final = peer  #: the process that listens: QEMU
         self.version: tuple[int, int, int] = (0, 0, 0)  #: major, minor, micro
         self.package: str = ""  #: the distributor's own version, for people
         self.commands: frozenset[str] = frozenset()  #: what this QEMU understands
-        self._session = _Session(where)
+        self._session = session
         self._fd_lock = trio.Lock()
 
     async def execute(
@@ -169,6 +188,21 @@ class Qmp:
             for one in objects(await self.execute("query-fdsets"), where)
         }
 
+    async def socket_folder(self) -> str | None:
+        """The folder that libvirt made for this QEMU's own sockets, None without libvirt.
+
+        Raises:
+            QmpError, QmpAnswerError: as `execute`.
+        """
+        if DomainAddress.parse(self.where) is None:
+            return None
+        where = f"{self.where}, query-chardev"
+        for device in objects(await self.execute("query-chardev"), where):
+            if device.get("label") == "charmonitor":
+                path = field(device, "filename", str, where).partition("unix:")[2].partition(",server")[0]
+                return os.path.dirname(path) if path.startswith("/") else None  # noqa: PTH120 - a word of QEMU's
+        return None
+
     async def _send_fd(self, fd: int, command: str, arguments: Mapping[str, object]) -> Any:
         # QEMU takes the descriptor that came last: no other may come between it and its command.
         async with self._fd_lock:
@@ -194,7 +228,7 @@ class Qmp:
 
 @asynccontextmanager
 async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncIterator[Qmp]:
-    """A QMP session with the QEMU that listens on the unix socket `path`.
+    """A QMP session with the QEMU that listens on the unix socket `path`, or with that of a domain of libvirt.
 
     A connection that ends before anything was asked of it is tried again, a few times within 2 s: QEMU's monitor
     thread may close a new client in place of the former one, and a QEMU that is ending refuses the next attempt.
@@ -207,6 +241,15 @@ async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TI
         QmpError, QmpAnswerError: as `Qmp.execute`, from asking for version and commands.
     """
     async with AsyncExitStack() as stack:
+        address = DomainAddress.parse(os.fspath(path))
+        if address is not None:
+            from hypervisor.libvirt_host import monitor
+
+            session, peer = await stack.enter_async_context(monitor(address, timeout_s))
+            qmp = Qmp(str(address), peer, session)
+            await qmp._introduce()
+            yield qmp
+            return
         for pause_s in _HUNG_UP_PAUSES_S:
             try:
                 qmp = await stack.enter_async_context(_session(os.fspath(path), timeout_s))
@@ -233,18 +276,19 @@ async def _session(where: str, timeout_s: float) -> AsyncIterator[Qmp]:
         raise QmpConnectError("connect to QEMU at", where, os_reason(error), hint) from error
     except trio.TooSlowError as error:
         raise _held(where, timeout_s) from error
-    qmp = Qmp(where, peer_of(sock))
+    session = _Session(where)
+    qmp = Qmp(where, peer_of(sock), session)
     # A failing block must raise its own error, not a group: it is carried round the nursery.
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(qmp._session.run, sock, timeout_s)
+        nursery.start_soon(session.run, sock, timeout_s)
         try:
-            await qmp._session.opened()
+            await session.opened()
             await qmp._introduce()
             yield qmp
         except BaseException as error:
             failure = error
         finally:
-            qmp._session.closing.set()
+            session.closing.set()
             nursery.cancel_scope.shield = True  # closing is bounded by itself
     if failure is not None:
         raise failure
