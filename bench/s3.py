@@ -13,7 +13,7 @@ what is measured. Phases:
     latency   the same on a small server of our own with delays: 20 ms for each request and 1.5 ms for each deleted key
               (like S3), 12 ms for each deleted key (like R2)
     listing   a million objects, listed from that server at 100 ms per page, with a marker for each
-    mount     an image read through a mount from the bucket, cold, then from the local cache; by a proxy with 20 and
+    mount     an image read through a mount from the bucket, cold, then from the local cache; over a line with 20 and
               100 ms per request. The limit is what 8 requests can bring in a round trip, or what there is without one.
 
 Every figure is printed with its goal. Whatever a phase lacks (boto3, rclone, Ceph, FUSE) is said and left out.
@@ -28,8 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.gc import age, drop_indexes, make_store  # noqa: E402
 from bench.image_backup import forget, mounted, read_through  # noqa: E402
+from bench.line import line  # noqa: E402
 from bench.s3_workers import STORE  # noqa: E402
 from datastore.files import Owner  # noqa: E402
 from datastore.gc_status import GcStatus, write_status  # noqa: E402
@@ -301,13 +302,13 @@ class Bench:
             for _ in range(self.image_mib // 4):
                 file.write(half_random(CHUNK))
         size = image.stat().st_size
-        with running_rgw() as gateway, ExitStack() as proxies:
+        with running_rgw() as gateway, ExitStack() as lines:
             place = Place(gateway.endpoint(), gateway.make_bucket())
             cache = self.folder / "cache"
             work(place.job("back-up", cache=str(cache), image=str(image)))
             ports = {0: gateway.port}
             for delay_ms in (20, 100):
-                ports[delay_ms] = proxies.enter_context(delayed(gateway.port, delay_ms))
+                ports[delay_ms] = lines.enter_context(line(gateway.port, round_trip_s=delay_ms / 1000))
             cold: dict[int, list[float]] = {delay_ms: [] for delay_ms in ports}
             warm: dict[int, list[float]] = {delay_ms: [] for delay_ms in ports}
             for _ in range(self.rounds):
@@ -385,21 +386,6 @@ def empty_cache(cache: Path) -> None:
     """Leave markers only."""
     for file in (cache / ".chunks").glob("*/*"):
         os.truncate(file, 0)
-
-
-@contextmanager
-def delayed(port: int, delay_ms: int) -> Iterator[int]:
-    """The port of a proxy to `port`."""
-    line = [sys.executable, str(ROOT / "bench/latency.py"), str(port), str(delay_ms)]
-    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield int(process.stdout.readline())
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(30)
 
 
 def markdown(rows: list[Row]) -> str:

@@ -36,11 +36,14 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.wire_workers import CHUNK, LINE, SMALL_CHUNK, tls  # noqa: E402
+from bench.line import line  # noqa: E402
+from bench.wire_workers import CHUNK, SMALL_CHUNK, tls  # noqa: E402
 from core.limits import cpu_count  # noqa: E402
 from core.units import format_size, parse_size  # noqa: E402
 
 DELAYS_S: Final = (0.0, 0.02, 0.15)
+#: Bytes a second of the simulated line, each way.
+LINE: Final = 125e6
 #: Bytes that a server lets a client send before it has to answer.
 WINDOW: Final = 32 << 20
 WORKERS: Final = ROOT / "bench/wire_workers.py"
@@ -221,9 +224,9 @@ class Bench:
                         self.empty(self.served)
                     with (
                         process("serve", self.served, self.folder) as server,
-                        process("proxy", server.said["port"], delay_s) as proxy,
+                        line(server.said["port"], round_trip_s=delay_s, rate=LINE) as port,
                     ):
-                        url = json.dumps({**json.loads(server.said["url"]), "port": proxy.said["port"]})
+                        url = json.dumps({**json.loads(server.said["url"]), "port": port})
                         self.note(row, run(what, url, target, "0", beside=server))
                     self.note(row, Sample(stored / limit), "window")
                     if what == "restore":

@@ -1,4 +1,4 @@
-"""The processes of `bench/wire.py`: servers, clients, the line between them, and the bare loops of their limits.
+"""The processes of `bench/wire.py`: servers, clients, and the bare loops of their limits.
 
     python bench/wire_workers.py WHAT ARGUMENT...
 
@@ -30,8 +30,6 @@ CHUNK: Final = 4 << 20
 STORE: Final = "main"
 ARCHIVE: Final = "drive-scsi0.img"
 USER: Final = "root@pam!bench"
-#: Bytes a second of the simulated line, each way.
-LINE: Final = 125e6
 SMALL_CHUNK: Final = 64 << 10
 
 
@@ -111,49 +109,6 @@ async def serve(store: str, folder: str) -> None:
                 async for _ in signals:
                     break
                 nursery.cancel_scope.cancel()
-
-
-async def proxy(port: str, delay_s: str) -> None:
-    """Every byte comes half a round trip later, and no faster than the line."""
-    import math
-
-    import trio
-
-    async def carry(source: trio.SocketStream, target: trio.SocketStream) -> None:
-        send, receive = trio.open_memory_channel[tuple[float, bytes | bytearray]](math.inf)
-
-        async def take() -> None:
-            free_at = trio.current_time()
-            async with send:
-                while data := await source.receive_some(1 << 20):
-                    free_at = max(free_at, trio.current_time()) + len(data) / LINE
-                    await send.send((free_at + float(delay_s) / 2, data))
-                    # Sleeps are whole milliseconds: many short ones would be a slower line.
-                    if free_at > trio.current_time() + 0.02:
-                        await trio.sleep_until(free_at - 0.01)
-
-        async def give() -> None:
-            async for due, data in receive:
-                await trio.sleep_until(due)
-                await target.send_all(data)
-            await target.send_eof()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(take)
-            nursery.start_soon(give)
-
-    async def connection(client: trio.SocketStream) -> None:
-        try:
-            server = await trio.open_tcp_stream("127.0.0.1", int(port))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(carry, client, server)
-                nursery.start_soon(carry, server, client)
-        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    print(json.dumps({"port": listeners[0].socket.getsockname()[1]}), flush=True)
-    await trio.serve_listeners(connection, listeners)
 
 
 def bare_receive(folder: str, target: str) -> None:
@@ -380,7 +335,7 @@ def worker(what: str, arguments: Sequence[str]) -> None:
         "copy": copy,
     }  # fmt: skip
     running: dict[str, Callable[..., Any]] = {
-        "serve": serve, "proxy": proxy, "create": create, "fill": fill, "backup": back_up, "restore": restore,
+        "serve": serve, "create": create, "fill": fill, "backup": back_up, "restore": restore,
         "push": partial(sync, direction="push"), "pull": partial(sync, direction="pull"), "clients": clients,
     }  # fmt: skip
     if what in ("bare-send", "backup", "clients", "restore"):
@@ -392,7 +347,7 @@ def worker(what: str, arguments: Sequence[str]) -> None:
     if seconds is None:
         seconds = time.perf_counter() - started
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    if what not in ("serve", "proxy"):
+    if what != "serve":
         print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "rss-mib": rss}))
 
 
