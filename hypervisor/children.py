@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,9 @@ STOP_TIMEOUT_S: Final = 5.0
 KILL_TIMEOUT_S: Final = 1.0
 #: Bytes of what a program says that are kept: its beginning, which has the reason of a failed start.
 _KEPT: Final = 4000
+#: A listening socket comes as standard input and goes on as systemd would pass it (sd_listen_fds): number 3, with the
+#: id of the process, which only a shell between knows beforehand.
+_HAND_OVER: Final = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
 
 
 class Child:
@@ -106,26 +110,32 @@ async def running(
     fault: type[FleeceError] = SourceError,
     stop_s: float = STOP_TIMEOUT_S,
     kill_s: float = KILL_TIMEOUT_S,
+    listener: socket.socket | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[Child]:
     """`command` runs while the block does, or until it ends by itself; messages are in English.
 
     In a session of its own, so that a Ctrl-C at the terminal does not end it under its users. If this process is
-    killed it gets a SIGTERM.
+    killed it gets a SIGTERM. `listener` is handed over the way systemd does it; the caller closes its own copy.
+    `pass_fds` are inherited under their numbers.
 
     Raises:
         FleeceError: it cannot be run; the class is `fault`.
     """
     guard = await in_io_thread(shutil.which, "setpriv")  # of util-linux, which Debian always has
     line = [*([guard, "--pdeathsig", "TERM", "--"] if guard is not None else []), *command]
+    if listener is not None:
+        line = ["sh", "-c", _HAND_OVER, "sh", *line]
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         process = subprocess.Popen(  # noqa: ASYNC220 - see above
             line,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if listener is None else listener.fileno(),
             stdout=writing,
             stderr=writing,
             env={**os.environ, "LC_ALL": "C"},
             start_new_session=True,
+            pass_fds=pass_fds,
         )
     except OSError as error:
         os.close(reading)
