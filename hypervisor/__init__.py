@@ -19,7 +19,7 @@ tells what happens in a QEMU during a backup, and why.
     disk_names.py   `archive_name`, `image_path`: what disks are called
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
-    machine.py      `from_files`, `command_line`, `start_script`: a VM out of what a backup says of it (by `machine_*.py`)
+    machine.py      `from_files`, `command_line`, `start_script`: a VM out of what a backup says of it
     children.py     `running`: programs that end with this process
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
     unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them
