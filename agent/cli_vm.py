@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
 VmArgument = Annotated[str | None, typer.Argument(metavar="VM", help="A virtual machine of the configuration.")]
 QmpOption = Annotated[Path | None, typer.Option("--qmp", metavar="SOCKET", help="QMP socket of its QEMU.")]
+LibvirtOption = Annotated[
+    str | None, typer.Option("--libvirt", metavar="DOMAIN", help="A domain of libvirt, by name or UUID.")
+]
+ConnectOption = Annotated[
+    str | None,
+    typer.Option("--connect", metavar="URI", help="Which libvirt: qemu:///system (for root), qemu:///session."),
+]
 IdOption = Annotated[
     str | None, typer.Option("--id", "--backup-id", metavar="ID", help="Backup id; the group is vm/ID.")
 ]
@@ -69,6 +76,7 @@ def add_to(application: typer.Typer) -> None:
         examples="""
 fleece vm backup web                                     a VM of the configuration
 fleece vm backup --qmp /run/web.qmp --id web
+fleece vm backup --libvirt web                           a domain of libvirt, running or not
 fleece vm backup web --dry-run                           what would be read, and why
 fleece vm backup web --exclude 'swap*' --bwlimit 200M
 fleece vm backup --qmp /run/web.qmp --id web --guest-agent /run/web.qga --scratch /scratch
@@ -82,6 +90,7 @@ fleece vm backup web --keyfile /etc/fleece/backup.key    encrypted on this host
         examples="""
 fleece vm show web
 fleece vm show web --flavour stock                       as if its QEMU had no commands of Proxmox VE
+fleece vm show --libvirt web
 fleece vm show --qmp /run/web.qmp --id web --output json | jq '.disks[].next'
 """,
         keys="write",
@@ -92,6 +101,7 @@ fleece vm show --qmp /run/web.qmp --id web --output json | jq '.disks[].next'
         repository=False,
         examples="""
 fleece vm cleanup web                                    what a killed backup left in QEMU and on this host
+fleece vm cleanup --libvirt web
 fleece vm cleanup --qmp /run/web.qmp --id web --bitmaps  also Fleece's dirty bitmaps: the next backup reads everything
 """,
     )(cleanup)
@@ -116,19 +126,35 @@ def backup(
     bwlimit: BandwidthOption = None,
     lock_wait: LockWaitOption = 0.0,
     dry_run: DryRunOption = False,
+    libvirt: LibvirtOption = None,
+    connect: ConnectOption = None,
 ) -> None:
     """Back up all disks of a virtual machine as of one instant, without stopping it.
 
     What changed since the last backup is known from dirty bitmaps in QEMU, so that only that is read; the report says
     why if everything was. EFI variables, QEMU's command line (secrets masked) and configured files go along. A VM of
-    the configuration that does not run is backed up by the paths of its disks.
+    the configuration, or of libvirt, that does not run is backed up by the paths of its disks. Of a domain of libvirt
+    its XML (without passwords) and the state of its TPM go along as well.
     """
     from agent.sessions import parse_backup_time
     from agent.vm_settings import VmOptions, resolve_vm
 
     settings = resolve_vm(
         invocation.config,
-        VmOptions(vm, qmp, id, guest_agent, scratch, bitmap, flavour, include or (), exclude or (), no_freeze),
+        VmOptions(
+            vm,
+            qmp,
+            id,
+            guest_agent,
+            scratch,
+            bitmap,
+            flavour,
+            include or (),
+            exclude or (),
+            no_freeze,
+            libvirt,
+            connect,
+        ),
     )
     section = settings.section
     group = settings.group(invocation.namespace(section.ns, repository=section.repository))
@@ -169,13 +195,25 @@ def show(
     flavour: FlavourOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
+    libvirt: LibvirtOption = None,
+    connect: ConnectOption = None,
 ) -> None:
     """Show the disks of a running VM, and what the next backup would read of each, and why. Changes nothing."""
     from agent.vm_settings import VmOptions, resolve_vm
 
     settings = resolve_vm(
         invocation.config,
-        VmOptions(vm, qmp, id, bitmap=bitmap, flavour=flavour, include=include or (), exclude=exclude or ()),
+        VmOptions(
+            vm,
+            qmp,
+            id,
+            bitmap=bitmap,
+            flavour=flavour,
+            include=include or (),
+            exclude=exclude or (),
+            libvirt=libvirt,
+            connect=connect,
+        ),
     )
     section = settings.section
     try:
@@ -191,22 +229,23 @@ def show(
         from agent.vm_backup import is_running, preview_running, vm_flavour
         from core.errors import FleeceError
         from datastore.names import ROOT
-        from hypervisor.qmp import connect
+        from hypervisor.qmp import connect as connect_qmp
 
         if not await is_running(settings):
             raise FleeceError(
                 "show", settings.label, "its QEMU does not run", "'fleece vm backup --dry-run' shows its disks by path"
             )
+        looked_up = await settings.looked_up()
         ns = invocation.namespace(section.ns, repository=section.repository) if known else ROOT
         async with AsyncExitStack() as stack:
             repository = None
             if known:
                 repository = await stack.enter_async_context(invocation.repository(section.repository))
-            qmp_session = await stack.enter_async_context(connect(str(settings.qmp)))
-            kind = await vm_flavour(qmp_session, settings)
-            found = await kind.survey(qmp_session, settings.selection)
-            group = settings.group(ns)
-            disks = await preview_running(qmp_session, settings, repository, group, codec, found.disks, flavour=kind)
+            qmp_session = await stack.enter_async_context(connect_qmp(str(looked_up.monitor)))
+            kind = await vm_flavour(qmp_session, looked_up)
+            found = await kind.survey(qmp_session, looked_up.selection)
+            group = looked_up.group(ns)
+            disks = await preview_running(qmp_session, looked_up, repository, group, codec, found.disks, flavour=kind)
             return disks, found.left_out, ".".join(map(str, qmp_session.version)), kind.name.value
 
     disks, left_out, version, kind = invocation.run(work, what="show", where=settings.label)
@@ -260,6 +299,8 @@ def cleanup(
     guest_agent: AgentOption = None,
     scratch: ScratchOption = None,
     bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Also remove Fleece's dirty bitmaps.")] = False,
+    libvirt: LibvirtOption = None,
+    connect: ConnectOption = None,
 ) -> None:
     """Remove what a killed backup left in a VM and on this host. The next backup does the same by itself."""
     from agent.vm_settings import VmOptions, resolve_vm
@@ -267,7 +308,15 @@ def cleanup(
     # What the VM is called does not matter here: --qmp alone says which one.
     settings = resolve_vm(
         invocation.config,
-        VmOptions(vm, qmp, id or (None if vm is not None or qmp is None else "unnamed"), guest_agent, scratch),
+        VmOptions(
+            vm,
+            qmp,
+            id or (None if vm is not None or (qmp is None and libvirt is None) else "unnamed"),
+            guest_agent,
+            scratch,
+            libvirt=libvirt,
+            connect=connect,
+        ),
     )
 
     async def work(progress: "Progress") -> list[str]:
@@ -279,7 +328,7 @@ def cleanup(
         if not await is_running(settings):
             return await clean_dead(private_run_dir())
         return await clean_up(
-            str(settings.qmp),
+            str(settings.monitor),
             run_dir=private_run_dir(),
             scratch=settings.scratch_folder,
             guest_agent=settings.guest_agent,

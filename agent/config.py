@@ -94,6 +94,8 @@ class VmSection(KeySettings):
     id: BackupId | None = None  #: backup id, NAME if not given
     tags: list[str] = Field(default_factory=list)  #: words by which jobs choose VMs
     qmp: AbsolutePath | None = None  #: QMP socket
+    libvirt: str | None = None  #: name or UUID of a domain of libvirt, instead of `qmp`
+    connect: str | None = None  #: which libvirt; None: that of the host for root, else the user's own
     guest_agent: AbsolutePath | None = None  #: socket of the guest agent
     freeze: bool = True  #: freeze the guest's file systems if there is an agent
     scratch: AbsolutePath | None = None  #: folder of the fleecing images

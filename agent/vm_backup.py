@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from agent.libvirt_vm import LibvirtVm, check_idle, check_still_off
+from agent.libvirt_vm import beside as small_files
 from agent.places import private_run_dir, run_dir
 from agent.specifications import read_small_file
 from agent.vm_settings import VmSettings
@@ -30,6 +32,7 @@ from hypervisor.efi import EFI_VARS_NAME, efi_vars
 from hypervisor.files import open_source
 from hypervisor.flavours import Flavour, FlavourName
 from hypervisor.leftovers import look_for_left
+from hypervisor.libvirt_host import domain_state
 from hypervisor.qmp import Qmp, connect
 from hypervisor.stopped import StoppedDisk, held, stopped_disks
 from hypervisor.unix_socket import connect_unix
@@ -123,17 +126,20 @@ async def vm_flavour(qmp: Qmp, settings: VmSettings) -> Flavour:
 
 
 async def is_running(settings: VmSettings) -> bool:
-    """Whether somebody listens on the VM's QMP socket.
+    """Whether somebody listens on the VM's QMP socket, or libvirt says that it runs.
 
     Raises:
         UsageError: neither a socket nor disks for a stopped VM are known.
-        NotFoundError: nobody listens, and nothing says where the disks are.
+        NotFoundError: nobody listens, and nothing says where the disks are; or there is no such domain.
+        FleeceError: libvirt cannot be asked.
     """
+    if settings.domain is not None:
+        return (settings.libvirt or await domain_state(settings.domain)).active
     if settings.qmp is None:
         if not settings.section.disks:
             raise UsageError(
                 "back up the virtual machine", settings.label, "its QMP socket is not known",
-                "give --qmp SOCKET, or write qmp into its section of the configuration",
+                "give --qmp SOCKET or --libvirt DOMAIN, or write qmp or libvirt into its section of the configuration",
             )  # fmt: skip
         return False
     try:
@@ -177,6 +183,7 @@ async def back_up_vm(
     Cancelled before, it leaves no snapshot, and in the VM nothing but the bitmaps of the last backup.
     """
     started = time.monotonic()
+    settings = await settings.looked_up()
     files = [(one.name, await in_io_thread(read_small_file, Path(one.source))) for one in settings.files]
     writer = SnapshotWriter(session, codec, progress, wrapped_key=wrapped_key)
     frozen_s, flavour = 0.0, None
@@ -203,14 +210,15 @@ async def _back_up_running(
 ) -> FrozenView | None:
     session = writer.session
     group = session.snapshot.group
-    beside = _Beside(progress)
+    await check_idle(settings)
+    beside = _Beside(progress, settings.libvirt)
     view = None
     finished = False
     if hooks is not None:
         await hooks.before(session.snapshot)
     try:
         async with frozen_view(
-            str(settings.qmp),
+            str(settings.monitor),
             target=await vm_target(repository, group),
             new_id=session.snapshot.ctime,
             base_of=await base_lookup(repository, group, writer.codec, session.base),
@@ -247,12 +255,13 @@ async def _back_up_running(
 
 
 class _Beside:
-    """What goes along with the disks: EFI variables of the same instant, and QEMU's command line."""
+    """What goes along with the disks: EFI variables of the same instant, QEMU's command line, and of a domain of
+    libvirt its description and the state of its TPM."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, libvirt: LibvirtVm | None = None) -> None:
+        self._progress, self._libvirt = progress, libvirt
         self._flash = True
-        self.blobs: list[tuple[str, bytes]] = []
+        self.blobs: list[tuple[str, bytes]] = [] if libvirt is None else libvirt.blobs()
 
     def made_by(self, flavour: FlavourName) -> None:
         """For Proxmox VE's QEMU the EFI variables are one of the disks."""
@@ -267,6 +276,11 @@ class _Beside:
                     self.blobs.append((f"{EFI_VARS_NAME}.blob", variables))
             except FleeceError as error:
                 self._progress.warn(f"without the EFI variables: {error}")
+            try:
+                if self._libvirt is not None and (state := await in_io_thread(self._libvirt.read_tpm_state)):
+                    self.blobs.append(state)
+            except FleeceError as error:
+                self._progress.warn(f"without the state of the TPM: {error}")
             if (line := await command_line(qmp.peer)) is not None:
                 self.blobs.append((COMMAND_LINE_NAME, line))
         if scope.cancelled_caught:
@@ -286,6 +300,9 @@ async def _back_up_stopped(
     sources = []
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(held(disks))
+        if settings.libvirt is not None:
+            await check_still_off(settings.libvirt)
+            files = [*await small_files(settings.libvirt), *files]
         for disk in disks:
             source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
             sources.append(source)
@@ -318,7 +335,7 @@ def chosen_stopped_disks(settings: VmSettings) -> list[StoppedDisk]:
     }
     if not kept:
         raise UsageError("back up", settings.label, "no disk is left after include and exclude")
-    return stopped_disks(kept)
+    return stopped_disks(kept, settings.formats)
 
 
 async def preview_running(
@@ -373,10 +390,12 @@ async def plan_vm(
     from repository.planning import DiskPlan, plan_disks
     from repository.report import Mode
 
+    settings = await settings.looked_up()
     for one in settings.files:
         await in_io_thread(read_small_file, Path(one.source))
     if await is_running(settings):
-        async with connect(str(settings.qmp)) as qmp:
+        await check_idle(settings)
+        async with connect(str(settings.monitor)) as qmp:
             await capabilities(qmp)
             left = await look_for_left(qmp, run_dir())
             if left.things:

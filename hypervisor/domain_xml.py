@@ -107,7 +107,8 @@ def element_of(text: str | bytes, where: str) -> Element:
         for start in range(0, len(plain), 65536):
             parser.feed(plain[start : start + 65536])
             for event, element in parser.read_events():  # type: ignore[misc] # "start" and "end" are pairs
-                root = element if root is None else root
+                if root is None and isinstance(element, Element):
+                    root = element
                 depth += 1 if event == "start" else -1
                 count += event == "start"
                 if depth > MAX_DEPTH or count > MAX_ELEMENTS:

@@ -8,7 +8,7 @@ The first two implement `Flavour`; the third needs no QMP. docs/hypervisor.md, "
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -39,12 +39,13 @@ class DiskSelection:
     names: Mapping[str, str] = field(default_factory=dict)
     include: Sequence[str] | None = None  #: None: all
     exclude: Sequence[str] = ()
+    shared: frozenset[str] = frozenset()  #: devices of disks that others write to as well, past this QEMU
 
     async def survey(
         self, qmp: Qmp, *, instead: Mapping[str, str] | None = None, flash: bool = False, also: Sequence[Disk] = ()
     ) -> Survey:
         """Find the disks. Arguments and errors as those of `discovery.survey`."""
-        return await survey(
+        found = await survey(
             qmp,
             names=self.names,
             include=self.include,
@@ -53,6 +54,11 @@ class DiskSelection:
             flash=flash,
             also=also,
         )
+        if not self.shared:
+            return found
+        why = "the disk is shareable: what other machines write to it is in no dirty bitmap"
+        disks = [replace(disk, written_past=why) if disk.device in self.shared else disk for disk in found.disks]
+        return replace(found, disks=tuple(disks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,7 @@ class Order:
     new_id: int
     scratch: Scratch
     bitmap_mode: BitmapMode
-    guest_agent: Path | None
+    guest_agent: Path | str | None
     cbw_timeout_s: int
     at_instant: Callable[[Qmp], Awaitable[None]] | None
     on_step: Callable[[str], None]
@@ -76,6 +82,7 @@ class Settled:
 
     bitmaps: Sequence[Bitmap]
     lost: Mapping[tuple[str, str], str]  #: why a disk has none, in words, by node and disk
+    unsure: Mapping[str, str] = field(default_factory=dict)  #: nodes whose bitmaps do not tell all, and why
 
 
 class Flavour(Protocol):

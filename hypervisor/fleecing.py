@@ -114,7 +114,7 @@ class Fleecing(ABC):
     scratch: Scratch
     state: RunState
     disks: Sequence[FleecedDisk]
-    guest_agent: Path | None
+    guest_agent: Path | str | None
     cbw_timeout_s: int
     at_instant: Callable[[Qmp], Awaitable[None]] | None
     on_step: OnStep

@@ -66,7 +66,7 @@ async def frozen_view(
     run_dir: Path,
     disks: DiskSelection | None = None,
     bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
-    guest_agent: Path | None = None,
+    guest_agent: Path | str | None = None,
     cbw_timeout_s: int = 45,
     flavour: FlavourName | None = None,
     tpm_state: Path | None = None,
@@ -330,7 +330,7 @@ async def cleanup(
     *,
     run_dir: Path,
     scratch: Path | None = None,
-    guest_agent: Path | None = None,
+    guest_agent: Path | str | None = None,
     remove_bitmaps: bool = False,
     target: str | None = None,
 ) -> list[str]:
