@@ -124,9 +124,7 @@ def resolve_vm(config: Config, options: VmOptions) -> VmSettings:
         section=section,
         qmp=None if domain is not None else options.qmp or section.qmp,
         domain=domain,
-        guest_agent=(options.guest_agent or section.guest_agent or (str(domain) if domain else None))
-        if freeze
-        else None,
+        guest_agent=agent if freeze else None,
         scratch_folder=(options.scratch or section.scratch or config.scratch or scratch_dir()).absolute(),
         bitmap=options.bitmap or section.bitmap,
         flavour=options.flavour or section.flavour,
