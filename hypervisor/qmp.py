@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, Protocol
@@ -265,9 +266,18 @@ async def connect(path: str | os.PathLike[str], *, timeout_s: float = CONNECT_TI
 
 
 @asynccontextmanager
+async def connect_over(sock: socket.socket, where: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncIterator[Qmp]:
+    """As `connect`, over a connected socket whose other end QEMU has inherited; `where` names it in messages.
+
+    Takes `sock` over: it is closed in the end.
+    """
+    sock.setblocking(False)
+    async with _over(sock, where, timeout_s) as qmp:
+        yield qmp
+
+
+@asynccontextmanager
 async def _session(where: str, timeout_s: float) -> AsyncIterator[Qmp]:
-    failure: BaseException | None = None
-    sock = None
     try:
         with trio.fail_after(timeout_s):
             sock = await connect_unix(where)
@@ -276,6 +286,13 @@ async def _session(where: str, timeout_s: float) -> AsyncIterator[Qmp]:
         raise QmpConnectError("connect to QEMU at", where, os_reason(error), hint) from error
     except trio.TooSlowError as error:
         raise _held(where, timeout_s) from error
+    async with _over(sock, where, timeout_s) as qmp:
+        yield qmp
+
+
+@asynccontextmanager
+async def _over(sock: socket.socket, where: str, timeout_s: float) -> AsyncIterator[Qmp]:
+    failure: BaseException | None = None
     session = _Session(where)
     qmp = Qmp(where, peer_of(sock), session)
     # A failing block must raise its own error, not a group: it is carried round the nursery.
