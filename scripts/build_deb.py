@@ -35,6 +35,9 @@ DEBIAN: Final = ROOT / "debian"
 #: Where the environment lies once it is installed.
 HOME: Final = Path("usr/lib/fleece")
 PYTHON: Final = Path("/usr/bin/python3")
+#: Parts of Fleece that are optional with pip, and that the package has. Their libraries are AGPL-3.0 as Fleece is, or
+#: Apache-2.0.
+EXTRAS: Final = ("images",)
 #: Python packages that Debian has and keeps secure, by the Debian package to depend on.
 FROM_DEBIAN: Final = {"cryptography": "python3-cryptography (>= 38)"}
 #: Besides Python itself and the C library.
@@ -136,10 +139,13 @@ def needed_packages() -> list[str]:
     found: dict[str, None] = {}
     left = ["fleece"]
     while left:
-        for text in metadata.requires(left.pop()) or ():
+        package = left.pop()
+        extras = ("", *EXTRAS) if package == "fleece" else ("",)
+        for text in metadata.requires(package) or ():
             requirement = Requirement(text)
             name = canonicalize_name(requirement.name)
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            marker = requirement.marker
+            if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
                 continue
             if name not in FROM_DEBIAN and name not in found:
                 found[name] = None

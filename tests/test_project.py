@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.cache import ROOT
 
-ROOMS = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
+ROOMS = ("agent", "core", "datastore", "diskfs", "fusefs", "hypervisor", "pxar", "repository", "server")
 
 
 @cache

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,9 @@ _MAKERS: Final = {
     "xfs": (["mkfs.xfs", "-q", "-f"], 320 << 20),
     "btrfs": (["mkfs.btrfs", "-q", "-f"], 128 << 20),
 }
-_PACKAGES: Final = ("xfsprogs", "btrfs-progs")
+#: Where the machine's own tools are, whoever's PATH it is.
+_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+_PACKAGES: Final = ("xfsprogs", "btrfs-progs", "dosfstools", "mtools", "ntfs-3g", "fdisk", "lvm2")
 
 
 @once
@@ -32,20 +34,33 @@ def _tools() -> Path:
     def build(folder: Path) -> None:
         AptRoot.open("apt-release", (release,)).unpack_with_dependencies(_PACKAGES, release, folder)
 
-    return cached("file-system-tools", build)
+    return cached("file-system-tools-2", build)
+
+
+def run_tool(command: Sequence[str | Path], *, stdin: str | None = None, **environment: str) -> str:
+    """What `command` says on standard output, run by the machine's own tool or the distribution's one in the cache.
+
+    Raises:
+        Unavailable: there is none.
+        subprocess.CalledProcessError: it failed.
+    """
+    name, *arguments = command
+    own = shutil.which(name, path=_SYSTEM_PATH)
+    variables = {**os.environ, **environment}
+    if own is None:
+        tools = _tools()
+        variables["LD_LIBRARY_PATH"] = ":".join(sorted({str(path.parent) for path in tools.glob("**/lib*.so*")}))
+        own = next((str(path) for path in tools.glob(f"**/*bin/{name}") if path.exists()), None)
+        if own is None:
+            raise Unavailable(f"{name} is missing")
+    done = subprocess.run(
+        [own, *arguments], check=True, capture_output=True, timeout=60, env=variables, text=True, input=stdin
+    )
+    return done.stdout
 
 
 def _make(command: list[str], image: Path) -> None:
-    """Run `command` on `image`, by the machine's own tool or the distribution's one in the cache."""
-    environment = dict(os.environ)
-    if shutil.which(command[0]) is None:
-        tools = _tools()
-        environment["LD_LIBRARY_PATH"] = ":".join(str(path.parent) for path in tools.glob("**/lib*.so*"))
-        found = next((path for path in tools.glob(f"**/*bin/{command[0]}") if path.is_file()), None)
-        if found is None:
-            raise Unavailable(f"{command[0]} is missing")
-        command = [str(found), *command[1:]]
-    subprocess.run([*command, image], check=True, capture_output=True, timeout=60, env=environment)
+    run_tool([*command, image])
 
 
 @contextmanager

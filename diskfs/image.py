@@ -1,0 +1,218 @@
+"""A disk image and what is on it, in one process and one thread: partitions, volume groups, file systems.
+
+Used by `worker.py`, within whose bounds it runs; nothing here protects from an image that asks for too much.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from diskfs.blocks import Blocks, Disk, Fetch, Slice
+from diskfs.entries import Volume
+from diskfs.errors import DiskFsError, ImageLibraryError
+from diskfs.filesystem import FileSystem
+from diskfs.lvm import PhysicalVolume, VolumeGroup, read_pv
+from diskfs.probe import LVM, READABLE, probe
+from diskfs.tables import Table, read_table
+
+#: Name of the one volume of a disk without partitions.
+RAW: Final = b"raw"
+_NOT_READ: Final = {
+    "empty": "there is nothing in it",
+    "swap": "it is swap space",
+    "LUKS": "it is encrypted (LUKS)",
+    "BitLocker": "it is encrypted (BitLocker)",
+    "unknown": "nothing that is known is in it",
+}
+
+
+class _Part(NamedTuple):
+    volume: Volume
+    blocks: Blocks
+
+
+class DiskImage:
+    """The disk `number` of a snapshot whose disks have `sizes` bytes.
+
+    Args:
+        sizes: of all disks, by number: a volume group may lie on several.
+        number: which one is looked into.
+        fetch: reads from any of them.
+    """
+
+    def __init__(self, sizes: Sequence[int], number: int, fetch: Fetch) -> None:
+        self._disks = [Disk(index, size, fetch) for index, size in enumerate(sizes)]
+        self._number = number
+        self._parts: dict[bytes, _Part] | None = None
+        self._systems: dict[bytes, FileSystem | DiskFsError] = {}
+
+    def volumes(self) -> list[Volume]:
+        """Everything on the disk that may hold a file system.
+
+        Raises:
+            DiskFsError: its partition table is damaged.
+        """
+        return [part.volume for part in self._found().values()]
+
+    def file_system(self, name: bytes) -> FileSystem:
+        """The file system in the volume `name`.
+
+        Raises:
+            DiskFsError: there is none that can be read, or no such volume.
+            ImageLibraryError: a library is missing.
+        """
+        system = self._systems.get(name)
+        if system is None:
+            part = self._found().get(name)
+            if part is None:
+                raise DiskFsError("read", name.decode("utf-8", "replace"), "the disk has no such volume")
+            if part.volume.problem:
+                system = DiskFsError("read", name.decode("utf-8", "replace"), part.volume.problem)
+            else:
+                system = _opened(part)
+            self._systems[name] = system
+        if isinstance(system, DiskFsError):
+            raise system
+        return system
+
+    def _found(self) -> dict[bytes, _Part]:
+        if self._parts is None:
+            self._parts = self._look()
+        return self._parts
+
+    def _look(self) -> dict[bytes, _Part]:
+        found: dict[bytes, _Part] = {}
+        members: list[PhysicalVolume] = []
+        for name, label, blocks, problem in _parts_of(self._disks[self._number]):
+            kind, own_label = ("unknown", "") if problem else probe(blocks)
+            if kind == LVM:
+                try:
+                    member = read_pv(blocks)
+                    members.append(member)
+                    problem = f"it is a part of the volume group {member.group_name}"
+                except DiskFsError as error:
+                    problem = f"it is a physical volume of LVM, and damaged: {error.why}"
+            elif not problem:
+                problem = _why_not(kind)
+            found[name] = _Part(Volume(name, blocks.size, kind, own_label or label, problem), blocks)
+        for group in self._groups(members):
+            self._add_group(group, found)
+        return found
+
+    def _groups(self, members: list[PhysicalVolume]) -> Iterator[VolumeGroup]:
+        """The volume groups of `members`, with what other disks have of them."""
+        by_id: dict[object, list[PhysicalVolume]] = {}
+        for member in members:
+            by_id.setdefault(member.group.get("id"), []).append(member)
+        others: list[PhysicalVolume] | None = None
+        for id, found in by_id.items():
+            try:
+                group = VolumeGroup(found)
+                if not group.is_complete:
+                    if others is None:
+                        others = list(self._members_elsewhere())
+                    group = VolumeGroup(found + [member for member in others if member.group.get("id") == id])
+                yield group
+            except DiskFsError:
+                continue  # its members are listed, and said to be damaged when they are looked into
+
+    def _members_elsewhere(self) -> Iterator[PhysicalVolume]:
+        for disk in self._disks:
+            if disk.number == self._number:
+                continue
+            try:
+                for _, _, blocks, problem in _parts_of(disk):
+                    if not problem and probe(blocks)[0] == LVM:
+                        yield read_pv(blocks)
+            except DiskFsError:
+                continue  # another disk is another matter
+
+    def _add_group(self, group: VolumeGroup, found: dict[bytes, _Part]) -> None:
+        for lv, opened in group.volumes():
+            name = f"{group.name}/{lv}".encode()
+            folder = group.name
+            while folder.encode() in found:
+                folder += "~"  # a group may be called like a partition
+                name = f"{folder}/{lv}".encode()
+            if isinstance(opened, DiskFsError):
+                found[name] = _Part(Volume(name, 0, "unknown", "", opened.why), Blocks(0))
+                continue
+            try:
+                kind, label = probe(opened)
+            except DiskFsError as error:
+                found[name] = _Part(Volume(name, opened.size, "unknown", "", error.why), opened)
+                continue
+            found[name] = _Part(Volume(name, opened.size, kind, label, _why_not(kind)), opened)
+
+
+def _parts_of(disk: Blocks) -> Iterator[tuple[bytes, str, Blocks, str]]:
+    """Name, label, bytes and problem of each partition, or of the whole disk if it has none.
+
+    Raises:
+        DiskFsError: the table is damaged.
+    """
+    if probe(disk)[0] in ("fat", "ntfs"):
+        # Their boot sectors look like a partition table.
+        yield RAW, "", disk, ""
+        return
+    table: Table | None = read_table(disk)
+    if table is None:
+        yield RAW, "", disk, ""
+        return
+    for partition in table.partitions:
+        blocks = Slice(disk, partition.offset, partition.size)
+        outside = blocks.size <= 0
+        problem = "it lies behind the end of the disk" if outside else ""
+        yield b"part%d" % partition.number, partition.name, blocks, problem
+
+
+def _why_not(kind: str) -> str:
+    """Why a volume with this in it cannot be looked into; empty if it can."""
+    return "" if kind in READABLE else _NOT_READ.get(kind, f"{kind} is not read")
+
+
+def _opened(part: _Part) -> FileSystem | DiskFsError:
+    kind, blocks = part.volume.kind, part.blocks
+    where = part.volume.name.decode("utf-8", "replace")
+    try:
+        return _open(kind, blocks)
+    except ModuleNotFoundError as error:
+        raise ImageLibraryError(where, error.name or kind) from error
+    except DiskFsError as error:
+        return DiskFsError("read", where, f"its file system ({kind}) is damaged: {error.why}")
+    except MemoryError:
+        raise
+    except EOFError:
+        return DiskFsError("read", where, f"its file system ({kind}) is damaged: it is cut off")
+    except Exception as error:  # whatever a library makes of damage
+        return DiskFsError("read", where, f"its file system ({kind}) is damaged: {reason(error)}")
+
+
+def _open(kind: str, blocks: Blocks) -> FileSystem:
+    """The file system of this kind; the library for it is loaded here, which takes 80 ms."""
+    if kind in ("ext2", "ext3", "ext4"):
+        from diskfs.ext import ExtFileSystem
+
+        return ExtFileSystem(blocks)
+    if kind == "xfs":
+        from diskfs.xfs import XfsFileSystem
+
+        return XfsFileSystem(blocks)
+    if kind == "btrfs":
+        from diskfs.btrfs import BtrfsFileSystem
+
+        return BtrfsFileSystem(blocks)
+    if kind == "ntfs":
+        from diskfs.ntfs import NtfsFileSystem
+
+        return NtfsFileSystem(blocks)
+    from diskfs.fat import FatFileSystem
+
+    return FatFileSystem(blocks)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, for people: short, and nothing that a terminal would act on."""
+    if isinstance(error, DiskFsError):
+        return error.why
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(error))[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

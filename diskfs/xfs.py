@@ -1,0 +1,239 @@
+"""XFS, by the structures of dissect.xfs.
+
+Directories and runs are read here: the library (3.13) takes a directory's blocks for those of the file system, where
+they may be larger, and shows what lay on the disk before where an extent was allocated and never written. The log is
+not replayed: what it holds and was not written to its place is as it was before. A guest agent that freezes the file
+system, and an unmount, write all of it.
+"""
+
+import stat
+from collections.abc import Iterator
+from functools import lru_cache
+from struct import Struct, unpack_from
+from typing import Any, Final
+
+from dissect.xfs.c_xfs import c_xfs
+from dissect.xfs.xfs import XFS
+
+from diskfs.blocks import Blocks
+from diskfs.entries import Entry, Id, Run
+from diskfs.errors import DiskFsError
+from diskfs.filesystem import MAX_DIRECTORY, RunList, content
+from diskfs.xfs_attributes import AttributeBlocks, short_attributes
+
+_S: Final = 1_000_000_000
+_DEVICE, _LOCAL, _EXTENTS, _TREE = 0, 1, 2, 3
+#: Where the blocks with names end in a directory; hashes and free space follow.
+_LEAF_OFFSET: Final = 32 << 30
+_MAX_TARGET: Final = 1024
+_SYMLINK_MAGIC: Final = b"XSLM"
+_SYMLINK_HEADER: Final = 56
+_DATA_MAGICS: Final = {b"XDB3": (64, True), b"XDD3": (64, False), b"XD2B": (16, True), b"XD2D": (16, False)}
+_UNUSED: Final = b"\xff\xff"
+_TAIL: Final = Struct(">II")  # rows of the hash table at the end of a single block, and how many of them are stale
+_SHORT_HEADER: Final = Struct(">BB")
+_MAX_INODE_BITS: Final = 56
+
+
+class XfsFileSystem:
+    """See `filesystem.FileSystem`."""
+
+    kind: Final = "xfs"
+
+    def __init__(self, blocks: Blocks) -> None:
+        head = blocks.exactly(0, 512)
+        size, inode_size = unpack_from(">I", head, 4)[0], unpack_from(">H", head, 104)[0]
+        agblklog, inopblog, dirblklog = head[124], head[123], head[192]
+        if (
+            not 512 <= size <= 1 << 16
+            or size & (size - 1)
+            or not 256 <= inode_size <= min(size, 2048)
+            or agblklog + inopblog > _MAX_INODE_BITS
+            or size << dirblklog > 1 << 16
+        ):
+            raise DiskFsError("read", "xfs", "its superblock is damaged")
+        self._blocks = blocks
+        self._fs = XFS(blocks)
+        self.label: Final[str] = self._fs.name
+        self.root: Final[Id] = (int(self._fs.sb.sb_rootino), 0)
+        self._size: int = size
+        self._directory_size: int = size << dirblklog
+        self._has_types = bool(self._fs._has_ftype)
+        self._inode = lru_cache(4096)(self._read_inode)
+
+    def entry(self, id: Id) -> Entry:
+        """See `FileSystem.entry`."""
+        found = self._inode(id[0])
+        inode = found.inode
+        mode = int(inode.di_mode)
+        kind = stat.S_IFMT(mode)
+        size, target, rdev = 0, None, None
+        if kind == stat.S_IFREG:
+            size = int(found.size)
+        elif kind == stat.S_IFLNK:
+            target = self._target(found)
+            size = len(target)
+        elif kind in (stat.S_IFBLK, stat.S_IFCHR):
+            (number,) = unpack_from(">I", found.datafork().read(4))
+            rdev = number >> 18 & 0x3FFF, number & 0x3FFFF
+        links = int(inode.di_nlink) if inode.di_version > 1 else int(inode.di_onlink)
+        return Entry(
+            id, mode, int(inode.di_uid), int(inode.di_gid), size, self._time(found), links, rdev, target,
+            inode.di_forkoff > 0,
+        )  # fmt: skip
+
+    def names(self, id: Id) -> Iterator[tuple[bytes, Id]]:
+        """See `FileSystem.names`."""
+        found = self._inode(id[0])
+        if stat.S_IFMT(found.inode.di_mode) != stat.S_IFDIR:
+            raise DiskFsError("list", f"inode {id[0]}", "it is no directory")
+        if int(found.inode.di_format) == _LOCAL:
+            yield from self._short(found)
+            return
+        size, total = self._directory_size, 0
+        runs = RunList(self._blocks, _LEAF_OFFSET)
+        for offset, position, length, _ in self._extents(found):
+            runs.add(offset, length, position)
+            total += length
+            if total > MAX_DIRECTORY:
+                raise DiskFsError("list", f"inode {id[0]}", f"a directory of more than {MAX_DIRECTORY} bytes")
+        # A directory's block may lie in several extents.
+        held, end = bytearray(), 0
+        for offset, position, length, _ in self._extents(found):
+            if offset >= _LEAF_OFFSET:
+                break
+            if held and offset != end:
+                raise DiskFsError("list", f"inode {id[0]}", "a block of the directory is missing")
+            for at in range(0, length, 1 << 16):
+                held += self._blocks.exactly(position + at, min(1 << 16, length - at))
+                while len(held) >= size:
+                    yield from self._entries(bytes(held[:size]), id)
+                    del held[:size]
+            end = offset + length
+
+    def runs(self, id: Id) -> list[Run] | None:
+        """See `FileSystem.runs`."""
+        found = self._inode(id[0])
+        if int(found.inode.di_format) == _LOCAL:
+            return None
+        runs = RunList(self._blocks, int(found.size))
+        for offset, position, length, unwritten in self._extents(found):
+            if not unwritten:
+                runs.add(offset, length, position)
+        return runs.runs
+
+    def read(self, id: Id, offset: int, length: int) -> bytes:
+        """See `FileSystem.read`."""
+        found = self._inode(id[0])
+        data: bytes = found.datafork().read(int(found.size))
+        return data[offset : offset + length]
+
+    def xattrs(self, id: Id) -> Iterator[tuple[bytes, bytes]]:
+        """See `FileSystem.xattrs`."""
+        found = self._inode(id[0])
+        inode = found.inode
+        if not inode.di_forkoff:
+            return
+        form, fork = int(inode.di_aformat), found.attrfork()
+        data = fork.read(fork.size)
+        if form == _LOCAL:
+            yield from short_attributes(data)
+        elif form == _EXTENTS:
+            count = int(found.attr_extents)
+            if count * 16 > len(data):
+                raise DiskFsError("read", f"inode {id[0]}", f"{count} extents of attributes")
+            extents = [self._extent(data[at : at + 16]) for at in range(0, count * 16, 16)]
+            blocks = AttributeBlocks(self._blocks, self._size, [extent[:3] for extent in extents])
+            yield from blocks.attributes()
+        elif form == _TREE:
+            raise DiskFsError("read", f"inode {id[0]}", "its extended attributes lie in too many places")
+
+    def _read_inode(self, number: int) -> Any:
+        found = self._fs.get_inode(number)
+        found.inode  # noqa: B018 - read now, and refused now
+        return found
+
+    def _time(self, found: Any) -> int:
+        value = int(found.inode.di_mtime)
+        if found._has_bigtime():
+            return value - (1 << 31) * _S
+        seconds = value >> 32
+        return (seconds - (1 << 32) if seconds & 1 << 31 else seconds) * _S + min(value & 0xFFFFFFFF, _S - 1)
+
+    def _target(self, found: Any) -> bytes:
+        size = int(found.size)
+        if size > _MAX_TARGET:
+            raise DiskFsError("read", f"inode {found.inum}", f"a symlink of {size} bytes")
+        if int(found.inode.di_format) == _LOCAL:
+            return bytes(found.datafork().read(size))
+        extents = [(offset, length, position) for offset, position, length, _ in self._extents(found)]
+        if not self._fs._has_crc:
+            return b"".join(content(self._blocks, extents, size))
+        # Each block begins with a header that says how much follows.
+        data = b""
+        for _, length, position in extents:
+            for at in range(0, min(length, 8 << 16), self._size):
+                block = self._blocks.exactly(position + at, self._size)
+                if block[:4] != _SYMLINK_MAGIC or len(data) >= size:
+                    break
+                count = int(unpack_from(">I", block, 8)[0])
+                data += block[_SYMLINK_HEADER : _SYMLINK_HEADER + count]
+        return data[:size]
+
+    def _extents(self, found: Any) -> Iterator[tuple[int, int, int, bool]]:
+        """Offset, position and length in bytes of each extent, and whether it was never written."""
+        form = int(found.inode.di_format)
+        if form not in (_EXTENTS, _TREE):
+            raise DiskFsError("read", f"inode {found.inum}", f"its content has form {form}")
+        if form == _EXTENTS and found.data_extents * 16 > self._fs.sb.sb_inodesize:
+            raise DiskFsError("read", f"inode {found.inum}", f"{found.data_extents} extents in the inode")
+        for offset, block, count, flag in found._iter_blocks():
+            yield offset * self._size, self._position(block), count * self._size, bool(flag)
+
+    def _extent(self, data: bytes) -> tuple[int, int, int, bool]:
+        high, low = unpack_from(">QQ", data)
+        offset, block = (high & (1 << 63) - 1) >> 9, (high & 511) << 43 | low >> 21
+        return offset * self._size, self._position(block), (low & (1 << 21) - 1) * self._size, bool(high >> 63)
+
+    def _position(self, block: int) -> int:
+        shift = int(self._fs.sb.sb_agblklog)
+        number: int = (block >> shift) * int(self._fs.sb.sb_agblocks) + (block & (1 << shift) - 1)
+        return number * self._size
+
+    def _short(self, found: Any) -> Iterator[tuple[bytes, Id]]:
+        data: bytes = found.datafork().read(int(found.size))
+        count, wide = _SHORT_HEADER.unpack_from(data)
+        width = 8 if wide else 4
+        at = 2 + width
+        for _ in range(count):
+            length = data[at]
+            name = data[at + 3 : at + 3 + length]
+            at += 3 + length + (1 if self._has_types else 0)
+            if at + width > len(data):
+                raise DiskFsError("list", f"inode {found.inum}", "an entry is damaged")
+            yield name, (int.from_bytes(data[at : at + width], "big"), 0)
+            at += width
+
+    def _entries(self, block: bytes, id: Id) -> Iterator[tuple[bytes, Id]]:
+        """The entries in one block of a directory."""
+        magic = _DATA_MAGICS.get(block[:4])
+        if magic is None:
+            raise DiskFsError("list", f"inode {id[0]}", "a block of the directory is damaged")
+        at, is_single = magic
+        end = len(block)
+        if is_single:
+            rows, _ = _TAIL.unpack_from(block, end - _TAIL.size)
+            end -= _TAIL.size + 8 * rows
+        while at + 11 <= end:
+            if block[at : at + 2] == _UNUSED:
+                length = int.from_bytes(block[at + 2 : at + 4], "big")
+                if length < 8 or length % 8:
+                    raise DiskFsError("list", f"inode {id[0]}", "free space in the directory is damaged")
+                at += length
+                continue
+            inode, length = int.from_bytes(block[at : at + 8], "big"), block[at + 8]
+            yield block[at + 9 : at + 9 + length], (inode, 0)
+            at += -(-(9 + length + (1 if self._has_types else 0) + 2) // 8) * 8
+
+
+assert c_xfs.endian == ">"
