@@ -1,5 +1,6 @@
 """`fleece nbd`: disks of running virtual machines and of backups as block devices or files of this host."""
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,7 @@ fleece nbd list --output json | jq -r '.[].disks[].device'
         examples="""
 fleece nbd disconnect /dev/nbd0                          and the other disks that were connected together with it
 fleece nbd disconnect /mnt/disks/drive-scsi0.img
+fleece nbd disconnect nbd://127.0.0.1:10809              what 'fleece serve-nbd' serves
 fleece nbd disconnect --all                              everything that Fleece has connected on this host
 """,
     )(disconnect)
@@ -141,7 +143,7 @@ def connect(
         files = files.absolute()
         if not files.is_dir():
             raise UsageError("make files in", str(files), "it is no folder")
-    records, host = _place(invocation)
+    records, host = place(invocation)
     settings = None if of_backup else _settings(
         invocation, words, qmp, id, guest_agent, no_freeze, scratch, flavour, include, exclude
     )  # fmt: skip
@@ -169,7 +171,7 @@ def _refuse(whose: str, given: dict[str, object]) -> None:
             raise UsageError("use", option, f"it means nothing for the disks {whose}")
 
 
-def _place(invocation: Invocation) -> "tuple[Records, NbdHost]":
+def place(invocation: Invocation) -> "tuple[Records, NbdHost]":
     """Where it is written down who holds what, and the devices of this host."""
     from agent.nbd_records import Records
     from agent.places import private_run_dir
@@ -236,7 +238,28 @@ def _backup(invocation: Invocation, snapshot: str, archives: list[str]) -> "Abst
 def _start(
     invocation: Invocation, offer: "AbstractAsyncContextManager[Offer]", order: "HoldOrder", *, foreground: bool
 ) -> None:
-    """Hold the disks, here or in a process of its own."""
+    def tell(document: dict[str, Any]) -> None:
+        invocation.warnings += document["warnings"]
+        invocation.emit(document, lambda: _connected_lines(document), cost=False)
+
+    label = str(order.source.get("vm") or order.source["snapshot"])
+    hold_here_or_beside(invocation, offer, order, tell, foreground=foreground, label=label)
+
+
+def hold_here_or_beside(
+    invocation: Invocation,
+    offer: "AbstractAsyncContextManager[Offer]",
+    order: "HoldOrder",
+    tell: Callable[[dict[str, Any]], None],
+    *,
+    foreground: bool,
+    label: str,
+) -> None:
+    """Hold the disks, here or in a process of its own; `tell` is called here with the document of `hold`.
+
+    Raises:
+        FleeceError: they could not be set up.
+    """
     import trio
 
     from agent.nbd_holder import hold
@@ -248,15 +271,10 @@ def _start(
         with one_error():
             trio.run(hold, offer, order, ready)
 
-    def tell(document: dict[str, Any]) -> None:
-        invocation.warnings += document["warnings"]
-        invocation.emit(document, lambda: _connected_lines(document), cost=False)
-
     if foreground:
         work(tell)
         return
-    label = order.source.get("vm") or order.source["snapshot"]
-    child, document = background.start(work, Background("connect", str(label), "fleece nbd", FleeceError))
+    child, document = background.start(work, Background("connect", label, "fleece nbd", FleeceError))
     try:
         tell(document)
     except BaseException:
@@ -285,7 +303,7 @@ def list_(invocation: Invocation) -> None:
     """Show which block devices /dev/nbdX are in use, and what Fleece holds as devices or files."""
     from agent.nbd_records import others
 
-    records, host = _place(invocation)
+    records, host = place(invocation)
     holdings = records.load()
     strangers = others(host, holdings)
     document = [holding.to_json() for holding in holdings] + [_stranger(use) for use in strangers]
@@ -293,7 +311,14 @@ def list_(invocation: Invocation) -> None:
 
 
 def _stranger(use: "DeviceUse") -> dict[str, Any]:
-    disk = {"name": None, "device": str(use.path), "file": None, "size": use.size, "read-only": use.read_only}
+    disk = {
+        "name": None,
+        "device": str(use.path),
+        "file": None,
+        "uri": None,
+        "size": use.size,
+        "read-only": use.read_only,
+    }
     return {
         "state": "other",
         "source": {"type": "other"},
@@ -302,6 +327,9 @@ def _stranger(use: "DeviceUse") -> dict[str, Any]:
         "expires": None,
         "disks": [{**disk, "changed": None}],
     }
+
+
+_NOT_READY = {"device": None, "file": None, "uri": None, "name": "not ready", "size": 0}
 
 
 def _list_lines(document: list[dict[str, Any]]) -> list[str]:
@@ -317,10 +345,10 @@ def _list_lines(document: list[dict[str, Any]]) -> list[str]:
         state = "" if one["state"] != "left" else "its process was killed"
         if one["expires"] is not None and one["state"] == "held":
             state = f"until {_local(one['expires'])}"
-        for disk in one["disks"] or [{"device": None, "file": "-", "name": "not ready", "size": 0}]:
+        for disk in one["disks"] or [_NOT_READY]:
             rows.append(
-                (disk["device"] or disk["file"] or "-", label, disk["name"] or "", format_size(disk["size"]),
-                 str(one["pid"]), state)
+                (disk["device"] or disk["file"] or disk["uri"] or "-", label, disk["name"] or "",
+                 format_size(disk["size"]), str(one["pid"]), state)
             )  # fmt: skip
     if not rows:
         return ["Nothing is connected."]
@@ -329,11 +357,13 @@ def _list_lines(document: list[dict[str, Any]]) -> list[str]:
 
 def disconnect(
     invocation: Invocation,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="DEVICE|FILE...", help="As 'list' shows them.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="DEVICE|FILE|URI...", help="As 'list' shows them.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Everything that Fleece has connected.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also what is mounted or used otherwise.")] = False,
 ) -> None:
-    """End what 'fleece nbd connect' began: devices or files, frozen view or server, and the process that holds them.
+    """End what 'nbd connect' and 'serve-nbd' began: devices or files, view or server, and the process that holds them.
 
     Disks that were connected together are disconnected together. What killed processes have left is removed. Devices
     that others than Fleece have connected are never touched.
@@ -342,7 +372,7 @@ def disconnect(
 
     if bool(paths) is everything:
         raise UsageError("disconnect", " ".join(paths or []), "either devices or --all are needed")
-    records, host = _place(invocation)
+    records, host = place(invocation)
     holdings = records.load()
     chosen = holdings if everything else _chosen(holdings, paths or [], host)
     for holding in chosen:
@@ -384,7 +414,7 @@ def _chosen(holdings: "list[Holding]", paths: list[str], host: "NbdHost") -> "li
     found: list[Holding] = []
     for path in paths:
         number = device_number(path)
-        wanted = str(Path(path).absolute()) if number is None else f"/dev/nbd{number}"
+        wanted = f"/dev/nbd{number}" if number is not None else path if "://" in path else str(Path(path).absolute())
         having = [holding for holding in holdings if any(disk.path == wanted for disk in holding.disks)]
         if not having:
             if number is not None and host.use_of(number) is not None:
@@ -402,7 +432,7 @@ def regions(
 
     Of a disk of Proxmox VE's flavour nothing else can be read then.
     """
-    records, host = _place(invocation)
+    records, host = place(invocation)
     (holding, *_) = _chosen(records.load(), [path], host)
     wanted = next(
         disk.path for disk in holding.disks if disk.path in (path, str(Path(path).absolute()), f"/dev/{path}")

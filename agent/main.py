@@ -33,6 +33,7 @@ from agent import (
     cli_restore,
     cli_s3,
     cli_serve,
+    cli_serve_nbd,
     cli_snapshots,
     cli_sync,
     cli_task,
@@ -94,6 +95,7 @@ def build() -> typer.Typer:
     cli_look.add_to(application)
     cli_mount.add_to(application)
     cli_nbd.add_to(application)
+    cli_serve_nbd.add_to(application)
     cli_datastore.add_to(application)
     cli_s3.add_to(application)
     cli_serve.add_to(application)

@@ -60,6 +60,8 @@ class HoldOrder:
     discard: bool = False  #: writable, so that discards reach the server
     limit_s: float | None = None
     scratch: Path | None = None  #: folder of fleecing images
+    served: bool = False  #: the disks are served where clients find them, and nothing more is made of them
+    writable: bool = False  #: clients can write to what is served
 
 
 async def hold(
@@ -120,7 +122,8 @@ async def _hold(
             children: dict[str, Child] = {}
             for number, disk in enumerate(offered.disks):
                 held, child = await stack.enter_async_context(_held(disk, disks[number], order))
-                children[held.path] = child
+                if child is not None:
+                    children[held.path] = child
                 holding = with_disk(holding, number, held)
                 await in_io_thread(records.save, holding)
             for disk in offered.disks:
@@ -145,14 +148,18 @@ async def _hold(
 
 
 def _planned(disk: OfferedDisk, order: HoldOrder) -> HeldDisk:
+    if order.served:
+        return HeldDisk(disk.name, disk.size, not order.writable, uri=str(disk.address))
     file = None if order.files is None else str(order.files / disk.name)
     return HeldDisk(disk.name, disk.size, not order.discard, file=file, changed=disk.changed)
 
 
 @asynccontextmanager
-async def _held(disk: OfferedDisk, planned: HeldDisk, order: HoldOrder) -> AsyncIterator[tuple[HeldDisk, Child]]:
-    """Device or file, and the program that serves it."""
-    if planned.file is not None:
+async def _held(disk: OfferedDisk, planned: HeldDisk, order: HoldOrder) -> AsyncIterator[tuple[HeldDisk, Child | None]]:
+    """Device or file, and the program that serves it; of what is only served nothing more."""
+    if planned.uri is not None:
+        yield planned, None
+    elif planned.file is not None:
         async with mounted_file(disk.address, Path(planned.file), disk.size, read_only=planned.read_only) as child:
             yield replace(planned, pid=child.pid, start_time=child.start_time), child
     else:

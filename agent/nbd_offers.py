@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -25,6 +25,7 @@ from hypervisor.dirty_regions import Region, regions_of
 from hypervisor.discovery import capabilities
 from hypervisor.errors import VmUnsupportedError
 from hypervisor.live_source import LiveSource
+from hypervisor.nbd_address import NbdAddress
 from hypervisor.nbd_server import serve_disk
 from hypervisor.qmp import connect
 from hypervisor.unix_socket import Peer
@@ -75,6 +76,29 @@ class ImageDisk:
         return parts
 
 
+@dataclass(frozen=True, slots=True)
+class ServedImage:
+    """A disk of a snapshot that is about to be served."""
+
+    disk: ImageDisk
+    snapshot: str
+    name: str  #: of the archive: `drive-scsi0.img`
+    csum: str  #: of its index: another content has another one
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.snapshot} {self.name}"
+
+
+#: Serves a disk while the block runs, and tells where.
+Serving: TypeAlias = Callable[[ServedImage], AbstractAsyncContextManager[NbdAddress]]
+
+
+def _privately(image: ServedImage) -> AbstractAsyncContextManager[NbdAddress]:
+    return serve_disk(image.disk, where=image.where)
+
+
 @asynccontextmanager
 async def backup_offer(
     opening: AbstractAsyncContextManager[Repository],
@@ -84,6 +108,7 @@ async def backup_offer(
     ns: Namespace,
     codec: ChunkCodec,
     cache_size: int,
+    serve: "Serving | None" = None,
 ) -> AsyncIterator[Offer]:
     """The disk images of the snapshot `text`, served read-only while the block runs; it cannot be removed meanwhile.
 
@@ -94,6 +119,7 @@ async def backup_offer(
         ns: the namespace.
         codec: with the key, if there is one.
         cache_size: bytes of decoded chunks that are kept.
+        serve: serves one disk; None: on a private unix socket.
 
     Raises:
         NotFoundError, UsageError: no such snapshot or archive, or one that is no disk image.
@@ -110,7 +136,8 @@ async def backup_offer(
             opened.needs_key(opened.manifest.file(filename))
             reader = await open_archive_reader(opened.reader, opened.codec, opened.manifest, filename, cache)
             name = strip_archive_type(filename)
-            address = await stack.enter_async_context(serve_disk(ImageDisk(reader), where=f"{snapshot} {name}"))
+            served = ServedImage(ImageDisk(reader), str(snapshot), name, reader.archive.entry.csum.hex())
+            address = await stack.enter_async_context((serve or _privately)(served))
             disks.append(OfferedDisk(name, address, reader.size, [Region(0, reader.size)]))
         source = {
             "type": "backup",

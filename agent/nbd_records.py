@@ -44,11 +44,12 @@ class HeldDisk:
     pid: int | None = None  #: of the program that serves device or file
     start_time: int | None = None  #: of that program, clock ticks after boot
     changed: int | None = None  #: bytes that changed since the last backup, None if that is not known
+    uri: str | None = None  #: of what is only served over NBD, None for a device or file
 
     @property
     def path(self) -> str:
-        """Device or file; empty as long as there is none."""
-        return self.file or ("" if self.number is None else f"/dev/nbd{self.number}")
+        """Device, file or URI; empty as long as there is none."""
+        return self.file or self.uri or ("" if self.number is None else f"/dev/nbd{self.number}")
 
     def to_json(self) -> dict[str, Any]:
         """For people and programs."""
@@ -56,6 +57,7 @@ class HeldDisk:
             "name": self.name,
             "device": None if self.number is None else self.path,
             "file": self.file,
+            "uri": self.uri,
             "size": self.size,
             "read-only": self.read_only,
             "changed": self.changed,
@@ -123,6 +125,7 @@ class Holding:
                 pid=checked.optional(entry, "pid", int, where),
                 start_time=checked.optional(entry, "start_time", int, where),
                 changed=checked.optional(entry, "changed", int, where),
+                uri=checked.optional(entry, "uri", str, where),
             )
             for entry in checked.objects(value.get("disks"), where)
         ]

@@ -19,14 +19,15 @@ from typing import Final, Protocol
 import trio
 
 from core.buffers import Buffer
-from core.errors import FleeceError, SourceError
+from core.errors import FleeceError, SourceError, UsageError
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from hypervisor.children import Child, running
 from hypervisor.errors import NbdServerError
 from hypervisor.nbd_address import NbdAddress
 from hypervisor.nbd_client import NbdConnection
-from hypervisor.qemu_tools import private_folder, remove_private
+from hypervisor.nbd_endpoint import Endpoint, Public, greets, listening
+from hypervisor.qemu_tools import find_tool, prepare_overlay, private_folder, remove_private
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,8 +70,10 @@ class ServedDisk(Protocol):
 
 
 @asynccontextmanager
-async def serve_disk(disk: ServedDisk, *, where: str, overlay: bool = False) -> AsyncIterator[NbdAddress]:
-    """Serve `disk` on a private unix socket while the block runs; if this process is killed nbdkit ends.
+async def serve_disk(
+    disk: ServedDisk, *, where: str, overlay: bool = False, at: Endpoint | None = None
+) -> AsyncIterator[NbdAddress]:
+    """Serve `disk` while the block runs, by default on a private unix socket; if this process is killed nbdkit ends.
 
     Clients should have left when the block ends; they are cut off.
 
@@ -79,9 +82,10 @@ async def serve_disk(disk: ServedDisk, *, where: str, overlay: bool = False) -> 
         where: it, for messages.
         overlay: clients can write; what they write is lost with the end of the block. It lies in a file without a name
             in `TMPDIR` (else /var/tmp).
+        at: where clients find it.
 
     Raises:
-        NbdServerError: nbdkit or its plugin for Python is missing, or it ends.
+        NbdServerError: nbdkit or its plugin for Python is missing, it ends, or nobody can listen there.
     """
     program = await in_io_thread(find_nbdkit, where)
     folder, claim = await in_io_thread(private_folder)
@@ -93,19 +97,77 @@ async def serve_disk(disk: ServedDisk, *, where: str, overlay: bool = False) -> 
             nursery.start_soon(
                 trio.serve_listeners, lambda stream: _serve(stream, disk), [trio.SocketListener(listener)]
             )
-            line = [program, "--foreground", "--exit-with-parent", f"--unix={folder / 'nbd'}", "--newstyle"]
+            line = [program, "--foreground", "--exit-with-parent", "--newstyle"]
             line += ["--filter=cow"] if overlay else ["--readonly"]
+            if at is not None and at.tls_psk is not None:
+                line += ["--tls=require", f"--tls-psk={at.tls_psk.absolute()}"]
+            elif at is None:
+                line += [f"--unix={folder / 'nbd'}"]
             line += ["python", str(_PLUGIN), f"socket={folder / 'own'}", f"size={disk.size}"]
-            async with running(line, fault=NbdServerError) as child:
-                address = NbdAddress.unix(folder / "nbd", "")
-                await _until_ready(child, address, where)
-                async with open_nursery() as watching:  # over before nbdkit is told to end
-                    watching.start_soon(_watch, child, where)
-                    yield address
-                    watching.cancel_scope.cancel()
+            async with listening(at) as public, _served(line, public, folder / "nbd", where) as address:
+                yield address
             nursery.cancel_scope.cancel()
     finally:
         remove_private(folder, claim)  # two entries: no thread, so that cancellation cannot come between
+
+
+@asynccontextmanager
+async def serve_overlay(
+    disk: ServedDisk, path: Path, identity: str, *, where: str, at: Endpoint | None = None
+) -> AsyncIterator[NbdAddress]:
+    """Serve `disk` while the block runs, for reading and writing; what is written lies in the qcow2 file `path`.
+
+    The file is made if it is not there, and of use for this disk only: its header says so.
+
+    Args:
+        disk: what is served.
+        path: the file of what is written.
+        identity: what tells the content of `disk` from any other.
+        where: it, for messages.
+        at: where clients find it; None: a private unix socket.
+
+    Raises:
+        NbdServerError: a program is missing or ends, or nobody can listen there.
+        TargetError: the file cannot be made.
+        DiskInUseError: it is in use.
+        UsageError: it was made for another disk, or TLS is asked for.
+    """
+    if at is not None and at.tls_psk is not None:
+        raise UsageError("serve", where, "TLS is not possible with an overlay that is kept")
+    program = await in_io_thread(find_tool, "qemu-nbd", NbdServerError)
+    file = await in_io_thread(path.absolute)
+    folder, claim = await in_io_thread(private_folder)
+    try:
+        async with serve_disk(disk, where=where) as below:
+            await prepare_overlay(path, disk.size, identity, Path(below.socket))
+            options = {
+                "driver": "qcow2",
+                "discard": "unmap",
+                "file.driver": "file",
+                "file.filename": str(file),
+            }
+            image = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+            line = [program, "--persistent", "--shared=16", "--image-opts"]
+            line += [f"--socket={folder / 'nbd'}"] if at is None else []
+            async with listening(at) as public, _served([*line, image], public, folder / "nbd", where) as address:
+                yield address
+    finally:
+        remove_private(folder, claim)
+
+
+@asynccontextmanager
+async def _served(line: Sequence[str], public: Public | None, private: Path, where: str) -> AsyncIterator[NbdAddress]:
+    """A server with the command line `line` serves while the block runs."""
+    listener = None if public is None else public.listener
+    async with running(line, fault=NbdServerError, listener=listener) as child:
+        if public is not None:
+            public.listener.close()  # it has its own: if it ends, nobody is to wait for an answer
+        address = NbdAddress.unix(private, "") if public is None else public.address
+        await _until_ready(child, address, where)
+        async with open_nursery() as watching:  # over before the server is told to end
+            watching.start_soon(_watch, child, Path(line[0]).name, where)
+            yield address
+            watching.cancel_scope.cancel()
 
 
 def find_nbdkit(where: str) -> str:
@@ -125,33 +187,43 @@ async def _until_ready(child: Child, address: NbdAddress, where: str) -> None:
     pause_s = 0.005
     while True:
         ended = child.code is not None
-        connection = NbdConnection(address)
-        try:
-            await in_io_thread(connection.connect)
-        except SourceError:
-            pass  # not listening yet, or already gone
-        else:
+        if await in_io_thread(_answers, address):
             return
-        finally:
-            connection.close()
         if ended:
             raise _failed(await child.last_words(), where)
         if trio.current_time() > deadline:
-            raise NbdServerError("serve", where, f"nbdkit was not ready after {START_TIMEOUT_S:.0f} s")
+            raise NbdServerError("serve", where, f"the server was not ready after {START_TIMEOUT_S:.0f} s")
         await trio.sleep(pause_s)
         pause_s = min(0.1, pause_s * 1.5)
 
 
+def _answers(address: NbdAddress) -> bool:
+    """Whether a server is ready there."""
+    if address.uri.startswith("nbds"):  # we have no key: that it greets must do
+        return greets(address.uri, START_TIMEOUT_S)
+    connection = NbdConnection(address)
+    try:
+        connection.connect()
+    except SourceError:
+        return False  # not listening yet, or already gone
+    finally:
+        connection.close()
+    return True
+
+
 def _failed(words: str, where: str) -> NbdServerError:
+    if "Failed to get" in words and "lock" in words:
+        return NbdServerError("serve", where, "its overlay is in use", "stop who has it open, or use another one")
     missing = "python" in words and "cannot open" in words
-    why = "nbdkit's plugin for Python is not installed" if missing else words or "nbdkit ended without a word"
+    why = "nbdkit's plugin for Python is not installed" if missing else words or "the server ended without a word"
     return NbdServerError("serve", where, why, "apt install nbdkit-plugin-python" if missing else "")
 
 
-async def _watch(child: Child, where: str) -> None:
-    """Say that nbdkit has ended, which it never should before the block does."""
+async def _watch(child: Child, program: str, where: str) -> None:
+    """Say that the server has ended, which it never should before the block does."""
     code = await child.wait()
-    raise NbdServerError("serve", where, f"nbdkit ended with exit code {code}: {await child.last_words() or 'no word'}")
+    words = await child.last_words() or "no word"
+    raise NbdServerError("serve", where, f"{program} ended with exit code {code}: {words}")
 
 
 # -- what the plugin asks ---------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ server behind that would hold the image.
 """
 
 import fcntl
+import json
 import logging
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import urllib.parse
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Final
 
 import trio
 
-from core.errors import FleeceError, SourceError, TargetError
+from core.errors import FleeceError, SourceError, TargetError, UsageError
 from core.limits import in_io_thread
+from hypervisor import checked
 from hypervisor.image_files import in_use
 from hypervisor.nbd_client import NbdAddress, NbdConnection
 
@@ -62,12 +65,45 @@ async def create_qcow2(path: Path, size: int) -> None:
         DiskInUseError: another process holds the image.
     """
     tool = await in_io_thread(find_tool, "qemu-img", TargetError)
-    arguments = [tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)]
+    await _run_tool([tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)], "create", path)
+
+
+async def prepare_overlay(path: Path, size: int, identity: str, server: Path) -> None:
+    """Make `path` a qcow2 image of `size` bytes over what the NBD server at the socket `server` has, or see that it is.
+
+    The image's header calls that by `identity`, as the name of an export, so that no other disk is put below it.
+
+    Raises:
+        TargetError: it cannot be made or read, or QEMU is missing.
+        DiskInUseError: somebody has it open.
+        UsageError: it is an image over something else.
+    """
+    tool = await in_io_thread(find_tool, "qemu-img", TargetError)
+    named = f"nbd+unix:///{urllib.parse.quote(identity, safe='')}?socket="
+    below = ["-u", "-F", "raw", "-b", named + urllib.parse.quote(os.fspath(server))]
+    if not await in_io_thread(lambda: path.exists() and path.stat().st_size > 0):
+        await _run_tool([tool, "create", "-q", "-f", "qcow2", *below, _absolute(path), str(size)], "create", path)
+        return
+    out = await _run_tool([tool, "info", "-U", "-f", "qcow2", "--output=json", _absolute(path)], "read", path)
+    try:
+        found = checked.of_type(json.loads(out), dict, f"qemu-img info {path}").get("backing-filename")
+    except ValueError as error:
+        raise TargetError("read", str(path), f"qemu-img told nonsense: {error}") from error
+    if not isinstance(found, str) or not found.startswith(named):
+        other = urllib.parse.unquote(str(found or "no backup").removeprefix("nbd+unix:///").partition("?socket=")[0])
+        raise UsageError(
+            "use the overlay", str(path), f"it was made for {checked.printable(other)}", f"this is {identity}"
+        )
+    await _run_tool([tool, "rebase", "-q", "-f", "qcow2", *below, _absolute(path)], "write to", path)
+
+
+async def _run_tool(line: Sequence[str], what: str, path: Path) -> bytes:
     done = await trio.run_process(
-        arguments, capture_stdout=True, capture_stderr=True, check=False, env=_environment(), stdin=subprocess.DEVNULL
+        line, capture_stdout=True, capture_stderr=True, check=False, env=_environment(), stdin=subprocess.DEVNULL
     )
     if done.returncode:
-        raise _complaint(done.stderr, "create", path, TargetError)
+        raise _complaint(done.stderr, what, path, TargetError)
+    return bytes(done.stdout)
 
 
 @asynccontextmanager

@@ -273,7 +273,7 @@ def test_a_record_that_nobody_wrote_is_left_out(records: Records, text: bytes) -
 
 @pytest.fixture
 def invocation(kernel: FakeNbd, records: Records, monkeypatch: pytest.MonkeyPatch) -> Invocation:
-    monkeypatch.setattr(cli_nbd, "_place", lambda invocation: (records, kernel.host()))
+    monkeypatch.setattr(cli_nbd, "place", lambda invocation: (records, kernel.host()))
     return Invocation(output=Output.JSON)
 
 

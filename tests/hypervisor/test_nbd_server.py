@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from core.errors import FormatError, SourceError
-from hypervisor.errors import NbdServerError
+from core.errors import FormatError, SourceError, UsageError
+from hypervisor.errors import DiskInUseError, NbdServerError
 from hypervisor.nbd_client import NbdPool, open_nbd
-from hypervisor.nbd_server import serve_disk
+from hypervisor.nbd_endpoint import Endpoint
+from hypervisor.nbd_server import serve_disk, serve_overlay
 from tests.support.nbd_servers import NEEDS_NBDKIT_PYTHON
 from tests.support.waiting import until
 
@@ -167,7 +169,8 @@ async def test_without_nbdkit_or_its_plugin_it_says_what_to_install(
 async def test_a_killed_process_leaves_no_server_behind(tmp_path: Path) -> None:
     code = """
 import sys, trio
-from hypervisor.nbd_server import serve_disk
+from hypervisor.nbd_endpoint import Endpoint
+from hypervisor.nbd_server import serve_disk, serve_overlay
 class Disk:
     size = 1 << 20
     async def read(self, offset, length): return bytes(length)
@@ -200,3 +203,106 @@ def _pids_with(word: str) -> list[int]:
             if f"--unix={word}" in words:
                 found.append(int(folder.name))
     return found
+
+
+# -- where clients find it, and what they write -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_disk_is_served_on_a_port_of_this_host(host: str) -> None:
+    disk = MemoryDisk(os.urandom(MIB))
+    at = Endpoint(host=host)
+    assert at.is_local
+    async with serve_disk(disk, where="disk", at=at) as address:
+        assert str(address).startswith(f"nbd://[{host}]:" if ":" in host else f"nbd://{host}:")
+        async with open_nbd(address) as pool:
+            assert await read(pool, 0, MIB) == disk.content
+        port = int(str(address).rpartition(":")[2])
+        with pytest.raises(NbdServerError, match="Address already in use"):
+            async with serve_disk(disk, where="disk", at=Endpoint(host=host, port=port)):
+                raise AssertionError
+
+
+async def test_a_disk_is_served_at_a_socket_that_only_its_user_may_use(tmp_path: Path) -> None:
+    disk = MemoryDisk(os.urandom(MIB))
+    path = tmp_path / "web.nbd"
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(path))
+    left.close()  # of a server that was killed
+    async with serve_disk(disk, where="disk", at=Endpoint(path)) as address:
+        assert path.stat().st_mode & 0o777 == 0o600
+        async with open_nbd(address) as pool:
+            assert await read(pool, 0, MIB) == disk.content
+        with pytest.raises(NbdServerError, match="Address already in use"):
+            async with serve_disk(disk, where="disk", at=Endpoint(path)):
+                raise AssertionError
+        assert path.exists()
+    assert not path.exists()
+
+
+async def test_a_server_that_ends_leaves_no_client_waiting(tmp_path: Path) -> None:
+    disk = MemoryDisk(os.urandom(MIB))
+    with pytest.raises(NbdServerError, match="ended"):
+        async with serve_disk(disk, where="disk", at=Endpoint(tmp_path / "s")) as address:
+            (child,) = [pid for pid in map(int, children_of(os.getpid())) if "nbdkit" in name_of(pid)]
+            os.kill(child, signal.SIGKILL)
+            with pytest.raises(SourceError):
+                while True:
+                    async with open_nbd(address) as pool:
+                        await read(pool, 0, 1)
+            await trio.sleep_forever()
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
+
+
+async def test_with_keys_only_who_has_one_can_read(tmp_path: Path) -> None:
+    disk = MemoryDisk(os.urandom(MIB))
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice:{os.urandom(32).hex()}\n")
+    async with serve_disk(disk, where="disk", at=Endpoint(tls_psk=keys)) as address:
+        assert str(address).startswith("nbds://127.0.0.1:")
+        with_key = str(address).replace("//", "//alice@") + f"?tls-psk-file={keys}"
+        done = await trio.run_process(["nbdinfo", "--size", with_key], capture_stdout=True)
+        assert int(done.stdout) == MIB
+        refused = await trio.run_process(
+            ["nbdinfo", "--size", str(address).replace("nbds", "nbd")], capture_stderr=True, check=False
+        )
+        assert refused.returncode
+    with pytest.raises(NbdServerError, match="keys of TLS"):
+        async with serve_disk(disk, where="disk", at=Endpoint(tls_psk=tmp_path / "none")):
+            raise AssertionError
+
+
+async def test_an_overlay_in_a_file_keeps_what_was_written(tmp_path: Path) -> None:
+    disk = MemoryDisk(os.urandom(MIB), holes=[])
+    overlay = tmp_path / "try, once.qcow2"
+    async with (
+        serve_overlay(disk, overlay, "vm/1 a b/c?", where="disk") as address,
+        open_nbd(address, writable=True) as pool,
+    ):
+        assert await read(pool, 0, MIB) == disk.content
+        await pool.write(65536, b"new!" * 1024)
+        await pool.flush()
+        with pytest.raises(DiskInUseError, match="in use"):
+            async with serve_overlay(disk, overlay, "vm/1 a b/c?", where="disk"):
+                raise AssertionError
+    expected = disk.content[:65536] + b"new!" * 1024 + disk.content[65536 + 4096 :]
+    async with (
+        serve_overlay(disk, overlay, "vm/1 a b/c?", where="disk", at=Endpoint()) as address,
+        open_nbd(address) as pool,
+    ):
+        assert await read(pool, 0, MIB) == expected
+    with pytest.raises(UsageError, match=r"it was made for vm/1 a b/c\?; this is vm/1 other"):
+        async with serve_overlay(disk, overlay, "vm/1 other", where="disk"):
+            raise AssertionError
+    foreign = tmp_path / "foreign.qcow2"
+    await trio.run_process(["qemu-img", "create", "-q", "-f", "qcow2", str(foreign), "1M"])
+    with pytest.raises(UsageError, match="it was made for no backup"):
+        async with serve_overlay(disk, foreign, "vm/1", where="disk"):
+            raise AssertionError
