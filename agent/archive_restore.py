@@ -8,6 +8,7 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -15,6 +16,8 @@ from typing import Any, Final, Literal
 import trio
 
 from agent.beside import lend_threads
+from agent.image_nodes import ImageFolder
+from agent.image_trees import image_part, open_image_tree
 from agent.restore_options import RestoreOptions
 from core.buffers import Buffer
 from core.errors import FleeceError, NotFoundError, TargetError, UsageError
@@ -32,8 +35,9 @@ from pxar.format import escaped
 from pxar.patterns import MatchPattern
 from pxar.tar_stream import write_tar
 from pxar.zip_stream import write_zip
+from repository.archive import open_cache
 from repository.interface import Reader
-from repository.stored_bytes import ArchiveStreams, archive_stream_names, open_streams
+from repository.stored_bytes import CACHE_SIZE, ArchiveStreams, archive_stream_names, open_streams
 
 #: Seconds between two looks at signals, and two notes on the progress.
 _NOTE_S: Final = 0.1
@@ -74,20 +78,33 @@ class FilesRestored:
 
 @dataclass(frozen=True, slots=True)
 class FilesWanted:
-    """A file archive, and what of it."""
+    """A file archive or a disk image that is looked into, and what of it."""
 
-    name: str  #: `root`
+    name: str  #: `root`, `drive-scsi0.img`
     path: bytes = b""  #: from its root, without slashes at its ends
+    is_image: bool = False
+
+    @property
+    def archive(self) -> str:
+        """As the command line has it: `root.pxar`, `drive-scsi0.img`."""
+        return self.name if self.is_image else f"{self.name}.pxar"
 
     @property
     def shown(self) -> str:
         """For people: as the command line takes it, but for what is not printable."""
-        return f"{self.name}.pxar" + (f"/{escaped(self.path)}" if self.path else "")
+        return self.archive + (f"/{escaped(self.path)}" if self.path else "")
 
 
 def wanted_files(manifest: Manifest, archive: str) -> FilesWanted | None:
-    """What `archive` (`root.pxar`, `root.pxar/etc/passwd`) means; None if it names no file archive of the snapshot."""
-    name, _, path = archive.partition("/")
+    """What `archive` (`root.pxar`, `root.pxar/etc/passwd`, `drive-scsi0.img/part1`) means.
+
+    None if it names no file archive of the snapshot, and nothing in a disk image of it.
+    """
+    name, slash, path = archive.partition("/")
+    if slash:
+        image = image_part(manifest, archive)
+        if image is not None:
+            return FilesWanted(*image, is_image=True)
     for file in manifest.files:
         is_other = archive_kind(file.filename) is not ArchiveKind.DYNAMIC
         if is_other and archive in (file.filename, strip_archive_type(file.filename)):
@@ -133,6 +150,7 @@ async def restore_to_folder(
     def work(accessor: ArchiveAccessor, report: ExtractReport, notes: "_Notes") -> str:
         node = _found(accessor, manifest, wanted)
         if isinstance(node, Directory):
+            _refuse_unreadable(node)
             extract_folder(
                 accessor, target, extract, start=node, prefix=wanted.path, report=report, progress=notes,
                 beside=notes.beside,
@@ -175,6 +193,7 @@ async def restore_to_stream(
                 raise TargetError(
                     "write to", "standard output", "it is a terminal", "redirect it into a file or a pipe"
                 )
+            _refuse_unreadable(node)
             export = write_zip if format == "zip" else write_tar
             export(accessor, put, extract, start=node, prefix=wanted.path, report=report, progress=notes)
         elif format is not None or extract.patterns:
@@ -195,6 +214,16 @@ def _found(accessor: ArchiveAccessor, manifest: Manifest, wanted: FilesWanted) -
             "'fleece ls' shows what there is",
         )  # fmt: skip
     return node
+
+
+def _refuse_unreadable(folder: Directory) -> None:
+    """Make sure that the folder that somebody wants can be read at all, before anything is made.
+
+    Raises:
+        FormatError: it is a volume without a file system, or the like.
+    """
+    if isinstance(folder, ImageFolder):
+        next(folder.stream(), None)
 
 
 def _restore_entry(
@@ -236,16 +265,27 @@ async def _run(
     patterns: Sequence[MatchPattern],
 ) -> FilesRestored:
     report = ExtractReport()
-    async with open_streams(reader, codec, manifest, wanted.name) as streams, open_nursery() as nursery:
-        total = None if patterns or wanted.path else _size(streams)
+    async with AsyncExitStack() as stack:
+        opened: Callable[[], ArchiveAccessor]
+        total = None
+        if wanted.is_image:
+            cache = await stack.enter_async_context(open_cache(CACHE_SIZE))
+            image = await stack.enter_async_context(
+                open_image_tree(reader, codec, manifest, wanted.name, cache, progress.warn)
+            )
+            opened = lambda: image  # noqa: E731
+        else:
+            streams = await stack.enter_async_context(open_streams(reader, codec, manifest, wanted.name))
+            total = None if patterns or wanted.path else _size(streams)
+            opened = lambda: ArchiveAccessor(  # noqa: E731
+                streams.archive, streams.payload, where=f"{manifest.snapshot}/{wanted.archive}"
+            )
+        nursery = await stack.enter_async_context(open_nursery())
         with progress.task(wanted.shown, total) as task:
             notes = _Notes(task, nursery)
 
             def restore() -> str:
-                accessor = ArchiveAccessor(
-                    streams.archive, streams.payload, where=f"{manifest.snapshot}/{wanted.name}.pxar"
-                )
-                return work(accessor, report, notes)
+                return work(opened(), report, notes)
 
             try:
                 target = await trio.to_thread.run_sync(restore)
@@ -255,7 +295,7 @@ async def _run(
             finally:
                 report.settle()
                 for warning in report.warnings:
-                    progress.warn(f"{wanted.name}.pxar: {warning}")
+                    progress.warn(f"{wanted.archive}: {warning}")
             task.update(note=f"{report.entries} entries")
             task.advance(report.size - task.done)
     return FilesRestored(wanted.shown, target, report)

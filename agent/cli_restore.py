@@ -58,6 +58,8 @@ fleece restore host/db1/latest root.pxar /tmp/some --pattern /etc --pattern '*.c
 fleece restore host/db1/latest root.pxar/etc/fstab -
 fleece restore host/db1/latest root.pxar/home - | tar -x -C /srv --xattrs --acls
 fleece restore host/db1/latest root.pxar/home - --format zip > home.zip
+fleece restore vm/100/latest drive-scsi0.img/part1/etc/fstab -
+fleece restore vm/100/latest drive-scsi0.img/vg0/home/alice /tmp/alice --pattern '*.pdf'
 fleece restore vm/100/2026-01-02T03:04:05Z --all /tmp/everything
 fleece restore vm/100/latest drive-scsi0.img new.raw --keyfile /etc/fleece/backup.key
 fleece restore vm/100/latest rsa-encrypted.key rsa-encrypted.key    for 'fleece key import-with-master-key'
@@ -92,7 +94,7 @@ def restore(
         str | None,
         typer.Argument(
             metavar="ARCHIVE",
-            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH for a part; client.log for the "
+            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH or disk.img/part1/PATH for a part; client.log for the "
             "log of the backup, index.json for the manifest.",
         ),
     ] = None,

@@ -415,6 +415,8 @@ def _entry(data: Any) -> Entry:
     numbers = (entry.mode, entry.uid, entry.gid, entry.size, entry.links, *entry.id)
     if any(not 0 <= number < 1 << 64 for number in numbers) or not -(1 << 95) < entry.mtime_ns < 1 << 95:
         raise FormatError("read", "entry", "numbers that no entry has")
+    if max(entry.uid, entry.gid) >> 32 or (entry.target is not None and b"\0" in entry.target):
+        raise FormatError("read", "entry", "an owner or a target that no entry has")
     return entry
 
 

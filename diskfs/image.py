@@ -21,6 +21,8 @@ _NOT_READ: Final = {
     "swap": "it is swap space",
     "LUKS": "it is encrypted (LUKS)",
     "BitLocker": "it is encrypted (BitLocker)",
+    "boot loader": "it holds a boot loader, no files",
+    "reserved": "it is reserved for Windows, and holds no files",
     "unknown": "nothing that is known is in it",
 }
 
@@ -82,8 +84,8 @@ class DiskImage:
     def _look(self) -> dict[bytes, _Part]:
         found: dict[bytes, _Part] = {}
         members: list[PhysicalVolume] = []
-        for name, label, blocks, problem in _parts_of(self._disks[self._number]):
-            kind, own_label = ("unknown", "") if problem else probe(blocks)
+        for name, label, use, blocks, problem in _parts_of(self._disks[self._number]):
+            kind, own_label = ("unknown", "") if problem else (use, "") if use else probe(blocks)
             if kind == LVM:
                 try:
                     member = read_pv(blocks)
@@ -120,7 +122,7 @@ class DiskImage:
             if disk.number == self._number:
                 continue
             try:
-                for _, _, blocks, problem in _parts_of(disk):
+                for _, _, _, blocks, problem in _parts_of(disk):
                     if not problem and probe(blocks)[0] == LVM:
                         yield read_pv(blocks)
             except DiskFsError:
@@ -144,25 +146,25 @@ class DiskImage:
             found[name] = _Part(Volume(name, opened.size, kind, label, _why_not(kind)), opened)
 
 
-def _parts_of(disk: Blocks) -> Iterator[tuple[bytes, str, Blocks, str]]:
-    """Name, label, bytes and problem of each partition, or of the whole disk if it has none.
+def _parts_of(disk: Blocks) -> Iterator[tuple[bytes, str, str, Blocks, str]]:
+    """Name, label, use, bytes and problem of each partition, or of the whole disk if it has none.
 
     Raises:
         DiskFsError: the table is damaged.
     """
     if probe(disk)[0] in ("fat", "ntfs"):
         # Their boot sectors look like a partition table.
-        yield RAW, "", disk, ""
+        yield RAW, "", "", disk, ""
         return
     table: Table | None = read_table(disk)
     if table is None:
-        yield RAW, "", disk, ""
+        yield RAW, "", "", disk, ""
         return
     for partition in table.partitions:
         blocks = Slice(disk, partition.offset, partition.size)
         outside = blocks.size <= 0
         problem = "it lies behind the end of the disk" if outside else ""
-        yield b"part%d" % partition.number, partition.name, blocks, problem
+        yield b"part%d" % partition.number, partition.name, partition.use, blocks, problem
 
 
 def _why_not(kind: str) -> str:

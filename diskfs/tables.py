@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from struct import Struct
 from typing import Final, NamedTuple
+from uuid import UUID
 
 from diskfs.blocks import Blocks
 from diskfs.errors import DiskFsError
@@ -48,6 +49,10 @@ _GPT_HEADER: Final = Struct(
     "I"    #  88  CRC-32 of the rows
 )  # fmt: skip
 _GPT_ROW: Final = Struct("<16s16sQQQ72s")  # type, GUID, first and last sector, attributes, name in UTF-16
+_USES: Final = {
+    UUID("21686148-6449-6e6f-744e-656564454649").bytes_le: "boot loader",
+    UUID("e3c9e316-0b5c-4db8-817d-f92df00215ae").bytes_le: "reserved",
+}
 #: Bytes of rows, at most: 128 rows of 128 bytes are usual.
 _MAX_ROWS: Final = 1 << 20
 
@@ -59,6 +64,7 @@ class Partition(NamedTuple):
     offset: int  #: bytes; may lie behind the end of the disk
     size: int  #: bytes
     name: str  #: of a GPT; else empty
+    use: str = ""  #: `boot loader` or `reserved`, if the table says that there is no file system
 
 
 class Table(NamedTuple):
@@ -163,5 +169,6 @@ def _gpt_at(disk: Blocks, sector: int, place: int) -> list[Partition] | None:
         kind, _, first, last, _, name = _GPT_ROW.unpack_from(rows, number * size)
         if any(kind) and last >= first:
             text = name.decode("utf-16-le", "replace").partition("\0")[0]
-            found.append(Partition(number + 1, first * sector, (last - first + 1) * sector, text))
+            use = _USES.get(kind, "")
+            found.append(Partition(number + 1, first * sector, (last - first + 1) * sector, text, use))
     return found

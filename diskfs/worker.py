@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final
 
-from diskfs.entries import MAX_NAME, Id, bytes_of, entry_to_json, text_of
+from diskfs.entries import MAX_NAME, Entry, Id, bytes_of, entry_to_json, text_of
 from diskfs.errors import DiskFsError, ImageLibraryError
 from diskfs.filesystem import MAX_ENTRIES, FileSystem
 from diskfs.frames import HEADER, PAGE_CONTENT, PAGE_ENTRIES, PAGE_RUNS, lengths, pack
@@ -146,10 +146,10 @@ class Server:
         id = (int(request["id"][0]), int(request["id"][1])) if "id" in request else system.root
         match request["op"]:
             case "entry":
-                return {"entry": entry_to_json(system.entry(id))}, b""
+                return {"entry": entry_to_json(_sound(system.entry(id)))}, b""
             case "lookup":
                 found = self._listing(name, system, id).find(bytes_of(request["name"]))
-                return {"entry": None if found is None else entry_to_json(system.entry(found))}, b""
+                return {"entry": None if found is None else entry_to_json(_sound(system.entry(found)))}, b""
             case "list":
                 return self._page(system, self._listing(name, system, id), int(request["start"])), b""
             case "runs":
@@ -180,12 +180,26 @@ class Server:
         stop = min(start + PAGE_ENTRIES, len(listing.names))
         for name, id in zip(listing.names[start:stop], listing.ids[start:stop], strict=True):
             try:
-                rows.append([text_of(name), entry_to_json(system.entry(id))])
+                rows.append([text_of(name), entry_to_json(_sound(system.entry(id)))])
             except (MemoryError, Failed):
                 raise
             except Exception as error:
                 rows.append([text_of(name), reason(error)])
         return {"rows": rows, "more": stop < len(listing.names), "dropped": listing.dropped}
+
+
+def _sound(entry: Entry) -> Entry:
+    """`entry`, if a symlink leads anywhere.
+
+    Raises:
+        DiskFsError: it does not.
+    """
+    if entry.target is None:
+        return entry
+    target = entry.target.partition(b"\0")[0]
+    if not target:
+        raise DiskFsError("read", "symlink", "it leads nowhere")
+    return entry._replace(target=target, size=len(target))
 
 
 class Channel:

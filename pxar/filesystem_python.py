@@ -265,7 +265,7 @@ def _describe(fd: int, status: os.stat_result, features: int, skip_e2big: bool) 
         if features & Features.XATTRS:
             warning, xattrs = _read_xattrs(fd, status, features, skip_e2big)
         fcaps = xattrs.pop(_FCAPS_NAME, None)
-        acl = _parse_acls(xattrs.pop(_ACCESS_NAME, None), xattrs.pop(_DEFAULT_NAME, None))
+        acl = parse_acls(xattrs.pop(_ACCESS_NAME, None), xattrs.pop(_DEFAULT_NAME, None))
         flags = _read_flags(fd, features)
         projid = _read_projid(fd) if features & Features.QUOTA_PROJID else 0
     except OSError as error:
@@ -312,7 +312,12 @@ def _is_stored(name: bytes, mode: int, features: int) -> bool:
     return len(name) <= _NAME_LIMIT and (name.startswith((b"user.", b"trusted.")) or name == b"security.NTACL")
 
 
-def _parse_acls(access: bytes | None, default: bytes | None) -> Acl:
+def parse_acls(access: bytes | None, default: bytes | None) -> Acl:
+    """The ACLs whose extended attributes have these values, None: there is none.
+
+    Raises:
+        OSError: EINVAL, these are none.
+    """
     users, groups, basic = _parse_acl(access)
     default_users, default_groups, default_basic = _parse_acl(default)
     return Acl(

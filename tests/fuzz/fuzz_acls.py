@@ -16,7 +16,7 @@ from struct import Struct
 from sysconfig import get_path
 from typing import Final
 
-from pxar.filesystem_python import _parse_acls
+from pxar.filesystem_python import parse_acls
 from pxar.metadata import Metadata, Stat, encode_metadata
 
 _SOURCE: Final = Path(__file__).with_name("acls.c")
@@ -69,7 +69,7 @@ def acl(random: Random) -> bytes:
 def expected(access: bytes, default: bytes) -> tuple[int, bytes]:
     """What the Python form makes of them: errno and nothing, or 0 and the items."""
     try:
-        parsed = _parse_acls(access, default)
+        parsed = parse_acls(access, default)
     except OSError as error:
         return error.errno or 0, b""
     return 0, encode_metadata(Metadata(Stat(0o040755), (), parsed))[_PLAIN:]
