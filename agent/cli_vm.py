@@ -45,6 +45,16 @@ IdOption = Annotated[
 AgentOption = Annotated[
     Path | None, typer.Option("--guest-agent", metavar="SOCKET", help="Socket of the guest agent, for a freeze.")
 ]
+FreezeMountOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--freeze-mount", metavar="PATH", help="Freeze only what is mounted there in the guest; may be repeated."
+    ),
+]
+PauseOption = Annotated[
+    Literal["never", "without-agent", "always"] | None,
+    typer.Option("--pause", help="Pause the guest for the instant: never, if it cannot be frozen, or always."),
+]
 ScratchOption = Annotated[
     Path | None,
     typer.Option("--scratch", metavar="FOLDER", help="Where QEMU keeps what the guest overwrites meanwhile."),
@@ -115,6 +125,8 @@ def backup(
     id: IdOption = None,
     guest_agent: AgentOption = None,
     no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze the guest's file systems.")] = False,
+    freeze_mount: FreezeMountOption = None,
+    pause: PauseOption = None,
     scratch: ScratchOption = None,
     bitmap: BitmapOption = None,
     flavour: FlavourOption = None,
@@ -154,6 +166,8 @@ def backup(
             no_freeze,
             libvirt,
             connect,
+            freeze_mount or (),
+            pause,
         ),
     )
     section = settings.section
@@ -299,12 +313,24 @@ def cleanup(
     guest_agent: AgentOption = None,
     scratch: ScratchOption = None,
     bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Also remove Fleece's dirty bitmaps.")] = False,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--bitmaps-older-than",
+            metavar="AGE",
+            help="Remove dirty bitmaps of backups older than that, 30d.",
+        ),
+    ] = None,
     libvirt: LibvirtOption = None,
     connect: ConnectOption = None,
 ) -> None:
     """Remove what a killed backup left in a VM and on this host. The next backup does the same by itself."""
+    import time
+
+    from agent.cli_verify import parse_duration
     from agent.vm_settings import VmOptions, resolve_vm
 
+    before = None if older_than is None else int(time.time() - parse_duration(older_than))
     # What the VM is called does not matter here: --qmp alone says which one.
     settings = resolve_vm(
         invocation.config,
@@ -332,7 +358,8 @@ def cleanup(
             run_dir=private_run_dir(),
             scratch=settings.scratch_folder,
             guest_agent=settings.guest_agent,
-            remove_bitmaps=bitmaps,
+            remove_bitmaps=bitmaps or before is not None,
+            before=None if bitmaps else before,
         )
 
     done = invocation.run(work, what="clean up", where=settings.label)

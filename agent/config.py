@@ -98,11 +98,14 @@ class VmSection(KeySettings):
     connect: str | None = None  #: which libvirt; None: that of the host for root, else the user's own
     guest_agent: AbsolutePath | None = None  #: socket of the guest agent
     freeze: bool = True  #: freeze the guest's file systems if there is an agent
+    freeze_mounts: list[str] = Field(default_factory=list)  #: only what is mounted there in the guest; empty: all
+    pause: Literal["never", "without-agent", "always"] = "never"  #: pause the guest for the instant
     scratch: AbsolutePath | None = None  #: folder of the fleecing images
     scratch_beside_disks: bool = False  #: allow a scratch folder on a file system that holds a disk of this VM
     bitmap: BitmapPolicy = "persistent"
     flavour: Literal["auto", "stock", "proxmox"] = "auto"  #: who makes the frozen view; auto: what QEMU offers
-    tpm_state: AbsolutePath | None = None  #: file or device with the state of its TPM, for the flavour proxmox
+    tpm_state: AbsolutePath | None = None  #: folder or file (flavour proxmox: file or device) with its TPM's state
+    efi_vars: AbsolutePath | None = None  #: image of its EFI variables, for when QEMU does not run
     include: list[str] = Field(default_factory=list)  #: disks to back up; empty: all
     exclude: list[str] = Field(default_factory=list)
     names: dict[str, str] = Field(default_factory=dict)  #: device, node or file name -> name of the disk

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from agent.libvirt_vm import LibvirtVm, check_idle, check_still_off
 from agent.libvirt_vm import beside as small_files
+from agent.libvirt_vm import check_idle, check_still_off
 from agent.places import private_run_dir, run_dir
 from agent.specifications import read_small_file
 from agent.vm_settings import VmSettings
-from core.errors import FleeceError, NotFoundError, UsageError
+from core.errors import FleeceError, NotFoundError, SourceError, UsageError
 from core.limits import in_io_thread
 from core.progress import Progress
 from datastore.codec import ChunkCodec
@@ -29,12 +29,15 @@ from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Finished, target_id
 from hypervisor.cmdline import COMMAND_LINE_NAME, command_line
 from hypervisor.discovery import Disk, capabilities, check_vm
 from hypervisor.efi import EFI_VARS_NAME, efi_vars
+from hypervisor.efi import MAX_SIZE as MAX_EFI_VARS
 from hypervisor.files import open_source
 from hypervisor.flavours import Flavour, FlavourName
 from hypervisor.leftovers import look_for_left
 from hypervisor.libvirt_host import domain_state
+from hypervisor.pause import Pause
 from hypervisor.qmp import Qmp, connect
 from hypervisor.stopped import StoppedDisk, held, stopped_disks
+from hypervisor.tpm import read_tpm_state
 from hypervisor.unix_socket import connect_unix
 from hypervisor.view import FrozenView
 from hypervisor.vm import DiskPreview, flavour_of, frozen_view, preview
@@ -211,7 +214,7 @@ async def _back_up_running(
     session = writer.session
     group = session.snapshot.group
     await check_idle(settings)
-    beside = _Beside(progress, settings.libvirt)
+    beside = _Beside(progress, settings)
     view = None
     finished = False
     if hooks is not None:
@@ -228,6 +231,8 @@ async def _back_up_running(
             disks=settings.selection,
             bitmap_mode=BitmapMode(settings.bitmap),
             guest_agent=settings.guest_agent,
+            mount_points=settings.freeze_mounts,
+            pause=Pause(settings.pause),
             flavour=wanted_flavour(settings),
             tpm_state=settings.section.tpm_state,
             on_flavour=beside.made_by,
@@ -255,17 +260,19 @@ async def _back_up_running(
 
 
 class _Beside:
-    """What goes along with the disks: EFI variables of the same instant, QEMU's command line, and of a domain of
-    libvirt its description and the state of its TPM."""
+    """What goes along with the disks: EFI variables and state of the TPM of the same instant, QEMU's command line, and
+    the description of a domain of libvirt."""
 
-    def __init__(self, progress: Progress, libvirt: LibvirtVm | None = None) -> None:
-        self._progress, self._libvirt = progress, libvirt
+    def __init__(self, progress: Progress, settings: VmSettings) -> None:
+        libvirt = settings.libvirt
+        self._progress, self._libvirt, self._tpm = progress, libvirt, settings.section.tpm_state
         self._flash = True
         self.blobs: list[tuple[str, bytes]] = [] if libvirt is None else libvirt.blobs()
 
     def made_by(self, flavour: FlavourName) -> None:
         """For Proxmox VE's QEMU the EFI variables are one of the disks."""
         self._flash = flavour is not FlavourName.PROXMOX
+        self._tpm = self._tpm if self._flash else None
         self._progress.log(f"the frozen view is made by the flavour {flavour.value}")
 
     async def read(self, qmp: Qmp) -> None:
@@ -277,14 +284,22 @@ class _Beside:
             except FleeceError as error:
                 self._progress.warn(f"without the EFI variables: {error}")
             try:
-                if self._libvirt is not None and (state := await in_io_thread(self._libvirt.read_tpm_state)):
-                    self.blobs.append(state)
+                await self._read_tpm(qmp)
             except FleeceError as error:
                 self._progress.warn(f"without the state of the TPM: {error}")
             if (line := await command_line(qmp.peer)) is not None:
                 self.blobs.append((COMMAND_LINE_NAME, line))
         if scope.cancelled_caught:
-            self._progress.warn("EFI variables or command line could not be read in time and are left out")
+            self._progress.warn("not all small files could be read in time, and are left out")
+
+    async def _read_tpm(self, qmp: Qmp) -> None:
+        if self._tpm is not None:
+            self.blobs += await in_io_thread(read_tpm_state, self._tpm)
+        elif self._libvirt is not None:
+            if state := await in_io_thread(self._libvirt.read_tpm_state):
+                self.blobs.append(state)
+        elif self._flash and "query-tpm" in qmp.commands and await qmp.execute("query-tpm"):
+            self._progress.log("the state of the TPM is left out: nothing says where it is (tpm-state)")
 
 
 async def _back_up_stopped(
@@ -303,6 +318,8 @@ async def _back_up_stopped(
         if settings.libvirt is not None:
             await check_still_off(settings.libvirt)
             files = [*await small_files(settings.libvirt), *files]
+        else:
+            files = [*await _of_stopped(settings), *files]
         for disk in disks:
             source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
             sources.append(source)
@@ -313,6 +330,23 @@ async def _back_up_stopped(
     for name, data in files:
         await writer.add_blob(name, data)
     await writer.finish(notes=notes)
+
+
+async def _of_stopped(settings: VmSettings) -> list[tuple[str, bytes]]:
+    """EFI variables and state of the TPM of a VM that does not run, where the configuration says where they are."""
+    files = []
+    if (path := settings.section.efi_vars) is not None:
+        (image,) = stopped_disks({"efivars": str(path)})
+        async with held([image]), open_source(image.path, image.name, format=image.format) as source:
+            if source.size > MAX_EFI_VARS:
+                raise SourceError("read the EFI variables in", str(path), f"a flash memory of {source.size} bytes")
+            await source.extents()
+            variables = bytearray(source.size)
+            await source.read_into(0, variables)
+        files.append((f"{EFI_VARS_NAME}.blob", bytes(variables)))
+    if (path := settings.section.tpm_state) is not None:
+        files += await in_io_thread(read_tpm_state, path)
+    return files
 
 
 def chosen_stopped_disks(settings: VmSettings) -> list[StoppedDisk]:

@@ -28,6 +28,8 @@ class VmSettings:
     qmp: Path | None
     domain: DomainAddress | None  #: where libvirt has the VM
     guest_agent: Path | str | None  #: socket, or the address of a domain
+    freeze_mounts: Sequence[str]  #: what of the guest is frozen, by its mount points; empty: all
+    pause: str  #: `never`, `without-agent` or `always`
     scratch_folder: Path
     bitmap: str  #: `persistent`, `transient` or `none`
     flavour: str  #: `stock`, `proxmox`, or `auto`: what its QEMU offers
@@ -92,6 +94,8 @@ class VmOptions:
     no_freeze: bool = False
     libvirt: str | None = None
     connect: str | None = None
+    freeze_mounts: Sequence[str] = ()
+    pause: str | None = None
 
 
 def resolve_vm(config: Config, options: VmOptions) -> VmSettings:
@@ -125,6 +129,8 @@ def resolve_vm(config: Config, options: VmOptions) -> VmSettings:
         qmp=None if domain is not None else options.qmp or section.qmp,
         domain=domain,
         guest_agent=agent if freeze else None,
+        freeze_mounts=options.freeze_mounts or section.freeze_mounts,
+        pause=options.pause or section.pause,
         scratch_folder=(options.scratch or section.scratch or config.scratch or scratch_dir()).absolute(),
         bitmap=options.bitmap or section.bitmap,
         flavour=options.flavour or section.flavour,

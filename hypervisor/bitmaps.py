@@ -10,7 +10,7 @@ Only bitmaps whose name is `fleece-<target>-<disk>-<id>` with the target of the 
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -25,6 +25,10 @@ from hypervisor.qmp import Qmp
 GRANULARITY: Final = 4 * 1024**2
 
 _NAME: Final = re.compile(r"fleece-(?P<target>[0-9a-f]{8})-(?P<disk>[0-9a-f]{8})-(?P<id>0|[1-9][0-9]{0,11})")
+
+
+#: Targets of which one disk has bitmaps; each costs the guest a little time for every write, and QEMU memory.
+MAX_TARGETS: Final = 16
 
 
 class BitmapMode(Enum):
@@ -267,6 +271,8 @@ class Situation:
     started: float | None  #: Unix seconds at which QEMU started, None if not known
     base_of: BaseOf
     finished: Finished
+    unsure: Mapping[str, str] = field(default_factory=dict)  #: nodes whose bitmaps do not tell all, and why
+    migrated: bool = False  #: this QEMU was started to take over a running VM
 
 
 async def choose(disk: Disk, situation: Situation) -> Choice:
@@ -309,6 +315,8 @@ def _missing(disk: Disk, base: BaseInfo, here: Sequence[Bitmap], situation: Situ
             return "the disk has a new top image since the previous backup (external snapshot)"
     # A backup time has whole seconds: within that second nobody knows which came first.
     if situation.started is not None and situation.started >= base.ctime + 1:
+        if situation.migrated:
+            return "VM migrated since the previous backup, without its dirty bitmaps"
         return "VM restarted since the previous backup"
     return "no dirty bitmap yet"
 
@@ -332,7 +340,13 @@ async def _unusable(disk: Disk, base: BaseInfo, mine: Sequence[Bitmap], situatio
     if disk.size != base.size:
         before, now = format_size(base.size), format_size(disk.size)
         return f"size changed from {before} to {now}" if before != now else f"size changed by {disk.size - base.size} B"
-    return ""
+    return situation.unsure.get(disk.node, "")
+
+
+def too_many(others: Sequence[Bitmap]) -> list[Bitmap]:
+    """Those bitmaps of other targets on one disk that must go for a new one to have room, the oldest ones."""
+    free = sorted((one for one in others if not one.busy), key=lambda one: one.name.id)
+    return free[: max(0, len({one.name.target for one in others}) + 1 - MAX_TARGETS)]
 
 
 # -- actions of a transaction -----------------------------------------------------------------------------------------

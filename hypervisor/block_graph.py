@@ -13,13 +13,13 @@ from hypervisor.disk_names import image_path
 from hypervisor.qmp import Qmp
 
 #: Nodes of ours: `fleece-`, the kind, and the number of the disk.
-_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcst])(?P<number>[0-9]{1,4})")
+_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcstk])(?P<number>[0-9]{1,4})")
 
 
 class OurNode(NamedTuple):
     """A block node that Fleece has added.
 
-    `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view, `t` state of a TPM.
+    `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view, `t` state of a TPM, `k` helper of a mark.
     """
 
     kind: str

@@ -52,6 +52,12 @@ async def command_line(peer: Peer) -> bytes | None:
     return (json.dumps(masked(arguments), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
+async def took_over(peer: Peer) -> bool:
+    """Whether `peer` was started to take over a VM that ran in another QEMU (`-incoming`); False if nobody can tell."""
+    raw = await in_io_thread(_read, peer)
+    return raw is not None and not {b"-incoming", b"--incoming"}.isdisjoint(raw.split(b"\0"))
+
+
 def _read(peer: Peer) -> bytes | None:
     try:
         with Path(f"/proc/{peer.pid}/cmdline").open("rb") as file:

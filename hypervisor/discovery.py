@@ -38,6 +38,23 @@ _REFUSED_STATES: Final = {
     "io-error": "it is paused after an I/O error",
 }
 
+#: States of a migration that is under way: QEMU would fail it at its end, when a backup runs.
+_MIGRATING: Final = frozenset(
+    {
+        "setup",
+        "cancelling",
+        "active",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover",
+        "postcopy-recover-setup",
+        "colo",
+        "pre-switchover",
+        "device",
+        "wait-unplug",
+    }
+)
+
 #: Commands of stock QEMU that a backup is made of.
 _NEEDED_COMMANDS: Final = (
     "block-dirty-bitmap-add",
@@ -233,7 +250,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     """Refuse where no backup of `disks` may start now.
 
     Raises:
-        VmStateError: the VM migrates or has stopped at an I/O error, a block job works on one of the disks, or the
+        VmStateError: the VM migrates, or has stopped at an I/O error, a block job works on one of the disks, or the
             disk is still switched to a node of ours.
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
@@ -241,6 +258,15 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     status = checked.field(checked.of_type(await qmp.execute("query-status"), dict, where), "status", str, where)
     if status in _REFUSED_STATES:
         raise VmStateError("back up the VM at", qmp.where, f"{_REFUSED_STATES[status]} (status {status})")
+    where = f"{qmp.where}, query-migrate"
+    migration = checked.of_type(await qmp.execute("query-migrate"), dict, where)
+    if (migrates := checked.optional(migration, "status", str, where) or "") in _MIGRATING:
+        raise VmStateError(
+            "back up the VM at",
+            qmp.where,
+            f"a migration of it is under way (status {migrates})",
+            "try again when it has ended",
+        )
     for disk in disks:
         if disk.node.startswith(OUR_PREFIX):
             raise VmStateError(

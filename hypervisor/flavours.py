@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from hypervisor.bitmaps import Bitmap, BitmapMode, BitmapName, Choice, Finished
 from hypervisor.block_graph import BlockNode
 from hypervisor.discovery import Capabilities, Disk, Survey, survey
+from hypervisor.pause import Pause
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import Scratch
 from hypervisor.state import Run
@@ -62,6 +63,15 @@ class DiskSelection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standstill:
+    """What of the guest stands still for the instant."""
+
+    agent: Path | str | None = None  #: the guest agent's socket, by which file systems are frozen; None: they are not
+    mount_points: Sequence[str] = ()  #: of the file systems that are frozen; empty: all
+    pause: Pause = Pause.NEVER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What a backup wants of a view; as the arguments of `vm.frozen_view`."""
 
@@ -70,7 +80,7 @@ class Order:
     new_id: int
     scratch: Scratch
     bitmap_mode: BitmapMode
-    guest_agent: Path | str | None
+    standstill: Standstill
     cbw_timeout_s: int
     at_instant: Callable[[Qmp], Awaitable[None]] | None
     on_step: Callable[[str], None]

@@ -27,11 +27,12 @@ from hypervisor.bitmaps import BitmapName, Choice
 from hypervisor.block_graph import block_nodes
 from hypervisor.discovery import Capabilities, Disk
 from hypervisor.errors import FleecingError, QmpCommandError, QmpConnectError, QmpError, QmpTimeoutError
-from hypervisor.flavours import Order
+from hypervisor.flavours import Order, Standstill
 from hypervisor.guest_agent import frozen
 from hypervisor.leftovers import HANGS, Undone, none_ours, remove_files
 from hypervisor.live_source import read_dirty_map
 from hypervisor.nbd_client import NbdAddress, NbdSourceError
+from hypervisor.pause import Pause, Paused, paused
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, hanging
 from hypervisor.state import DiskState, Run, RunState
@@ -114,7 +115,7 @@ class Fleecing(ABC):
     scratch: Scratch
     state: RunState
     disks: Sequence[FleecedDisk]
-    guest_agent: Path | str | None
+    standstill: Standstill
     cbw_timeout_s: int
     at_instant: Callable[[Qmp], Awaitable[None]] | None
     on_step: OnStep
@@ -205,8 +206,13 @@ class Fleecing(ABC):
     async def _set_instant(self, qmp: Qmp, switch: Callable[[], Awaitable[T]]) -> T:
         """Await `switch`, which puts the disks under their filters, while the guest's file systems stand still."""
         freeze = None
+        pause = Paused()
         try:
-            async with frozen(self.guest_agent) as freeze:
+            async with AsyncExitStack() as stack:
+                still = self.standstill
+                freeze = await stack.enter_async_context(frozen(still.agent, mount_points=still.mount_points))
+                if still.pause is Pause.ALWAYS or (still.pause is Pause.WITHOUT_AGENT and not freeze.holding):
+                    pause = await stack.enter_async_context(paused(qmp, self.qmp_path, self._note_pause))
                 answer = await switch()
                 freeze.serve()
                 self.instant = time.time()
@@ -215,8 +221,14 @@ class Fleecing(ABC):
                 return answer
         finally:
             if freeze is not None:
-                self.frozen_s = freeze.frozen_s
+                self.frozen_s = freeze.frozen_s or pause.seconds
                 self.warnings += freeze.warnings
+            if pause.seconds:
+                self.on_step(f"the guest was paused for {pause.seconds:.3f} s")
+
+    async def _note_pause(self, paused: bool) -> None:
+        self.state.paused = paused
+        await self.run.save(self.state)
 
     async def _start_server(self, qmp: Qmp) -> None:
         arguments = {"max-connections": 16 + 4 * len(self.disks)}
@@ -268,11 +280,13 @@ class Fleecing(ABC):
                 address = NbdAddress.unix(self.run.socket, f"map{disk.number}")
                 with self.telling_of_a_crash():
                     disk.changed = await read_dirty_map(address, name, disk.disk.size, disk.disk.device)
+        await self._until_no_export(qmp)  # the maps are the only ones so far
+
+    async def _until_no_export(self, qmp: Qmp) -> None:
         try:
-            # The maps are the only exports so far.
             await qmp.poll("query-block-exports", none_ours, timeout_s=_MAP_TIMEOUT_S)
         except QmpTimeoutError as error:
-            raise FleecingError("freeze the disks of", self.qmp_path, "QEMU does not let go of the maps") from error
+            raise FleecingError("freeze the disks of", self.qmp_path, "QEMU does not let go of its exports") from error
 
     async def _export(
         self, qmp: Qmp, disk: FleecedDisk, export: str, name: str, *, writable: bool, **more: object

@@ -2,7 +2,8 @@
 
 A script of its own with nothing but the standard library: it starts in 20 ms, detaches itself, outlives a killed
 parent, and its only state is the agent's socket. Started by `hypervisor.guest_agent` with the arguments `freeze` or
-`thaw`, the number of the socket's descriptor, and the seconds that the guest may stay frozen.
+`thaw`, the number of the socket's descriptor, the seconds that the guest may stay frozen, and mount points, if not all
+file systems are meant.
 docs/hypervisor.md, "Freezing the guest".
 
 It writes one JSON object per line: `{"event": "frozen", "file-systems": 2}`, then `{"event": "thawed", "frozen-s": 0.3,
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 #: Seconds for an agent to answer the first sync; where none runs in the guest, nothing ever answers.
@@ -65,7 +67,7 @@ class Agent:
         self._send(_sync(number), deadline)
         self._synced(number, deadline)
 
-    def execute(self, name: str, timeout_s: float) -> Any:
+    def execute(self, name: str, timeout_s: float, arguments: dict[str, Any] | None = None) -> Any:
         """What the agent returns.
 
         Raises:
@@ -73,7 +75,7 @@ class Agent:
             AgentError: nothing in time, or nonsense.
         """
         deadline = time.monotonic() + timeout_s
-        self._send(_command(name), deadline)
+        self._send(_command(name, arguments), deadline)
         return self._answer(deadline)
 
     def thaw(self, timeout_s: float) -> None:
@@ -161,7 +163,7 @@ def _sync(number: int) -> bytes:
     return b"\xff" + _command("guest-sync-delimited", {"id": number})
 
 
-def _command(name: str, arguments: dict[str, int] | None = None) -> bytes:
+def _command(name: str, arguments: dict[str, Any] | None = None) -> bytes:
     return json.dumps({"execute": name, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
 
 
@@ -209,7 +211,13 @@ def parent_lets_go(timeout_s: float) -> bool:
     return bool(select.select([0], [], [], max(0.0, timeout_s))[0])
 
 
-def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
+def _freeze(agent: Agent, mounts: Sequence[str], timeout_s: float) -> Any:
+    if not mounts:
+        return agent.execute("guest-fsfreeze-freeze", timeout_s)
+    return agent.execute("guest-fsfreeze-freeze-list", timeout_s, {"mountpoints": list(mounts)})
+
+
+def run(agent: Agent, *, freeze: bool, hold_s: float, mounts: Sequence[str] = ()) -> None:
     """The whole life of the child."""
     earlier: dict[str, object] = {}
     try:
@@ -229,7 +237,7 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
     failure: AgentError | None = None
     early = False
     try:
-        count = agent.execute("guest-fsfreeze-freeze", hold_s)
+        count = _freeze(agent, mounts, hold_s)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_FILE_SYSTEMS:
             raise AgentError("the agent's answer to the freeze is no number of file systems")
         tell("frozen", **{"file-systems": count}, **earlier)
@@ -251,7 +259,7 @@ def run(agent: Agent, *, freeze: bool, hold_s: float) -> None:
 
 def main() -> None:
     """Run as a script."""
-    mode, descriptor, hold_s = sys.argv[1:4]
+    mode, descriptor, hold_s, *mounts = sys.argv[1:]
     if os.fork():
         os._exit(0)  # who started us has nothing to wait for
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
@@ -259,7 +267,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as sock:
         sock.setblocking(False)
-        run(Agent(sock), freeze=mode == "freeze", hold_s=float(hold_s))
+        run(Agent(sock), freeze=mode == "freeze", hold_s=float(hold_s), mounts=mounts)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ _THAW_TIMEOUT_S: Final = 15.0
 class Freeze:
     """What became of a freeze; complete when the block of `frozen` has been left."""
 
+    holding: bool = False  #: the agent has said that the file systems are frozen
     served: float | None = None  #: `time.monotonic()` when `serve` was called
     file_systems: int = 0  #: frozen ones; 0 too if nothing was frozen
     frozen_s: float = 0.0  #: seconds from freeze sent to thaw answered; 0 if nothing was frozen
@@ -58,18 +59,24 @@ class Freeze:
 
 
 @asynccontextmanager
-async def frozen(socket_path: str | os.PathLike[str] | None, *, hold_s: float = HOLD_S) -> AsyncIterator[Freeze]:
+async def frozen(
+    socket_path: str | os.PathLike[str] | None, *, mount_points: Sequence[str] = (), hold_s: float = HOLD_S
+) -> AsyncIterator[Freeze]:
     """The guest's file systems are frozen while the block runs, at most `hold_s` seconds; without a path nothing is.
+
+    With `mount_points` only those that are mounted there, else all.
 
     Thawed when the block ends in whatever way, cancellation included, and if this process is killed. Never fails a
     backup: what goes wrong stands in `warnings`, some of it only after the block.
     """
     freeze = Freeze()
     async with AsyncExitStack() as stack:
-        child = None if socket_path is None else await _begin(stack, os.fspath(socket_path), hold_s, freeze)
+        child = None
+        if socket_path is not None:
+            child = await _begin(stack, os.fspath(socket_path), hold_s, freeze, mount_points=mount_points)
         try:
             if child is not None:
-                await _wait_frozen(child, freeze)
+                await _wait_frozen(child, freeze, len(mount_points))
             yield freeze
         finally:
             if child is not None:
@@ -120,11 +127,18 @@ class _Child:
 
 
 async def _begin(
-    stack: AsyncExitStack, path: str, hold_s: float, freeze: Freeze, *, mode: str = "freeze"
+    stack: AsyncExitStack,
+    path: str,
+    hold_s: float,
+    freeze: Freeze,
+    *,
+    mode: str = "freeze",
+    mount_points: Sequence[str] = (),
 ) -> _Child | None:
     if DomainAddress.parse(path) is not None:
         # libvirt's bindings are no part of the standard library, but nothing of the environment is needed either.
-        return await _start(stack, ["-I", "-m", "hypervisor.freeze_domain", mode, path, str(hold_s)], (), freeze)
+        arguments = ["-I", "-m", "hypervisor.freeze_domain", mode, path, str(hold_s), *mount_points]
+        return await _start(stack, arguments, (), freeze)
     try:
         with trio.fail_after(_CONNECT_TIMEOUT_S):
             sock = await connect_unix(path)
@@ -137,6 +151,7 @@ async def _begin(
     with sock:
         # -I -S: nothing of the environment and no site-packages, for a start within 20 ms.
         arguments = ["-I", "-S", str(Path(freeze_child.__file__)), mode, str(sock.fileno()), str(hold_s)]
+        arguments += mount_points
         return await _start(stack, arguments, [sock.fileno()], freeze)
 
 
@@ -169,7 +184,7 @@ async def _start(
     return child
 
 
-async def _wait_frozen(child: _Child, freeze: Freeze) -> None:
+async def _wait_frozen(child: _Child, freeze: Freeze, chosen: int) -> None:
     with trio.move_on_after(_FREEZE_TIMEOUT_S):
         event = await child.event()
         if event.get("was-frozen"):
@@ -177,6 +192,11 @@ async def _wait_frozen(child: _Child, freeze: Freeze) -> None:
         match event.get("event"):
             case "frozen":
                 freeze.file_systems = event["file-systems"]
+                freeze.holding = True
+                if freeze.file_systems < chosen:
+                    freeze.warnings.append(
+                        f"the guest agent has frozen {freeze.file_systems} of the {chosen} mount points that are chosen"
+                    )
                 return
             case "stuck":
                 freeze.warnings.append(_stuck(event))

@@ -14,7 +14,7 @@ import trio
 
 from core.errors import os_reason
 from core.limits import in_io_thread
-from hypervisor import access
+from hypervisor import access, checked
 from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
 from hypervisor.qmp import Qmp
@@ -26,6 +26,8 @@ EXPORTS_TIMEOUT_S: Final = 30.0
 #: Seconds a killed run's fleecing image may hang before clean-up gives up.
 HANGING_TIMEOUT_S: Final = 30.0
 HANGS: Final = "the scratch folder hangs, and so would the guest if its filters were removed now"
+#: A bitmap that stands, while a backup runs, on disks that get none: see `stock.py`.
+GUARD: Final = "fleece-guard"
 #: Seconds for an unplugged device to go.
 _UNPLUG_TIMEOUT_S: Final = 5.0
 
@@ -82,6 +84,7 @@ async def undo(
     below = await _free_guest(qmp, undone)
     await _set_devices_back(qmp, undone, below)
     await _remove_nodes(qmp, undone, below)
+    await _remove_guards(qmp, undone)
     return undone
 
 
@@ -209,6 +212,13 @@ async def _remove_nodes(qmp: Qmp, undone: Undone, below: Mapping[str, str]) -> N
         undone.actions.append("removed the block nodes")
 
 
+async def _remove_guards(qmp: Qmp, undone: Undone) -> None:
+    for node in (await block_nodes(qmp)).values():
+        if any(bitmap.get("name") == GUARD for bitmap in node.bitmaps):
+            removal = qmp.execute("block-dirty-bitmap-remove", {"node": node.name, "name": GUARD})
+            await undone.attempt(f"remove the bitmap {GUARD} on {node.name}", removal)
+
+
 async def _refused(command: Awaitable[object]) -> str:
     try:
         await command
@@ -280,10 +290,22 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
     state = await run.load()
     if await hanging([Path(disk.image) for disk in state.disks] if state is not None else (), HANGING_TIMEOUT_S):
         return Undone(problems=[HANGS], images=False)
+    resumed = state is not None and state.paused and await _resume(qmp)
     undone = await undo(qmp, server=state is not None and state.nbd_server)
+    if resumed:
+        undone.actions.insert(0, "let the guest go on that was paused")
     if undone.images:
         await remove_files(run, state, scratch, undone)
     return undone
+
+
+async def _resume(qmp: Qmp) -> bool:
+    """Let a guest go on that a killed run has paused, if the child that should have done it has not."""
+    where = f"{qmp.where}, query-status"
+    status = checked.field(checked.of_type(await qmp.execute("query-status"), dict, where), "status", str, where)
+    if status == "paused":
+        await qmp.execute("cont")
+    return status == "paused"
 
 
 async def remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:

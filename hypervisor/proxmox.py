@@ -322,7 +322,7 @@ class Proxmox:
             scratch=order.scratch,
             state=run_state(order, disks),
             disks=disks,
-            guest_agent=order.guest_agent,
+            standstill=order.standstill,
             cbw_timeout_s=order.cbw_timeout_s,
             at_instant=order.at_instant,
             on_step=order.on_step,

@@ -55,6 +55,7 @@ class RunState:
     id: int  #: backup time of the new snapshot
     agent: int  #: process id of the run
     nbd_server: bool = False  #: the run starts (or has started) the NBD server
+    paused: bool = False  #: the run stops (or has stopped) the guest, which is to go on
     disks: list[DiskState] = field(default_factory=list)
 
     @classmethod
@@ -75,6 +76,7 @@ class RunState:
             id=checked.field(value, "id", int, where),
             agent=checked.field(value, "agent", int, where),
             nbd_server=checked.field(value, "nbd_server", bool, where),
+            paused=bool(checked.optional(value, "paused", bool, where)),
             disks=[
                 DiskState(
                     number=checked.field(disk, "number", int, where),

@@ -8,7 +8,7 @@ steps, their order and the reasons: docs/hypervisor.md, "A backup step by step".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisor import bitmaps
@@ -18,9 +18,11 @@ from hypervisor.discovery import Capabilities, Disk, Survey
 from hypervisor.errors import FleecingError, QmpCommandError
 from hypervisor.flavours import DiskSelection, FlavourName, Order, Settled
 from hypervisor.fleecing import DirtyMap, FleecedDisk, Fleecing, run_state
-from hypervisor.leftovers import Undone, remove_files, undo
+from hypervisor.leftovers import GUARD, Undone, remove_files, undo
+from hypervisor.nbd_address import NbdAddress
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import image_name
+from hypervisor.size_marks import Marked, add_marks, remove_helpers, remove_marks, unsure
 from hypervisor.state import Run
 
 
@@ -58,6 +60,7 @@ class StockFleecing(Fleecing):
                 await qmp.execute("blockdev-add", {"driver": "snapshot-access", "node-name": disk.view, **below})
             await self._step("start the NBD server", nbd_server=True)
             await self._start_server(qmp)
+            await self._mark_sizes(qmp)
             await self._read_maps(
                 qmp,
                 (
@@ -77,6 +80,12 @@ class StockFleecing(Fleecing):
     async def _add_bitmaps(self, qmp: Qmp) -> None:
         for disk in self.disks:
             self.warnings += await bitmaps.remove(qmp, disk.choice.remove)
+        # A mark may only be as old as the bitmap beside it.
+        begun = [disk.disk.node for disk in self.disks if disk.choice.bitmap is None]
+        self.warnings += await remove_marks(qmp, self.state.target, begun)
+        await self._make_room(qmp)
+        # QEMU loads no internal snapshot into a disk that has a bitmap: it would do that past the filter.
+        await qmp.transaction([_guard(disk.disk.node) for disk in self.disks if disk.new is None])
         new = [(disk, disk.new) for disk in self.disks if disk.new is not None]
         try:
             await qmp.transaction([bitmaps.add(disk.disk.node, name, persistent=disk.persistent) for disk, name in new])
@@ -85,6 +94,37 @@ class StockFleecing(Fleecing):
                 raise
             self.warnings.append(f"the dirty bitmaps will not outlive the VM's QEMU: {error.desc}")
             await qmp.transaction([bitmaps.add(disk.disk.node, name, persistent=False) for disk, name in new])
+
+    async def _make_room(self, qmp: Qmp) -> None:
+        """Remove the bitmaps of targets that were not backed up to for longest, where a disk has too many."""
+        nodes = await block_nodes(qmp)
+        for disk in self.disks:
+            others = [one for one in our_bitmaps([nodes[disk.disk.node]], None) if one.name.target != self.state.target]
+            for old in bitmaps.too_many(others):
+                self.warnings += await bitmaps.remove(qmp, [old])
+                self.warnings += await remove_marks(qmp, old.name.target, [old.node])
+                self.warnings.append(
+                    f"the dirty bitmap {old.name} of another target was removed from {disk.disk.device}, which had "
+                    f"{bitmaps.MAX_TARGETS} already: the next backup to that target reads everything"
+                )
+
+    async def _mark_sizes(self, qmp: Qmp) -> None:
+        """Mark the sizes of the disks whose bitmaps begin now, so that it is seen if one becomes smaller meanwhile."""
+        target = self.state.target
+        begun = [disk for disk in self.disks if disk.choice.bitmap is None and disk.new is not None]
+        if not begun:
+            return
+        await self._step("mark the sizes of the disks")
+        nodes = await block_nodes(qmp)
+        # One that could not be removed may be used again some time, and this mark would not be its own.
+        alone = [
+            Marked(disk.number, disk.disk.device, disk.disk.node, disk.disk.size, disk.persistent)
+            for disk in begun
+            if all(bitmap.name == disk.new for bitmap in our_bitmaps([nodes[disk.disk.node]], target))
+        ]
+        self.warnings += await add_marks(qmp, target, alone, partial(NbdAddress.unix, self.run.socket))
+        await self._until_no_export(qmp)
+        await remove_helpers(qmp, alone)
 
     async def _add_filter(self, qmp: Qmp, disk: FleecedDisk) -> None:
         await qmp.execute(
@@ -105,11 +145,19 @@ class StockFleecing(Fleecing):
         undone.problems += result.problems
         undone.kept += result.kept
         # The bitmaps are of the disks' own nodes: what is left in the way above them does not matter here.
-        names = [(disk.disk.node, disk.choice.bitmap, disk.new) for disk in self.disks if disk.new is not None]
         self.on_step("hand the bitmaps over")
+        names = [(disk.disk.node, disk.choice.bitmap, disk.new) for disk in self.disks if disk.new is not None]
         self.warnings += await bitmaps.hand_over(qmp, names, success=success)
+        if not success:
+            begun = [disk.disk.node for disk in self.disks if disk.choice.bitmap is None]
+            self.warnings += await remove_marks(qmp, self.state.target, begun)
         if result.images:
             await remove_files(self.run, self.state, self.scratch.folder, undone)
+
+
+def _guard(node: str) -> Mapping[str, object]:
+    data = {"node": node, "name": GUARD, "granularity": bitmaps.GRANULARITY, "disabled": True, "persistent": False}
+    return {"type": "block-dirty-bitmap-add", "data": data}
 
 
 def _image(number: int, filename: str) -> Mapping[str, object]:
@@ -139,12 +187,15 @@ class Stock:
 
     async def as_settled(self, nodes: Iterable[BlockNode], target: str, finished: Finished) -> Settled:
         """The bitmaps as `settle` would leave them."""
-        return await _as_settled(our_bitmaps(nodes, target), finished)
+        nodes = list(nodes)
+        settled = await _as_settled(our_bitmaps(nodes, target), finished)
+        return replace(settled, unsure=unsure(nodes, target))
 
     async def settle(self, qmp: Qmp, target: str, finished: Finished) -> Settled:
         """Finish what an interrupted backup to `target` has left; nodes and exports must be cleaned up before."""
         lost = await bitmaps.settle_interrupted(qmp, target, finished)
-        return Settled(our_bitmaps((await block_nodes(qmp)).values(), target), lost)
+        nodes = (await block_nodes(qmp)).values()
+        return Settled(our_bitmaps(nodes, target), lost, unsure(nodes, target))
 
     def bitmap_name(self, name: BitmapName) -> str:
         """Its own."""
@@ -168,7 +219,7 @@ class Stock:
             scratch=order.scratch,
             state=run_state(order, disks),
             disks=disks,
-            guest_agent=order.guest_agent,
+            standstill=order.standstill,
             cbw_timeout_s=order.cbw_timeout_s,
             at_instant=order.at_instant,
             on_step=order.on_step,

@@ -18,17 +18,20 @@ from core.nursery import open_nursery
 from hypervisor import access, bitmaps
 from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Choice, Finished, Situation, choose, our_bitmaps, target_id
 from hypervisor.block_graph import block_nodes, released
+from hypervisor.cmdline import took_over
 from hypervisor.discovery import OUR_PREFIX, Disk, capabilities, check_vm
 from hypervisor.errors import FleecingError, VmStateError, VmUnsupportedError
-from hypervisor.flavours import DiskSelection, Flavour, FlavourName, Order
+from hypervisor.flavours import DiskSelection, Flavour, FlavourName, Order, Standstill
 from hypervisor.fleecing import Fleecing
 from hypervisor.guest_agent import thaw_leftover
 from hypervisor.leftovers import Undone, clean_killed
 from hypervisor.live_source import LiveSource
 from hypervisor.nbd_client import open_nbd
+from hypervisor.pause import Pause
 from hypervisor.proxmox import Proxmox
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, remove_stale
+from hypervisor.size_marks import remove_marks
 from hypervisor.state import Run, clean_dead, exclusive, started
 from hypervisor.stock import Stock
 from hypervisor.vhost_user import Shared, VhostUserError, VhostUserPool, open_vhost_user
@@ -67,6 +70,8 @@ async def frozen_view(
     disks: DiskSelection | None = None,
     bitmap_mode: BitmapMode = BitmapMode.PERSISTENT,
     guest_agent: Path | str | None = None,
+    mount_points: Sequence[str] = (),
+    pause: Pause = Pause.NEVER,
     cbw_timeout_s: int = 45,
     flavour: FlavourName | None = None,
     tpm_state: Path | None = None,
@@ -94,6 +99,8 @@ async def frozen_view(
         disks: which disks; None: all.
         bitmap_mode: whether dirty bitmaps are kept, and where.
         guest_agent: socket of the guest agent, for freezing the file systems at the instant.
+        mount_points: of the file systems that are frozen; empty: all.
+        pause: whether the guest is paused for the instant.
         cbw_timeout_s: seconds a guest write may wait for the fleecing image before the view is given up.
         flavour: STOCK or PROXMOX; None: what this QEMU offers.
         tpm_state: file or device with the state of the VM's TPM; used by the flavour PROXMOX.
@@ -136,6 +143,8 @@ async def frozen_view(
                 started=started(qmp.peer),
                 base_of=base_of,
                 finished=finished,
+                unsure=settled.unsure,
+                migrated=await took_over(qmp.peer),
             )
             chosen = [(disk, await choose(disk, situation)) for disk in found.disks]
             order = Order(
@@ -144,7 +153,7 @@ async def frozen_view(
                 new_id=new_id,
                 scratch=scratch,
                 bitmap_mode=bitmap_mode,
-                guest_agent=guest_agent,
+                standstill=Standstill(agent=guest_agent, mount_points=mount_points, pause=pause),
                 cbw_timeout_s=cbw_timeout_s,
                 at_instant=at_instant,
                 on_step=on_step,
@@ -299,6 +308,8 @@ async def preview(
         started=started(qmp.peer),
         base_of=base_of,
         finished=finished,
+        unsure=settled.unsure,
+        migrated=await took_over(qmp.peer),
     )
     result = []
     for disk in disks:
@@ -333,11 +344,12 @@ async def cleanup(
     guest_agent: Path | str | None = None,
     remove_bitmaps: bool = False,
     target: str | None = None,
+    before: int | None = None,
 ) -> list[str]:
     """Remove what killed runs have left in a VM and on this host; returns what was done, in words.
 
     With `remove_bitmaps` the dirty bitmaps go too, of `target` or (None) of all targets: the next backup reads
-    everything.
+    everything. With `before` (Unix seconds) only those that count from an earlier backup.
 
     Raises:
         VmStateError: a backup of this VM runs, or something cannot be removed.
@@ -350,16 +362,28 @@ async def cleanup(
                 done += await _clean(qmp, run, scratch)
                 if guest_agent is not None:
                     done += await thaw_leftover(guest_agent)
-                if remove_bitmaps:
+                if remove_bitmaps and before is not None:
+                    done += await _remove_older(qmp, target, before)
+                elif remove_bitmaps:
                     found = our_bitmaps((await block_nodes(qmp)).values(), target)
                     problems = await bitmaps.remove(qmp, found)
                     removed = len(found) - len(problems) + await access.forget(qmp, target)
                     done += [f"removed {removed} dirty bitmaps"] if removed or found else []
-                    done += problems
+                    done += [*problems, *await remove_marks(qmp, target)]
     except FleeceError as error:
         for line in done:
             error.add_note(line)
         raise
+    return done
+
+
+async def _remove_older(qmp: Qmp, target: str | None, before: int) -> list[str]:
+    """The bitmaps of targets that nobody backs up to any more."""
+    done = []
+    for old in our_bitmaps((await block_nodes(qmp)).values(), target):
+        if old.name.id < before:
+            problems = await bitmaps.remove(qmp, [old]) or await remove_marks(qmp, old.name.target, [old.node])
+            done += problems or [f"removed the dirty bitmap {old.name} on {old.node}"]
     return done
 
 

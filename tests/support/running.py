@@ -195,11 +195,15 @@ class RunningProcess:
         listed = await self.execute("query-named-block-nodes", {"flat": True})
         return {node["node-name"] for node in listed if not node["node-name"].startswith("#")}
 
-    async def bitmaps(self, node: str) -> list[dict[str, Any]]:
-        """The dirty bitmaps of a node, as QEMU lists them."""
+    async def bitmaps(self, node: str, *, marks: bool = False) -> list[dict[str, Any]]:
+        """The dirty bitmaps of a node, as QEMU lists them; without Fleece's marks of sizes unless they are wanted."""
         for listed in await self.execute("query-named-block-nodes", {"flat": True}):
             if listed["node-name"] == node:
-                return list(listed.get("dirty-bitmaps", ()))
+                return [
+                    bitmap
+                    for bitmap in listed.get("dirty-bitmaps", ())
+                    if marks or not str(bitmap.get("name")).startswith("fleece-size-")
+                ]
         raise KeyError(node)
 
     async def exports(self) -> list[dict[str, Any]]:
