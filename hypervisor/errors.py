@@ -16,6 +16,7 @@
     │   └── SnapshotBrokenError     the frozen view broke while it was read; the guest is fine
     ├── NbdDeviceError              no block device /dev/nbdX, or file, can be made of an export, or taken away again
     ├── NbdServerError              a disk cannot be served over NBD
+    ├── BootTrialError              a machine cannot be started to see whether it lives
     ├── LibvirtError                libvirt cannot be reached, or refuses
     └── BusyError
         ├── VmStateError            not now: the VM migrates, has an I/O error, a block job runs, ...
@@ -89,3 +90,7 @@ class NbdServerError(FleeceError):
 
 class LibvirtError(FleeceError):
     """libvirt cannot be reached, or refuses what is asked of it."""
+
+
+class BootTrialError(FleeceError):
+    """A machine cannot be started to see whether it comes to life; that it does not is no error."""
