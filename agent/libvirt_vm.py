@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from core.errors import SourceError, os_reason
 from core.limits import in_io_thread
 from hypervisor.domain_address import DomainAddress
 from hypervisor.domain_xml import (
@@ -21,18 +20,15 @@ from hypervisor.domain_xml import (
     parse_domain,
     without_secrets,
 )
-from hypervisor.efi import EFI_VARS_NAME
-from hypervisor.efi import MAX_SIZE as MAX_EFI_VARS
 from hypervisor.errors import VmStateError, VmUnsupportedError
 from hypervisor.libvirt_host import check_no_job, domain_state, volume_path
 
 if TYPE_CHECKING:
+    from agent.config import VmSection
     from agent.vm_settings import VmSettings
 
 #: Where swtpm keeps the state of a domain's TPM, below the folder of its UUID, by the TPM's version.
-_TPM_FILES: Final = {"2.0": "tpm2/tpm2-00.permall", "1.2": "tpm1.2/tpm-00.permall"}
-#: Bytes; a TPM keeps some ten KiB.
-_MAX_TPM_STATE: Final = 4 * 1024 * 1024
+TPM_FILES: Final = {"2.0": "tpm2/tpm2-00.permall", "1.2": "tpm1.2/tpm-00.permall"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +50,13 @@ class LibvirtVm:
         return found
 
     def tpm_state(self) -> Path | None:
-        """The file with the state of the domain's TPM; None if it has none that libvirt emulates."""
+        """The folder or file with the state of the domain's TPM; None if it has none that libvirt emulates."""
         tpm = self.now.tpm
-        file = None if tpm is None else _TPM_FILES.get(tpm.version)
-        if tpm is None or file is None:
+        if tpm is None or tpm.version not in TPM_FILES:
             return None
         if tpm.source is not None:
-            given = Path(tpm.source)
-            return given / Path(file).name if given.is_dir() else given
-        return tpm_folder(self.address.uri) / self.now.uuid / file
-
-    def read_tpm_state(self) -> tuple[str, bytes] | None:
-        """Name and content of the blob with the TPM's state; None without a TPM. Blocks.
-
-        Raises:
-            SourceError: it cannot be read.
-        """
-        path = self.tpm_state()
-        if path is None:
-            return None
-        # swtpm writes a new file and renames it: whichever is read is whole.
-        return f"{path.name}.blob", _read(path, _MAX_TPM_STATE, "the state of the TPM")
-
-    def read_efi_vars(self) -> tuple[str, bytes] | None:
-        """Name and content of the blob with the EFI variables of a domain that does not run. Blocks.
-
-        Raises:
-            SourceError: they cannot be read.
-        """
-        if self.now.nvram is None:
-            return None
-        path = Path(self.now.nvram)
-        if not path.exists():
-            return None  # libvirt makes it at the first start
-        return f"{EFI_VARS_NAME}.blob", _read(path, MAX_EFI_VARS, "the EFI variables")
+            return Path(tpm.source)
+        return (tpm_folder(self.address.uri) / self.now.uuid / TPM_FILES[tpm.version]).parent
 
 
 def tpm_folder(uri: str) -> Path:
@@ -95,17 +64,6 @@ def tpm_folder(uri: str) -> Path:
     if "/session" not in uri:
         return Path("/var/lib/libvirt/swtpm")
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt/qemu/swtpm"
-
-
-def _read(path: Path, limit: int, what: str) -> bytes:
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise SourceError(f"read {what} in", str(path), os_reason(error)) from error
-    if len(content) > limit:
-        raise SourceError(f"read {what} in", str(path), f"more than {limit} bytes")
-    return content
 
 
 async def look_up(settings: "VmSettings", address: DomainAddress) -> "VmSettings":
@@ -123,12 +81,13 @@ async def look_up(settings: "VmSettings", address: DomainAddress) -> "VmSettings
     names = {disk: name for disk in now.disks if (name := _named(disk, given)) is not None}
     include = [*(_devices(settings.include, now.disks, vm.active, given))]
     exclude = [*(_devices(settings.exclude, now.disks, vm.active, given))]
+    section = await in_io_thread(_with_places, settings.section, vm)
     agent = settings.guest_agent if now.has_agent or settings.guest_agent != str(address) else None
     settings = replace(settings, libvirt=vm, include=include, exclude=exclude, guest_agent=agent)
     if vm.active:
         by_id = {disk.alias or disk.target: name for disk, name in names.items()}
         shared = {disk.alias or disk.target for disk in now.disks if disk.shareable and not disk.read_only}
-        section = settings.section.model_copy(update={"names": {**given, **by_id}})
+        section = section.model_copy(update={"names": {**given, **by_id}})
         return replace(settings, section=section, shared=frozenset(shared))
     paths, formats = {}, {}
     for disk, name in names.items():
@@ -136,8 +95,19 @@ async def look_up(settings: "VmSettings", address: DomainAddress) -> "VmSettings
             if include and not any(fnmatchcase(name, pattern) for pattern in include):
                 continue
             paths[name], formats[name] = await _path_of(disk, address)
-    section = settings.section.model_copy(update={"disks": paths})
+    section = section.model_copy(update={"disks": paths})
     return replace(settings, section=section, formats=formats)
+
+
+def _with_places(section: "VmSection", vm: LibvirtVm) -> "VmSection":
+    """`section` with where EFI variables and TPM state are, unless it says so itself. libvirt makes them at a start."""
+    tpm, nvram = vm.tpm_state(), vm.now.nvram
+    found = {
+        "tpm_state": tpm if tpm is not None and tpm.exists() else None,
+        "efi_vars": Path(nvram) if nvram is not None and Path(nvram).exists() else None,
+    }
+    given = {name for name in found if getattr(section, name) is not None}
+    return section.model_copy(update={name: path for name, path in found.items() if name not in given})
 
 
 async def check_idle(settings: "VmSettings") -> None:
@@ -198,17 +168,3 @@ def _only_running(disk: DomainDisk, why: str) -> VmUnsupportedError:
     return VmUnsupportedError(
         "back up disk", disk.target, f"{why}, and the domain does not run", "exclude it, or start the domain"
     )
-
-
-async def beside(vm: LibvirtVm) -> list[tuple[str, bytes]]:
-    """The small files of a domain that does not run; see `LibvirtVm`.
-
-    Raises:
-        FormatError, SourceError: one cannot be read.
-    """
-
-    def read() -> list[tuple[str, bytes]]:
-        found = [vm.read_efi_vars(), vm.read_tpm_state()]
-        return [*vm.blobs(), *(one for one in found if one is not None)]
-
-    return await in_io_thread(read)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from agent.libvirt_vm import beside as small_files
 from agent.libvirt_vm import check_idle, check_still_off
 from agent.places import private_run_dir, run_dir
 from agent.specifications import read_small_file
@@ -265,7 +264,7 @@ class _Beside:
 
     def __init__(self, progress: Progress, settings: VmSettings) -> None:
         libvirt = settings.libvirt
-        self._progress, self._libvirt, self._tpm = progress, libvirt, settings.section.tpm_state
+        self._progress, self._tpm = progress, settings.section.tpm_state
         self._flash = True
         self.blobs: list[tuple[str, bytes]] = [] if libvirt is None else libvirt.blobs()
 
@@ -295,9 +294,6 @@ class _Beside:
     async def _read_tpm(self, qmp: Qmp) -> None:
         if self._tpm is not None:
             self.blobs += await in_io_thread(read_tpm_state, self._tpm)
-        elif self._libvirt is not None:
-            if state := await in_io_thread(self._libvirt.read_tpm_state):
-                self.blobs.append(state)
         elif self._flash and "query-tpm" in qmp.commands and await qmp.execute("query-tpm"):
             self._progress.log("the state of the TPM is left out: nothing says where it is (tpm-state)")
 
@@ -317,9 +313,8 @@ async def _back_up_stopped(
         await stack.enter_async_context(held(disks))
         if settings.libvirt is not None:
             await check_still_off(settings.libvirt)
-            files = [*await small_files(settings.libvirt), *files]
-        else:
-            files = [*await _of_stopped(settings), *files]
+            files = [*settings.libvirt.blobs(), *files]
+        files = [*await _of_stopped(settings), *files]
         for disk in disks:
             source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
             sources.append(source)

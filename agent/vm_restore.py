@@ -96,6 +96,8 @@ class RestoredVm:
 #: Makes what starts the restored machine, and adds to `definitions` a document with `type` and what belongs to it, and
 #: `line`, the same for people. Called last, when all disks and files are in place; what it raises fails the restore.
 Definer: TypeAlias = Callable[[RestoredVm, Progress], Awaitable[None]]
+#: Refuses a restore, before anything is written, of which a `Definer` knows that it could not be finished.
+Check: TypeAlias = Callable[[OpenSnapshot, "Sequence[PlannedDisk]"], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ class RestoreOrder:
     exclude: Sequence[str] = ()
     name: str | None = None  #: of the machine; None: as its backups are called
     force: bool = False  #: replace what is there
+    checks: Sequence[Check] = ()
     definers: Sequence[Definer] = ()
     #: Files that `definers` will write: looked at beforehand, and out of the way before the first disk is replaced.
     writes: Sequence[Path] = ()
@@ -268,13 +271,15 @@ async def restore_vm(opened: OpenSnapshot, order: RestoreOrder, progress: Progre
     Raises:
         TargetError, DiskInUseError: a target is too small, in use, there already, or cannot be written.
         NotFoundError, UsageError, KeyNeededError: as `plan_disks`.
-        FleeceError: the snapshot cannot be read, or what starts the machine cannot be made.
+        FleeceError: the snapshot cannot be read, what starts the machine cannot be made, or one of `order.checks`.
 
     Failed or cancelled before all disks are there, it leaves what was there, but for block devices and NBD exports,
     which hold a part of the image then.
     """
     planned = plan_disks(opened, order)
     files = small_files(opened)
+    for check in order.checks:
+        await check(opened, planned)
     folder = order.folder.absolute()
     made = await in_io_thread(make_folder, folder)
     try:

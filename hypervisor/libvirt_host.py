@@ -356,3 +356,73 @@ def _is_of(arguments: list[bytes], state: DomainState) -> bool:
     return (b"-uuid", state.uuid.encode()) in pairs and any(
         option == b"-name" and (value == name or value.startswith(name + b",")) for option, value in pairs
     )
+
+
+# -- defining ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What libvirt knows of the domain that is to be defined."""
+
+    taken: DomainState | None  #: the domain that has the name
+    uuid_taken_by: str | None  #: name of the domain that has the UUID
+    saved: bool  #: the domain of that name has a managed save: memory that belongs to its disks as they are
+    users: Mapping[str, str]  #: names of domains by the paths of disks that they have
+
+
+async def look_around(uri: str, name: str, uuid: str) -> Known:
+    """What stands in the way of a domain of that name and UUID (may be empty).
+
+    Raises:
+        LibvirtError: libvirt cannot be asked.
+    """
+    from hypervisor.domain_xml import parse_domain
+
+    def work(host: Libvirt) -> Known:
+        taken, saved, by_uuid = None, False, None
+        users: dict[str, str] = {}
+        for domain in host.connection.listAllDomains():
+            try:
+                state = host.state_of(domain)
+                if state.name == name:
+                    taken, saved = state, bool(domain.hasManagedSaveImage(0))
+            except host.lib.libvirtError as error:
+                if error.get_error_code() == host.lib.VIR_ERR_NO_DOMAIN:
+                    continue  # a transient one that has ended meanwhile
+                raise
+            if uuid and state.uuid == uuid:
+                by_uuid = state.name
+            for disk in parse_domain(state.live_xml or state.xml, f"libvirt's description of {state.name}").disks:
+                if disk.kind in ("file", "block"):
+                    users.setdefault(os.path.realpath(disk.source), state.name)
+        return Known(taken, by_uuid, saved, users)
+
+    async with connected(uri) as host:
+        return await host.call("look at the domains of", uri, work, host)
+
+
+async def define(uri: str, xml: str, name: str, *, start: bool) -> None:
+    """Define the domain, instead of one of that name that does not run, and start it.
+
+    Raises:
+        LibvirtError: libvirt refuses; with `start` the domain may be defined all the same, as the message says.
+    """
+    where = str(DomainAddress(uri, name))
+
+    def forget(host: Libvirt) -> None:
+        """What libvirt keeps of the former disks: memory that belongs to them, and names of bitmaps in them."""
+        try:
+            domain = host.connection.lookupByName(name)
+        except host.lib.libvirtError:
+            return
+        if domain.hasManagedSaveImage(0):
+            domain.managedSaveRemove(0)
+        for checkpoint in domain.listAllCheckpoints(0):
+            checkpoint.delete(host.lib.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+    async with connected(uri) as host:
+        await host.call("replace the domain", where, forget, host)
+        domain = await host.call("define the domain", where, host.connection.defineXML, xml)
+        if start:
+            await host.call("start the domain, which is defined,", where, domain.create)
