@@ -92,6 +92,7 @@ class Disk:
     `inconsistent`, which is False where QEMU leaves it out."""
     backend: str = ""  #: name of the `-drive`, else empty
     aliases: frozenset[str] = field(default=frozenset(), repr=False)  #: what the configuration may call it
+    active: bool = True  #: False after a migration until the VM goes on: the disk is still the former host's
     written_past: str = ""  #: why dirty bitmaps cannot tell what changed, in words; mostly empty
 
 
@@ -268,6 +269,13 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
             "try again when it has ended",
         )
     for disk in disks:
+        if not disk.active:
+            raise VmStateError(
+                "back up disk",
+                disk.device,
+                "the VM has migrated here and not gone on yet, so that its QEMU may not use the disk",
+                "'cont' over QMP lets it go on",
+            )
         if disk.node.startswith(OUR_PREFIX):
             raise VmStateError(
                 "back up disk",
@@ -402,6 +410,7 @@ class _BlockDevice:
             bitmaps=tuple(_bitmaps(inserted, self.where)),
             backend=self.backend,
             aliases=aliases,
+            active=checked.optional(inserted, "active", bool, self.where) is not False,
         )
 
 

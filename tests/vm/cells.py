@@ -88,9 +88,9 @@ class Cell:
         return VmDisk(path, name, format=self.format, **{"bus": "virtio-scsi", **options})
 
     @asynccontextmanager
-    async def vm(self, *disks: VmDisk, extra: Sequence[str] = ()) -> AsyncIterator[RunningQemu]:
+    async def vm(self, *disks: VmDisk, extra: Sequence[str] = (), memory_mib: int = 64) -> AsyncIterator[RunningQemu]:
         """A QEMU with `disks`, without a guest."""
-        async with RunningQemu.start(self.qemu, disks, memory_mib=64, extra=extra) as vm:
+        async with RunningQemu.start(self.qemu, disks, memory_mib=memory_mib, extra=extra) as vm:
             yield vm
 
     async def write(self, vm: RunningQemu, disk: str, pattern: int, offset: int, length: int = MIB) -> None:
