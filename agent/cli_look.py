@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.invocation import Invocation, command
-from core.errors import FleeceError, TargetError, UsageError
+from core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -144,6 +144,9 @@ def find(
     versions: Annotated[
         bool, typer.Option("--versions", help="Each path once, with its versions and the snapshots that have them.")
     ] = False,
+    index: Annotated[
+        bool, typer.Option("--index/--no-index", help="Use the index, and with --all-snapshots keep it up; else not.")
+    ] = True,
 ) -> None:
     """Find files by name in file archives: kind, size, time and path of each.
 
@@ -151,14 +154,17 @@ def find(
     '/etc/hosts' only in the root of an archive. No contents are read: of split archives the metadata, of others the
     catalog, which knows sizes and times of files only. Symlinks are not followed.
 
+    With --all-snapshots this host keeps an index, so that only new snapshots are read: the first time takes as long as
+    to read all of them. The answer is the same with and without it. 'fleece index' makes and removes it.
+
     Finding nothing is no failure: the exit code is 0. Of several snapshots those that cannot be read (encrypted with
     another key, damaged) are left out with a warning, and the exit code is 3.
     """
-    from agent.archive_listing import Found, VersionsOf, find_in, versions_document, versions_lines
+    from agent.archive_listing import Found, VersionsOf, versions_document, versions_lines
     from agent.documents import in_namespace
+    from agent.finding import Query, find_in_selection
     from agent.listing_output import listing
-    from agent.snapshot_archives import open_snapshot, select_snapshots
-    from datastore.names import strip_archive_type
+    from agent.snapshot_archives import select_snapshots
     from pxar.patterns import MatchPattern
     from repository.archive import open_cache
     from repository.stored_bytes import CACHE_SIZE
@@ -178,7 +184,7 @@ def find(
     # Who looks into many snapshots is not asked for the passphrase of a key that none of them may need.
     codec = invocation.reading_key().codec() if snapshots else invocation.codec()
     gathered = VersionsOf()
-    stem = strip_archive_type(archive or "").removesuffix(".pxar")
+    query = Query(parsed, letters, archive)
 
     def line(one: Found) -> str:
         return f"{in_namespace(one.snapshot)}  {one.line}"
@@ -187,25 +193,14 @@ def find(
         return {"ns": str(one.snapshot.group.ns), "snapshot": str(one.snapshot), **one.fields}
 
     def run(add: "Callable[[Found], None]") -> None:
-        async def search(opened: "OpenSnapshot", exact: bool) -> None:
-            only = None if archive is None else opened.file_archive(archive) if exact else f"{stem}.pxar"
-            for name in opened.file_archives:
-                if only in (None, name):
-                    await find_in(opened, name, parsed, letters, add)
-
         async def work(progress: "Progress") -> None:
             async with invocation.repository() as repository, open_cache(CACHE_SIZE) as cache:
-                selected = await select_snapshots(
+                selection = await select_snapshots(
                     repository, snapshots or [], ns, everything=all_snapshots, recursive=recursive
                 )
-                for one, exact in selected.items():
-                    try:
-                        async with open_snapshot(repository, one, codec, cache, progress) as opened:
-                            await search(opened, exact)
-                    except FleeceError as error:
-                        if exact or isinstance(error, TargetError):
-                            raise
-                        progress.warn(f"{in_namespace(one)} was left out: {error}")
+                await find_in_selection(
+                    repository, selection, query, codec, cache, progress, add, index=index, recursive=recursive
+                )
 
         invocation.run(work, what="find", where=pattern)
 

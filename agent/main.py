@@ -18,6 +18,7 @@ from agent import (
     cli_datastore,
     cli_gc,
     cli_host,
+    cli_index,
     cli_job,
     cli_key,
     cli_log,
@@ -93,6 +94,7 @@ def build() -> typer.Typer:
     cli_notes.add_to(application)
     cli_restore.add_to(application)
     cli_look.add_to(application)
+    cli_index.add_to(application)
     cli_mount.add_to(application)
     cli_nbd.add_to(application)
     cli_serve_nbd.add_to(application)

@@ -20,7 +20,7 @@ from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CATALOG_NAME, MASTER_KEY_NAME, Namespace, Snapshot, strip_archive_type
 from pxar.accessor import ArchiveAccessor
 from repository.archive import ChunkCache, open_archive_reader
-from repository.interface import Reader, Repository
+from repository.interface import Reader, Repository, SnapshotInfo
 from repository.locate import check_index, load_readable, signature_doubt
 from repository.stored_bytes import StoredBytes, archive_stream_names
 
@@ -195,10 +195,24 @@ def _is_encrypted(manifest: Manifest) -> bool:
     return any(file.crypt_mode is CryptMode.ENCRYPT for file in manifest.files)
 
 
+class Selected(NamedTuple):
+    """A snapshot that is meant."""
+
+    named: bool  #: it was named itself
+    info: SnapshotInfo | None  #: as it is listed, if it was
+
+
+class Selection(NamedTuple):
+    """The snapshots that are meant, each once, in the order in which they are looked into."""
+
+    snapshots: dict[Snapshot, Selected]
+    namespaces: list[Namespace]  #: of which it has every snapshot
+
+
 async def select_snapshots(
     repository: Repository, named: Sequence[str], ns: Namespace, *, everything: bool, recursive: bool
-) -> dict[Snapshot, bool]:
-    """The snapshots that `named` means, each once; true for those that are named themselves.
+) -> Selection:
+    """The snapshots that `named` means.
 
     Args:
         repository: where they lie.
@@ -211,26 +225,28 @@ async def select_snapshots(
         UsageError: neither a snapshot nor a group.
         SnapshotNotFoundError: there is none.
     """
-    selected: dict[Snapshot, bool] = {}
+    selected: dict[Snapshot, Selected] = {}
     for text in named:
         one = parse_selection(text, ns)
         if isinstance(one, str):
-            selected[await find_snapshot(repository, one, ns)] = True
+            snapshot = await find_snapshot(repository, one, ns)
+            selected[snapshot] = Selected(True, selected[snapshot].info if snapshot in selected else None)
         elif one is not None:
             infos = await repository.snapshots(ns, one)
             if not infos:
                 raise SnapshotNotFoundError("look into", text, "the group has no finished snapshot")
             for info in infos:
-                selected.setdefault(info.snapshot, False)
+                selected.setdefault(info.snapshot, Selected(False, info))
     if named:
-        return selected
-    for namespace in await repository.namespaces(ns) if recursive else [ns]:
+        return Selection(selected, [])
+    namespaces = await repository.namespaces(ns) if recursive else [ns]
+    for namespace in namespaces:
         if everything:
-            selected |= dict.fromkeys((info.snapshot for info in await repository.snapshots(namespace)), False)
+            selected |= {info.snapshot: Selected(False, info) for info in await repository.snapshots(namespace)}
         else:
             newest = [group.latest for group in await repository.groups(namespace)]
-            selected |= dict.fromkeys((snapshot for snapshot in newest if snapshot is not None), False)
-    return selected
+            selected |= dict.fromkeys((one for one in newest if one is not None), Selected(False, None))
+    return Selection(selected, namespaces if everything else [])
 
 
 async def in_walk(work: Callable[[], T]) -> T:

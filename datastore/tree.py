@@ -45,6 +45,7 @@ class FileEntry:
     filename: str
     size: int | None
     crypt_mode: CryptMode | None
+    csum: bytes | None = None  #: as the manifest has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +247,7 @@ class StoreTree:
                 manifest = None
         listed = {} if manifest is None else {file.filename: file for file in manifest.files}
         # PBS's order: what the manifest lists, the manifest, then what is there besides.
-        files = [FileEntry(file.filename, file.size, file.crypt_mode) for file in listed.values()]
+        files = [FileEntry(file.filename, file.size, file.crypt_mode, file.csum) for file in listed.values()]
         if MANIFEST_NAME in names:
             signed = manifest is not None and manifest.signature is not None
             size = len(raw) or None

@@ -58,6 +58,13 @@ _NAME_STAR: Final = _Star(deep=False)
 _DEEP_STAR: Final = _Star(deep=True)
 
 
+class LastName(NamedTuple):
+    """What a pattern asks of the last name of a path."""
+
+    parts: tuple[frozenset[int] | None, ...]  #: one byte of the set each; None: any number of bytes
+    whole: bool  #: False: of the name's end
+
+
 @dataclass(frozen=True, slots=True)
 class MatchPattern:
     """One pattern."""
@@ -68,6 +75,7 @@ class MatchPattern:
     bang_class: bool  #: a class begins with `!`, which is a member of it and does not negate, as PBS has it
     regex: bytes | None  #: what matches the same paths as a whole; None where that could take long
     _matches: Callable[[bytes], object] = field(repr=False, compare=False)
+    _tokens: tuple[_Token, ...] = field(repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: bytes, *, anchor: bytes = b"") -> Self:
@@ -88,11 +96,30 @@ class MatchPattern:
         matches: Callable[[bytes], object] = (
             re.compile(regex, re.DOTALL).fullmatch if regex is not None else _Places(tokens).match
         )
-        return cls(plain, inverted, stripped != body, reader.bang_class, regex, matches)
+        return cls(plain, inverted, stripped != body, reader.bang_class, regex, matches, tuple(tokens))
 
     def matches(self, path: bytes, is_dir: bool | None) -> bool:
         """Whether it matches `path`; `is_dir` None: of unknown type, which patterns for directories do not match."""
         return (not self.directory_only or bool(is_dir)) and bool(self._matches(path))
+
+    @property
+    def last_name(self) -> LastName | None:
+        """What the last name of every path must look like that it matches; None if it may be any (`a/**`)."""
+        if self._tokens[-1] == _DEEP_STAR:
+            return None
+        parts: list[frozenset[int] | None] = []
+        whole = True
+        for token in reversed(self._tokens):
+            if isinstance(token, _Star):
+                if token.deep:
+                    break  # it ends where a name begins
+                parts.append(None)
+            elif _SLASH not in token:
+                parts.append(token)
+            else:
+                whole = token == _ONLY_SLASH
+                break
+        return LastName(tuple(reversed(parts)), whole)
 
     def line(self) -> bytes:
         """How archives store it, with a newline at the end."""

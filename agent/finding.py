@@ -1,0 +1,103 @@
+"""What `fleece find` does: looking for names in many snapshots, in the index or in the archives themselves."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from agent.archive_listing import Found, find_in
+from agent.documents import in_namespace
+from agent.find_index.answering import Answers, answers
+from agent.snapshot_archives import Selected, Selection, open_snapshot
+from core.errors import FleeceError, TargetError
+from core.progress import Progress
+from datastore.codec import ChunkCodec
+from datastore.names import Snapshot, strip_archive_type
+from pxar.patterns import MatchPattern
+from repository.archive import ChunkCache
+from repository.interface import Repository
+
+
+class Query(NamedTuple):
+    """What is looked for."""
+
+    pattern: MatchPattern
+    letters: frozenset[str]  #: kinds, as in catalogs
+    archive: str | None  #: only in archives that a person calls so
+
+    @property
+    def archive_name(self) -> str | None:
+        """The archive's name, `root.pxar`, where a snapshot without it is nothing wrong."""
+        if self.archive is None:
+            return None
+        return f"{strip_archive_type(self.archive).removesuffix('.pxar')}.pxar"
+
+
+async def find_in_selection(
+    repository: Repository, selection: Selection, query: Query, codec: ChunkCodec, cache: ChunkCache,
+    progress: Progress, add: Callable[[Found], None], *, index: bool, recursive: bool,
+) -> None:  # fmt: skip
+    """Pass what `query` finds in the snapshots of `selection` to `add`, snapshot by snapshot.
+
+    A snapshot that cannot be read is left out with a warning, unless it was named.
+
+    Args:
+        repository: where they lie.
+        selection: which snapshots.
+        query: what is looked for.
+        codec: with the key at hand.
+        cache: for what is read.
+        progress: gets the warnings.
+        add: called by one thread at a time, never by the event loop's.
+        index: use the index; if the selection is whole namespaces, bring it up to date before.
+        recursive: the selection's first namespace stands for those below it, too.
+
+    Raises:
+        FleeceError: a snapshot that was named cannot be read.
+        TargetError: what is found cannot be written.
+    """
+    if not index:
+        await _find(repository, selection, Answers(), query, codec, cache, progress, add)
+        return
+    infos = {snapshot: one.info for snapshot, one in selection.snapshots.items()}
+    async with answers(
+        repository, infos, query.pattern, query.letters, codec, cache, progress,
+        namespaces=selection.namespaces or None, recursive=recursive,
+    ) as known:  # fmt: skip
+        await _find(repository, selection, known, query, codec, cache, progress, add)
+
+
+async def _find(
+    repository: Repository, selection: Selection, known: Answers, query: Query, codec: ChunkCodec, cache: ChunkCache,
+    progress: Progress, add: Callable[[Found], None],
+) -> None:  # fmt: skip
+    for snapshot, one in selection.snapshots.items():
+        try:
+            if not await _answered(known, snapshot, one, query, progress, add):
+                async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
+                    only = query.archive_name
+                    if query.archive is not None and one.named:
+                        only = opened.file_archive(query.archive)
+                    for name in opened.file_archives:
+                        if only in (None, name):
+                            await find_in(opened, name, query.pattern, query.letters, add)
+        except FleeceError as error:
+            if one.named or isinstance(error, TargetError):
+                raise
+            progress.warn(f"{in_namespace(snapshot)} was left out: {error}")
+
+
+async def _answered(
+    known: Answers, snapshot: Snapshot, one: Selected, query: Query, progress: Progress, add: Callable[[Found], None]
+) -> bool:
+    """Whether the index had the answer, which `add` got then."""
+    parts = known.parts.get(snapshot)
+    if parts is None:
+        return False
+    only = query.archive_name
+    if one.named and only is not None:
+        return False  # it may be missing, which is an error then, or be called by another of its names
+    for warning in known.notes.get(snapshot, ()):
+        progress.warn(warning)
+    for name, state in parts:
+        if only in (None, name):
+            await known.found(snapshot, name, state, add)
+    return True
