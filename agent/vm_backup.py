@@ -47,6 +47,8 @@ from repository.report import BackupReport
 if TYPE_CHECKING:
     from repository.planning import DiskPlan
 
+#: Why the disks of a VM that is off are read in full.
+NOT_RUNNING: Final = "the VM does not run"
 #: Seconds for what is read while the guest stands still, beside the disks.
 _INSTANT_TIMEOUT_S: Final = 5.0
 #: Seconds to find out whether somebody listens. A full queue of clients takes longer, and answers that too.
@@ -316,7 +318,8 @@ async def _back_up_stopped(
             files = [*settings.libvirt.blobs(), *files]
         files = [*await _of_stopped(settings), *files]
         for disk in disks:
-            source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
+            opened = open_source(disk.path, disk.name, format=disk.format, reason=NOT_RUNNING)
+            source = await stack.enter_async_context(opened)
             sources.append(source)
         await writer.add_disks(sources, bwlimit=bwlimit)
     for source in sources:
@@ -450,6 +453,7 @@ async def plan_vm(
         disks = chosen_stopped_disks(settings)
         await stack.enter_async_context(held(disks))
         sources = [
-            await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format)) for disk in disks
+            await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format, reason=NOT_RUNNING))
+            for disk in disks
         ]
         return await plan_disks(repository, group, sources, codec)

@@ -154,13 +154,19 @@ class NbdSource:
 
 @asynccontextmanager
 async def open_source(
-    spec: str, name: str, *, format: str | None = None, force: bool = False, timeout_s: float = TIMEOUT_S
+    spec: str,
+    name: str,
+    *,
+    format: str | None = None,
+    force: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    reason: str | None = None,
 ) -> AsyncIterator[FileSource | NbdSource]:
     """The disk that `spec` names, as archive `name`: an image file, a block device, or an NBD URI.
 
     A file is qcow2 if `format` says so, or without one if its name ends in `.qcow2`; anything else is raw. An image
     that a VM uses is refused unless `force` is given; while the source is open no VM can start on it. The source's
-    `warnings` are complete when the block has ended.
+    `warnings` are complete when the block has ended. `reason` is why all is read; None: what kind of source it is.
 
     Raises:
         SourceError: not there, empty, no disk, or unreadable.
@@ -171,9 +177,11 @@ async def open_source(
         source: FileSource | NbdSource
         if is_nbd_uri(spec):
             address = NbdAddress.parse(spec)
-            source = await _open_nbd(stack, address, name, "an NBD export has no dirty bitmap of ours", timeout_s)
+            source = await _open_nbd(
+                stack, address, name, reason or "an NBD export has no dirty bitmap of ours", timeout_s
+            )
         elif image_format(Path(spec), format) == "raw":
-            source = await stack.enter_async_context(_open_raw(Path(spec), name, force=force))
+            source = await stack.enter_async_context(_open_raw(Path(spec), name, force=force, reason=reason))
         else:
             path = Path(spec)
             fd = await in_io_thread(_open, path)
@@ -184,7 +192,7 @@ async def open_source(
                 os.close(fd)
             server = serve_image(path, "qcow2", shared=force, fault=SourceError)
             address = await stack.enter_async_context(server)
-            source = await _open_nbd(stack, address, name, "a file has no dirty bitmap", timeout_s)
+            source = await _open_nbd(stack, address, name, reason or "a file has no dirty bitmap", timeout_s)
             source.warnings += warnings
         yield source
 
@@ -195,10 +203,10 @@ async def _open_nbd(stack: AsyncExitStack, address: NbdAddress, name: str, reaso
 
 
 @asynccontextmanager
-async def _open_raw(path: Path, name: str, *, force: bool) -> AsyncIterator[FileSource]:
+async def _open_raw(path: Path, name: str, *, force: bool, reason: str | None) -> AsyncIterator[FileSource]:
     fd = await in_io_thread(_open, path)
     try:
-        source, before = await in_io_thread(_examine, fd, path, name, force)
+        source, before = await in_io_thread(_examine, fd, path, name, force, reason)
         yield source
         after = os.fstat(fd)
         if before is not None and after.st_mtime_ns != before.st_mtime_ns:
@@ -215,7 +223,9 @@ def _open(path: Path) -> int:
         raise open_error(error, "read", str(path), SourceError) from error
 
 
-def _examine(fd: int, path: Path, name: str, force: bool) -> tuple[FileSource, os.stat_result | None]:
+def _examine(
+    fd: int, path: Path, name: str, force: bool, reason: str | None
+) -> tuple[FileSource, os.stat_result | None]:
     """The source, and the state of the file to compare with at the end (None for a device)."""
     status = os.fstat(fd)
     is_device = check_kind(status.st_mode, "read", str(path), SourceError)
@@ -231,8 +241,8 @@ def _examine(fd: int, path: Path, name: str, force: bool) -> tuple[FileSource, o
     if is_device:
         # What the cache has may be older than what another host of a shared disk has written.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    reason = "a block device has no dirty bitmap" if is_device else "a file has no dirty bitmap"
-    source = FileSource(fd, path, name, size, reason)
+    kind = "a block device has no dirty bitmap" if is_device else "a file has no dirty bitmap"
+    source = FileSource(fd, path, name, size, reason or kind)
     source.warnings += _mount_warnings(fd, path)
     start = bytearray(min(MAGIC_SIZE, size))
     source._read(0, memoryview(start))

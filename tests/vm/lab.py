@@ -147,6 +147,7 @@ class Lab:
     folder: Path
     fleece: FleeceCommand
     nothing_left: NothingLeft
+    more: dict[str, str] = field(default_factory=dict)  #: further lines of the sections, by the VM's id
     _ids: set[str] = field(default_factory=set)
 
     def raw(self, name: str, size: int) -> Path:
@@ -179,7 +180,9 @@ class Lab:
         if id not in self._ids:
             self._ids.add(id)
             # The scratch folder may be on the file system of the disks: both lie in memory.
-            sections = [f"[vm.{known}]\nscratch-beside-disks = true\n" for known in sorted(self._ids)]
+            sections = [
+                f"[vm.{known}]\nscratch-beside-disks = true\n{self.more.get(known, '')}" for known in sorted(self._ids)
+            ]
             self.fleece.config.write_text(f'scratch = "{self.nothing_left.scratch}"\n' + "".join(sections))
         return "--qmp", str(vm.qmp), "--id", id
 
