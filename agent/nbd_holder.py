@@ -76,7 +76,7 @@ async def hold(
         FleeceError: something could not be set up, or not be undone.
     """
     ended: list[str] = []
-    with _heard() as signals:
+    with heard() as signals:
         async with open_nursery() as nursery:
             with trio.CancelScope() as scope:
 
@@ -98,8 +98,8 @@ async def hold(
 
 
 @contextmanager
-def _heard() -> Iterator[AsyncIterator[int]]:
-    """The signals that end it."""
+def heard() -> Iterator[AsyncIterator[int]]:
+    """The signals that end what goes on in the background."""
     # nohup and background shells ignore a signal on purpose.
     with trio.open_signal_receiver(*(one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN)) as heard:
         yield heard

@@ -1,9 +1,11 @@
 """A whole VM out of a snapshot: to files and devices, and what is refused before a byte is written."""
 
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import trio
 
 from agent.snapshot_archives import OpenSnapshot, open_snapshot
 from agent.vm_restore import RestoredVm, RestoreOrder, parse_targets, restore_vm
+from agent.vm_script import ScriptOptions, script_writes, write_script
 from core.errors import FormatError, NotFoundError, TargetError, UsageError
+from core.nursery import open_nursery
 from core.progress import Progress
 from datastore.codec import ChunkCodec
 from datastore.names import Group
+from hypervisor.discovery import list_disks
 from hypervisor.errors import DiskInUseError
+from hypervisor.qmp import connect
 from repository.archive import open_cache
 from repository.interface import FIXED_CHUNK_SIZE
 from repository.local import open_local
@@ -24,17 +30,23 @@ from tests.support.loop_devices import loop_device
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 from tests.support.snapshots import write_snapshot
+from tests.support.waiting import until
 
 from .conftest import Fleece
 
 CHUNK = FIXED_CHUNK_SIZE
 DISK0 = os.urandom(CHUNK) + bytes(CHUNK) + os.urandom(8192)
 DISK1 = os.urandom(5 * 512)
+COMMAND = [
+    *("qemu-system-x86_64", "-m", "64", "-nodefaults", "-device", "virtio-scsi-pci,id=bus"),
+    *("-drive", "if=none,id=a,file=/old/a.raw", "-device", "scsi-hd,bus=bus.0,drive=a,id=scsi0"),
+    *("-drive", "if=none,id=b,file=/old/b.raw", "-device", "scsi-hd,bus=bus.0,drive=b,id=scsi1"),
+]
 FILES = {
     "drive-scsi0.img.fidx": DISK0,
     "drive-scsi1.img.fidx": DISK1,
-    "qemu-command.json.blob": b'["qemu-system-x86_64", "-m", "64"]\n',
-    "efivars.fd.blob": b"variables",
+    "qemu-command.json.blob": json.dumps(COMMAND).encode(),
+    "notes.conf.blob": b"variables",
 }
 
 
@@ -84,17 +96,17 @@ async def test_disks_and_small_files_come_into_a_new_folder(store_folder: Path, 
     folder = tmpfs / "new" / "web"
     vm = await restored(store_folder, folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "drive-scsi0.raw", "drive-scsi1.raw", "efivars.fd", "qemu-command.json",
+        "drive-scsi0.raw", "drive-scsi1.raw", "notes.conf", "qemu-command.json",
     ]  # fmt: skip
     assert (folder / "drive-scsi0.raw").read_bytes() == DISK0
     assert (folder / "drive-scsi1.raw").read_bytes() == DISK1
-    assert (folder / "efivars.fd").read_bytes() == b"variables"
+    assert (folder / "notes.conf").read_bytes() == b"variables"
     assert (vm.name, vm.folder, vm.left_out) == ("web", folder, [])
     assert [(disk.archive, disk.device, disk.target, disk.format, disk.size, disk.kind) for disk in vm.disks] == [
         ("drive-scsi0.img", "scsi0", str(folder / "drive-scsi0.raw"), "raw", len(DISK0), "file"),
         ("drive-scsi1.img", "scsi1", str(folder / "drive-scsi1.raw"), "raw", len(DISK1), "file"),
     ]
-    assert vm.files == {name: folder / name for name in ("qemu-command.json", "efivars.fd")}
+    assert vm.files == {name: folder / name for name in ("qemu-command.json", "notes.conf")}
 
 
 async def test_every_disk_can_have_a_place_and_format_of_its_own(
@@ -199,17 +211,17 @@ async def test_files_that_are_there_need_force_and_stay_until_the_new_ones_are_w
     with pytest.raises(TargetError, match="the file exists with 3 bytes"):
         await restored(store_folder, tmpfs)
     disk.rename(tmpfs / "aside")
-    (tmpfs / "efivars.fd").write_bytes(b"old")
-    with pytest.raises(TargetError, match=r"efivars\.fd: the file has content"):
+    (tmpfs / "notes.conf").write_bytes(b"old")
+    with pytest.raises(TargetError, match=r"notes\.conf: the file has content"):
         await restored(store_folder, tmpfs)
-    assert sorted(path.name for path in tmpfs.iterdir()) == ["aside", "efivars.fd"]
+    assert sorted(path.name for path in tmpfs.iterdir()) == ["aside", "notes.conf"]
     (tmpfs / "aside").rename(disk)
     script = tmpfs / "start.sh"
     script.write_text("start the old disks")
     await restored(store_folder, tmpfs, force=True, writes=[script])
     assert disk.read_bytes() == DISK0
     assert disk.stat().st_mode & 0o777 == 0o640
-    assert (tmpfs / "efivars.fd").read_bytes() == b"variables"
+    assert (tmpfs / "notes.conf").read_bytes() == b"variables"
     assert not script.exists()  # nobody has written the new one
 
 
@@ -252,7 +264,7 @@ async def test_who_defines_the_machine_comes_last_and_sees_everything(store_fold
 
     async def define(vm: RestoredVm, progress: Progress) -> None:
         seen.append([Path(disk.target).stat().st_size for disk in vm.disks])
-        assert vm.files["efivars.fd"].read_bytes() == b"variables"
+        assert vm.files["notes.conf"].read_bytes() == b"variables"
         vm.definitions.append({"type": "test", "line": "defined"})
 
     vm = await restored(store_folder, tmpfs / "web", definers=[define])
@@ -265,12 +277,67 @@ def test_the_command_tells_where_everything_is(stored: Fleece, tmpfs: Path) -> N
     (tmpfs / "a.conf").write_text("memory: 1\n")
     words = [f"drive-scsi0.img:{tmpfs}/a.raw", f"web.conf:{tmpfs}/a.conf", "--backup-id", "web", "--backup-type", "vm"]
     snapshot = stored.json("backup", *words)["snapshot"]
-    document = stored.json("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2")
+    answer = stored("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2", "--output", "json")
+    assert answer.code == 3
+    document = answer.document
+    assert document["warnings"] == [
+        "the backup has no configuration of a machine that can be read: a plain one is made"
+    ]
     assert document["snapshot"] == snapshot
     assert document["disks"] == [
         {"name": "drive-scsi0.img", "target": f"{tmpfs}/new/drive-scsi0.qcow2", "format": "qcow2", "size": len(DISK0)}
     ]
     assert document["files"] == [{"name": "web.conf", "path": f"{tmpfs}/new/web.conf"}]
+    assert document["definitions"] == [
+        {
+            "type": "script",
+            "path": f"{tmpfs}/new/start.sh",
+            "left-out": [],
+            "line": f"start it with {tmpfs}/new/start.sh",
+        }
+    ]
     refused = stored("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2")
     assert refused.code == 1
     assert "has content" in refused.err
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_script_starts_the_machine_with_its_disks(
+    store_folder: Path, tmpfs: Path, distribution: QemuBinary
+) -> None:
+    options = ScriptOptions()
+    folder = tmpfs / "w"
+    vm = await restored(
+        store_folder,
+        folder,
+        format="qcow2",
+        definers=[lambda vm, progress: write_script(vm, options, progress)],
+        writes=script_writes(folder, options),
+    )
+    (definition,) = vm.definitions
+    assert (definition["type"], definition["path"]) == ("script", f"{folder}/start.sh")
+    script = folder / "start.sh"
+    assert script.stat().st_mode & 0o777 == 0o755
+    assert "From vm/web/1970-01-01T00:16:40Z." in script.read_text()
+    # Not every machine that has /dev/kvm can use it.
+    (tmpfs / "bin").mkdir()
+    program = tmpfs / "bin/qemu-system-x86_64"
+    swap = 'for word; do shift; [ "$word" = kvm ] && word=tcg; set -- "$@" "$word"; done'
+    program.write_text(f'#!/bin/sh\n{swap}\nexec {distribution.system} "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmpfs}/bin:{os.environ['PATH']}"}
+    async with open_nursery() as nursery:
+        line = [str(script), "-S"]
+        process = await nursery.start(partial(trio.run_process, line, env=environment, check=False))
+        await until((folder / "run/qmp.sock").exists)
+        async with connect(folder / "run/qmp.sock") as qmp:
+            disks = await list_disks(qmp)
+            assert sorted((disk.name, disk.file, disk.driver) for disk in disks) == [
+                ("drive-scsi0.img", f"{folder}/drive-scsi0.qcow2", "qcow2"),
+                ("drive-scsi1.img", f"{folder}/drive-scsi1.qcow2", "qcow2"),
+            ]
+            await qmp.execute("quit")
+        with trio.fail_after(60):
+            await process.wait()

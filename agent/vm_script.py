@@ -1,0 +1,214 @@
+"""What starts a restored machine: its configuration out of the backup, firmware of this host, and a script.
+
+`hypervisor.machine` knows what a configuration says; here is what a restore makes of it. docs/vm-restore.md, "The
+script".
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+from agent.vm_restore import RestoredVm
+from core.errors import TargetError, UsageError, os_reason
+from core.limits import in_io_thread
+from core.progress import Progress
+from datastore.manifest import Manifest
+from datastore.names import strip_archive_type
+from hypervisor.efi import EFI_VARS_NAME
+from hypervisor.machine import Backing, Firmware, Machine, from_files, start_script
+from hypervisor.machine_model import machine_name
+from hypervisor.nbd_address import NbdAddress
+from hypervisor.tpm import STATE_NAME
+
+#: Sockets of the machine lie in this folder beside its disks.
+RUN_FOLDER: Final = "run"
+TPM_FOLDER: Final = "tpm"
+SCRIPT_NAME: Final = "start.sh"
+#: EFI firmware of Debian's packages, by architecture, Secure Boot, and bytes of the variables it has.
+_FIRMWARE: Final[Mapping[tuple[str, bool, int], str]] = {
+    ("x86_64", False, 540672): "/usr/share/OVMF/OVMF_CODE_4M.fd",
+    ("x86_64", True, 540672): "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd",
+    ("x86_64", False, 131072): "/usr/share/OVMF/OVMF_CODE.fd",
+    ("x86_64", True, 131072): "/usr/share/OVMF/OVMF_CODE.secboot.fd",
+    ("aarch64", False, 67108864): "/usr/share/AAVMF/AAVMF_CODE.fd",
+    ("aarch64", True, 67108864): "/usr/share/AAVMF/AAVMF_CODE.fd",
+}
+#: Bytes of the variables of usual firmware: Proxmox VE keeps those of 4 MiB in a larger volume.
+_USUAL_VARIABLES: Final[Mapping[str, int]] = {"x86_64": 540672, "i386": 540672, "aarch64": 67108864}
+_VARIABLES_NODE: Final = "efi-variables"
+#: Bytes of a small file that is looked into.
+_MAX_FILE: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptOptions:
+    """What a person says about the script."""
+
+    path: Path | None = None  #: None: `start.sh` in the machine's folder
+    network: str | None = None  #: `user`, or a bridge of the host; None: no network
+    firmware: Path | None = None  #: EFI firmware; None: the one of the host that fits
+
+    def to_json(self) -> dict[str, str | None]:
+        """What `from_json` reads back."""
+        paths = {"path": self.path, "firmware": self.firmware}
+        absolute = {name: None if path is None else str(path.absolute()) for name, path in paths.items()}
+        return {**absolute, "network": self.network}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, str | None]) -> Self:
+        """The options that were written down."""
+        path, firmware = (None if (text := value.get(name)) is None else Path(text) for name in ("path", "firmware"))
+        return cls(path=path, firmware=firmware, network=value.get("network"))
+
+
+def images_of(manifest: Manifest) -> list[str]:
+    """Names of all disk images of a snapshot, without type."""
+    return [strip_archive_type(file.filename) for file in manifest.files if file.filename.endswith(".img.fidx")]
+
+
+def machine_of(vm: RestoredVm) -> Machine:
+    """The machine that the small files of the backup describe, by its name of today. Blocks."""
+    files = {}
+    for name, path in vm.files.items():
+        with path.open("rb") as file:
+            files[name] = file.read(_MAX_FILE)
+    archives = [*(disk.archive for disk in vm.disks), *vm.left_out]
+    machine = from_files(files, archives)
+    renamed = machine_name(vm.name) if vm.name != vm.snapshot.split("/")[1] else None
+    return replace(machine, name=renamed or machine.name)
+
+
+def firmware_for(machine: Machine, vm: RestoredVm, given: Path | None, progress: Progress) -> Firmware | None:
+    """The EFI firmware of this host that fits the machine's variables; None, and a warning, without one. Blocks."""
+    if not machine.efi:
+        return None
+    kept = next((disk for disk in vm.disks if disk.archive == machine.efi_archive and disk.kind != "nbd"), None)
+    arch = "x86_64" if machine.arch == "i386" else machine.arch
+    variables = None
+    size = _USUAL_VARIABLES[machine.arch]
+    if EFI_VARS_NAME in vm.files:
+        path = vm.files[EFI_VARS_NAME]
+        size = path.stat().st_size
+        variables = Backing.file(path, _VARIABLES_NODE)
+    elif kept is not None:
+        variables = _part(Path(kept.target), kept.format, min(size, kept.size))
+        size = min(size, kept.size)
+    code = given or Path(_FIRMWARE.get((arch, machine.secure_boot, size), ""))
+    if not code.is_file():
+        progress.warn(
+            "the machine has EFI firmware, and none on this host fits its variables: it would start as with a BIOS; "
+            "install the package ovmf (or qemu-efi-aarch64), or give --firmware"
+        )
+        return None
+    return Firmware(code, variables)
+
+
+def _part(path: Path, format: str, size: int) -> Backing:
+    """The first `size` bytes of an image as a disk."""
+    below = Backing.file(path, f"{_VARIABLES_NODE}-image", format=format)
+    top: dict[str, Any] = {"driver": "raw", "node-name": _VARIABLES_NODE, "file": below.node, "size": size}
+    return Backing([*below.nodes, top], _VARIABLES_NODE)
+
+
+def disk_nodes(vm: RestoredVm, progress: Progress) -> dict[str, Backing]:
+    """The disks by archive, as QEMU opens them. Blocks."""
+    found = {}
+    for number, disk in enumerate(vm.disks):
+        node = f"disk{number}"
+        try:
+            if disk.kind == "nbd":
+                found[disk.archive] = Backing.nbd(NbdAddress.parse(disk.target), node)
+            else:
+                found[disk.archive] = Backing.file(Path(disk.target), node, format=disk.format)
+        except UsageError as error:
+            progress.warn(f"the script is without {disk.archive}: {error.why}")
+    return found
+
+
+async def write_script(vm: RestoredVm, options: ScriptOptions, progress: Progress) -> None:
+    """A `Definer`: the script that starts the machine.
+
+    Raises:
+        TargetError: it cannot be written.
+        UsageError: a network that is none.
+    """
+    path = (options.path or vm.folder / SCRIPT_NAME).absolute()
+    left_out = await in_io_thread(_write_script, vm, options, path, progress)
+    vm.definitions.append({"type": "script", "path": str(path), "left-out": left_out, "line": f"start it with {path}"})
+
+
+def _write_script(vm: RestoredVm, options: ScriptOptions, path: Path, progress: Progress) -> list[str]:
+    machine = machine_of(vm)
+    firmware = firmware_for(machine, vm, options.firmware, progress)
+    for warning in machine.warnings:
+        progress.warn(warning)
+    tpm_state = tpm_folder(vm) if machine.tpm is not None else None
+    if machine.tpm is not None and tpm_state is None:
+        progress.warn("the state of its TPM is not in the backup as swtpm keeps it: the script is without the TPM")
+    remarks = [f"From {vm.snapshot}."]
+    if options.network is None and machine.cards:
+        remarks.append(
+            "Without network, as the machine it was made of may still run: restore with --network to have one."
+        )
+    text = start_script(
+        machine,
+        disk_nodes(vm, progress),
+        folder=vm.folder / RUN_FOLDER,
+        firmware=firmware,
+        network=options.network,
+        tpm_state=tpm_state,
+        remarks=remarks,
+    )
+    write_program(path, text)
+    return list(machine.left_out)
+
+
+def tpm_folder(vm: RestoredVm) -> Path | None:
+    """The folder with the state of the TPM, made of the small files that hold it; None without any. Blocks.
+
+    Raises:
+        TargetError: it cannot be made.
+    """
+    states = {name: path for name, path in vm.files.items() if STATE_NAME.fullmatch(name)}
+    if not states:
+        return None
+    folder = vm.folder / TPM_FOLDER
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name, path in states.items():
+            path.replace(folder / name)
+            vm.files[name] = folder / name
+    except OSError as error:
+        raise TargetError("write", str(folder), os_reason(error)) from error
+    return folder
+
+
+def write_program(path: Path, text: str) -> None:
+    """Write a script that can be run, whole or not at all. Blocks.
+
+    Raises:
+        TargetError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fchmod(file.fileno(), 0o755)
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise TargetError("write", str(path), os_reason(error)) from error
+
+
+def script_writes(folder: Path, options: ScriptOptions) -> Sequence[Path]:
+    """What `write_script` writes, for `RestoreOrder.writes`."""
+    return [(options.path or folder / SCRIPT_NAME).absolute()]

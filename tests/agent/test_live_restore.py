@@ -1,0 +1,311 @@
+"""Machines that run while their disks come in: under writes, with servers and processes that are lost on the way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from agent import live_restore
+from agent.live_restore import LiveOptions, held, prepare, run
+from agent.live_state import STATE_NAME, LiveState
+from agent.nbd_offers import ImageDisk
+from agent.snapshot_archives import OpenSnapshot, open_snapshot
+from agent.vm_restore import RestoreOrder
+from agent.vm_script import ScriptOptions
+from core.buffers import Buffer
+from core.errors import BusyError, NotFoundError, TargetError, UsageError
+from core.nursery import open_nursery
+from core.progress import Progress
+from datastore.codec import ChunkCodec
+from datastore.names import Group
+from hypervisor.errors import VmStateError
+from repository.archive import open_cache
+from repository.interface import FIXED_CHUNK_SIZE
+from repository.local import open_local
+from tests.support.nbd_servers import NEEDS_NBDKIT_PYTHON
+from tests.support.qemu_binaries import QemuBinary
+from tests.support.running import OwnQmp
+from tests.support.snapshots import write_snapshot
+from tests.support.waiting import until
+
+pytestmark = NEEDS_NBDKIT_PYTHON
+
+CHUNK = FIXED_CHUNK_SIZE
+CLUSTER = 65536
+SIZE = 5 * CHUNK + CLUSTER
+CONTENT = os.urandom(2 * CHUNK) + bytes(CHUNK) + os.urandom(2 * CHUNK + CLUSTER)
+COMMAND = [
+    *("qemu-system-x86_64", "-m", "64", "-nodefaults", "-machine", "q35"),
+    *("-drive", "if=none,id=a,file=/old/a.raw", "-device", "virtio-blk-pci,drive=a,id=disk0"),
+]
+FILES = {"drive-disk0.img.fidx": CONTENT, "qemu-command.json.blob": json.dumps(COMMAND).encode()}
+
+
+@pytest.fixture(autouse=True)
+def own_places(monkeypatch: pytest.MonkeyPatch, tmpfs: Path) -> None:
+    monkeypatch.setenv("FLEECE_RUN_DIR", str(tmpfs / "r"))
+
+
+@dataclass
+class Gate:
+    """Lets only some of the disk be read, so that tests know how far everything is."""
+
+    until: int = 0  #: bytes from the beginning that can be read
+    opened: trio.Event = field(default_factory=trio.Event)
+
+    def open(self) -> None:
+        self.until = SIZE
+        self.opened.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    one = Gate(until=CHUNK)
+
+    class Gated(ImageDisk):
+        async def read(self, offset: int, length: int) -> Buffer:
+            if offset + length > one.until:
+                await one.opened.wait()
+            return await super().read(offset, length)
+
+    monkeypatch.setattr(live_restore, "ImageDisk", Gated)
+    return one
+
+
+@asynccontextmanager
+async def opened(store: Path) -> AsyncIterator[OpenSnapshot]:
+    repo = await open_local(store, name="test")
+    try:
+        snapshot = await repo.latest(Group.parse("vm/web")) or await write_snapshot(
+            repo, "vm/web", 1000, FILES, chunk_size=CHUNK
+        )
+        async with (
+            open_cache(2 * CHUNK) as cache,
+            open_snapshot(repo, snapshot, ChunkCodec(), cache, Progress()) as found,
+        ):
+            yield found
+    finally:
+        repo.close()
+
+
+@dataclass
+class Machine:
+    """A live restore into `folder`, and the machine that runs."""
+
+    store: Path
+    folder: Path
+    qemu: QemuBinary
+    format: str
+    extra: tuple[str, ...] = ("-S",)
+
+    @property
+    def target(self) -> Path:
+        return self.folder / f"drive-disk0.{self.format}"
+
+    @property
+    def whole(self) -> bool:
+        return not (self.folder / STATE_NAME).exists()
+
+    async def restore(self, task_status: "trio.TaskStatus[dict[str, Any]]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Begin, or go on where another one was cancelled; `started` comes with what is told."""
+        async with opened(self.store) as found:
+            if self.whole:
+                order = RestoreOrder(folder=self.folder, format=self.format)
+                options = LiveOptions(script=ScriptOptions(), program=self.qemu.system, accel=["tcg"], extra=self.extra)
+                state = await prepare(found, order, options, Progress())
+            else:
+                state = LiveState.load(self.folder)
+            with held(self.folder):
+                await run(found, state, Progress(), task_status.started)
+
+    @asynccontextmanager
+    async def restoring(self) -> AsyncIterator[tuple[trio.CancelScope, dict[str, Any]]]:
+        """The restore runs beside the block; cancelling the scope is the end of its process."""
+        async with open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def work(task_status: "trio.TaskStatus[dict[str, Any]]") -> None:
+                with scope:
+                    await self.restore(task_status)
+
+            yield scope, await nursery.start(work)
+
+    @asynccontextmanager
+    async def qmp(self) -> AsyncIterator[OwnQmp]:
+        qmp = await OwnQmp.connect(self.folder / "run/qmp.sock")
+        try:
+            yield qmp
+        finally:
+            await qmp.aclose()
+
+    async def write(self, *commands: str) -> None:
+        """Write as the guest would."""
+        async with self.qmp() as qmp:
+            for command in commands:
+                device = "/machine/peripheral/disk0/virtio-backend"
+                line = f'qemu-io -d {device} "{command}"'
+                assert await qmp.execute("human-monitor-command", {"command-line": line}) == ""
+
+    def content(self) -> bytes:
+        raw = self.folder / "as-raw"
+        line = [self.qemu.img, "convert", "-f", self.format, "-O", "raw", str(self.target), str(raw)]
+        subprocess.run(line, check=True)
+        return raw.read_bytes()
+
+    async def quit(self) -> None:
+        async with self.qmp() as qmp:
+            await qmp.execute("quit")
+        pid = self.folder / "run/qemu.pid"
+        await until(lambda: not pid.exists())
+
+
+@pytest.fixture
+async def machine_of(store_folder: Path, tmpfs: Path) -> AsyncIterator[Callable[[QemuBinary, str], Machine]]:
+    made: list[Machine] = []
+
+    def make(qemu: QemuBinary, format: str) -> Machine:
+        made.append(Machine(store_folder, tmpfs / "m", qemu, format))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        pid = machine.folder / "run/qemu.pid"
+        if pid.exists():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+MakeMachine = Callable[[QemuBinary, str], Machine]
+
+
+def can_be_read(qemu: QemuBinary, image: Path) -> bool:
+    line = [qemu.img, "convert", "-f", "qcow2", "-O", "raw", str(image), os.devnull]
+    return subprocess.run(line, capture_output=True).returncode == 0
+
+
+def nbdkits() -> list[int]:
+    """Servers that this process has started."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in map(int, children) if "nbdkit" in Path(f"/proc/{pid}/comm").read_text()]
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+async def test_a_machine_runs_and_writes_while_servers_and_processes_are_lost(
+    qemu: QemuBinary, machine_of: MakeMachine, gate: Gate, format: str
+) -> None:
+    machine = machine_of(qemu, format)
+    expected = bytearray(CONTENT)
+    chance = random.Random(4)
+    number = 0
+
+    async def writes() -> None:
+        nonlocal number
+        commands = []
+        for _ in range(5):
+            number += 1
+            # A write to what is being copied waits for it, and the second chunk is for long.
+            clusters = [one for one in range(SIZE // CLUSTER) if gate.until == SIZE or one // 64 != 1]
+            offset = chance.choice(clusters) * CLUSTER
+            commands.append(f"write -P {number} {offset} {CLUSTER}")
+            expected[offset : offset + CLUSTER] = bytes([number]) * CLUSTER
+        await machine.write(*commands)
+
+    async with machine.restoring() as (scope, told):
+        assert (told["name"], told["was-running"]) == ("web", False)
+        await writes()
+        assert not (machine.folder / "start.sh").exists()
+        (first,) = nbdkits()
+        os.kill(first, signal.SIGKILL)
+        await writes()
+        await until(lambda: len(nbdkits()) == 1 and nbdkits() != [first])
+        await writes()
+        assert not machine.whole
+        scope.cancel()
+    assert nbdkits() == []
+    await writes()
+    gate.open()
+    async with machine.restoring() as (_, told):
+        assert told["was-running"]
+        await writes()
+    assert machine.whole
+    assert nbdkits() == []
+    await writes()
+    async with machine.qmp() as qmp:
+        assert (await qmp.execute("query-status"))["status"] == "prelaunch"
+        nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
+        assert [node["node-name"] for node in nodes if not node["node-name"].startswith("#")] == ["disk0"]
+    await machine.quit()
+    assert machine.content() == bytes(expected)
+    assert sorted(path.name for path in machine.folder.iterdir()) == [
+        "as-raw", machine.target.name, "qemu-command.json", "run", "start.sh",
+    ]  # fmt: skip
+
+
+async def test_a_machine_that_was_killed_is_started_again_with_what_it_had_written(
+    distribution: QemuBinary, machine_of: MakeMachine, gate: Gate
+) -> None:
+    machine = machine_of(distribution, "qcow2")
+    with pytest.raises(VmStateError, match=r"QEMU has ended before .* --resume"):
+        async with machine.restoring():
+            await machine.write(f"write -P 7 {3 * CHUNK} 64k", "flush")
+            os.kill(int((machine.folder / "run/qemu.pid").read_text()), signal.SIGKILL)
+    # Nobody takes the image for a whole one.
+    assert not can_be_read(distribution, machine.target)
+    gate.open()
+    async with machine.restoring() as (_, told):
+        assert not told["was-running"]
+    await machine.quit()
+    assert machine.content() == CONTENT[: 3 * CHUNK] + b"\7" * CLUSTER + CONTENT[3 * CHUNK + CLUSTER :]
+
+
+async def test_what_cannot_be_restored_live_leaves_nothing(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path
+) -> None:
+    machine = Machine(store_folder, tmpfs / "m", distribution, "qcow2", extra=("-no-such-option",))
+    with pytest.raises(VmStateError, match="no-such-option"):
+        await machine.restore()
+    assert not machine.folder.exists()
+    order = RestoreOrder(folder=machine.folder, targets={"disk0": "nbd://127.0.0.1:1"})
+    options = LiveOptions(script=ScriptOptions())
+    async with opened(store_folder) as found:
+        with pytest.raises(UsageError, match="cannot be filled while"):
+            await prepare(found, order, options, Progress())
+        machine.folder.mkdir()
+        machine.target.write_bytes(b"mine")
+        with pytest.raises(TargetError, match="exists with 4 bytes"):
+            await prepare(found, RestoreOrder(folder=machine.folder, format="qcow2"), options, Progress())
+        assert [path.name for path in machine.folder.iterdir()] == [machine.target.name]
+        assert machine.target.read_bytes() == b"mine"
+        (machine.folder / STATE_NAME).write_text("{}")
+        with pytest.raises(BusyError, match="a live restore is under way"):
+            await prepare(found, order, options, Progress())
+
+
+def test_what_is_written_down_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no live restore is under way there"):
+        LiveState.load(tmp_path)
+    state = LiveState("vm/1/x", "", "web", str(tmp_path), [], [], {}, [], ["qemu"], "/q", {"path": None})
+    state.save()
+    assert LiveState.load(tmp_path) == state
+    path = tmp_path / STATE_NAME
+    path.chmod(0o620)
+    with pytest.raises(UsageError, match="others than its owner"):
+        LiveState.load(tmp_path)
+    path.chmod(0o600)
+    for text in ("[]", "{", '{"version": 2}', '{"version": 1}', '{"version": 1, "disks": 3}'):
+        path.write_text(text)
+        with pytest.raises((UsageError, ValueError)):
+            LiveState.load(tmp_path)
+
+
+def test_one_process_fills_a_machine(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(BusyError, match="another process"), held(tmp_path):
+        raise AssertionError
