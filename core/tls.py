@@ -244,15 +244,36 @@ class TlsStream(trio.abc.Stream):
             self._came.write_eof()
 
     async def _flush(self, taken: Callable[[], None] | None = None) -> None:
-        """Send what was encrypted, in that order."""
-        async with self._sending:
+        """Send what was encrypted, in that order.
+
+        trio's own `send_all` passes through its scheduler for every piece that the system takes, which it mostly does
+        at once: here that happens once.
+        """
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
             view = memoryview(self._goes.read())
+            waited = False
             while view:
-                end = len(view) if taken is None else _PIECE
-                await self._transport.send_all(view[:end])
-                view = view[end:]
-                if taken is not None:
-                    taken()
+                end = len(view) if taken is None or len(view) <= _PIECE + _RECORD else _PIECE
+                if (descriptor := self.socket.fileno()) < 0:
+                    raise trio.ClosedResourceError("another task closed it")
+                try:
+                    view = view[os.write(descriptor, view[:end]) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.socket)
+                    waited = True
+                else:
+                    if taken is not None:
+                        taken()
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        finally:
+            self._sending.release()
 
 
 def _readable(descriptor: int, wait_ms: int) -> bool:

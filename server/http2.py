@@ -40,8 +40,8 @@ WINDOW: Final = 32 << 20
 #: Bytes that a connection may send before it gets credit, beside many others.
 SMALL_WINDOW: Final = 8 << 20
 MANY_CONNECTIONS: Final = 16
-#: PBS announces 4 MiB; h2 in Python is slow with frames above this.
-RECEIVED_FRAME: Final = 256 << 10
+#: PBS announces 4 MiB, which may keep everything else from a slow line for too long.
+RECEIVED_FRAME: Final = 1 << 20
 #: Bytes of a frame that is sent, as long as the client takes that.
 SENT_FRAME: Final = 1 << 20
 MAX_STREAMS: Final = 200
@@ -189,7 +189,8 @@ class Http2Server:
             except ProtocolError as error:
                 _LOG.debug("the client broke HTTP/2: %s", error)
                 return await self._say_goodbye()
-            self._wake.set()
+            if self._queue or self._h2._data_to_send:
+                self._wake.set()
             if len(self._h2._data_to_send) > _MAX_CONTROL + SENT_FRAME + WINDOW // 8:
                 return None  # it asks for answers to control frames without reading them
             data = bytes(await self._stream.receive_some(_PIECE))
@@ -290,7 +291,8 @@ class Http2Server:
                 self._all.credited += length
             with suppress(StreamClosedError, NoSuchStreamError):
                 self._h2.acknowledge_received_data(length, stream.number)
-        self._wake.set()
+        if self._h2._data_to_send:
+            self._wake.set()
 
     def _forget(self, stream: _Stream) -> None:
         if self._streams.pop(stream.number, None) is not None:

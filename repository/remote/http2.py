@@ -37,8 +37,8 @@ from repository.remote.errors import RemoteAnswerError, RemoteError, RemoteUnava
 
 #: Bytes that may be on their way to us: as the reference client, so that no window limits a download.
 WINDOW: Final = (1 << 31) - 2
-#: Bytes of a frame that we accept; h2 is slow with larger ones.
-RECEIVED_FRAME: Final = 256 << 10
+#: Bytes of a frame that we accept.
+RECEIVED_FRAME: Final = 1 << 20
 #: Bytes of a frame that we send, as long as the server takes that.
 SENT_FRAME: Final = 1 << 20
 #: Bytes of one read.
