@@ -48,6 +48,29 @@ async def test_the_guest_is_frozen_inside_the_block_and_only_there() -> None:
         await agent.until("closed")
 
 
+async def test_only_chosen_mount_points_are_frozen_and_missing_ones_are_told() -> None:
+    agent = ScriptedAgent(file_systems=2)
+    async with agent.serving() as path:
+        async with frozen(path, mount_points=["/srv", "/var/lib/a b"]) as freeze:
+            assert agent.frozen
+            assert freeze.holding
+        assert agent.chosen == ["/srv", "/var/lib/a b"]
+        assert "guest-fsfreeze-freeze" not in agent.seen
+        assert (freeze.file_systems, freeze.warnings) == (2, [])
+        async with frozen(path, mount_points=["/", "/srv", "/gone"]) as freeze:
+            pass
+        assert not agent.frozen
+        assert freeze.warnings == ["the guest agent has frozen 2 of the 3 mount points that are chosen"]
+
+
+async def test_an_agent_that_cannot_choose_mount_points_is_a_warning() -> None:
+    agent = ScriptedAgent(answers={"guest-fsfreeze-freeze-list": Refusal("no such command", "CommandNotFound")})
+    async with agent.serving() as path, frozen(path, mount_points=["/srv"]) as freeze:
+        assert not freeze.holding
+    assert not freeze.done
+    assert "no such command" in freeze.warnings[0]
+
+
 async def test_without_a_socket_nothing_happens() -> None:
     async with frozen(None) as freeze:
         pass

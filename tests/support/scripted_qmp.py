@@ -174,6 +174,7 @@ class ScriptedAgent:
     frozen: bool = False
     freeze_s: float = 0.0  #: seconds that freezing takes; nothing else is heard meanwhile
     noise: bytes = b""  #: sent before the answer to each sync, as left by an earlier client
+    chosen: list[str] = field(default_factory=list)  #: mount points that were to be frozen, if not all
     seen: list[str] = field(default_factory=list)  #: commands, and `closed` for the end of each connection
 
     @asynccontextmanager
@@ -223,6 +224,10 @@ class ScriptedAgent:
                 self.frozen = True
                 await trio.sleep(self.freeze_s)
                 return self.file_systems
+            case "guest-fsfreeze-freeze-list":
+                self.frozen = True
+                self.chosen = request["arguments"]["mountpoints"]
+                return min(self.file_systems, len(self.chosen))
             case "guest-fsfreeze-thaw":
                 count, self.frozen = self.file_systems if self.frozen else 0, False
                 return count
