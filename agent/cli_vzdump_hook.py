@@ -65,13 +65,15 @@ def vzdump_hook(
 
 
 def _script(invocation: Invocation, path: Path, call: "VzdumpCall", say: "Callable[[str], None]") -> None:
-    import trio
-
     from agent.cli_verify import parse_duration
     from agent.hooks import Hook
 
     hook = Hook(path, parse_duration(invocation.config.vzdump_hook.timeout))
-    trio.run(hook.call, call.arguments, dict(call.variables), say)
+
+    async def work(progress: "Progress") -> None:
+        await hook.call(call.arguments, dict(call.variables), say)
+
+    invocation.run(work, what="run the script", where=str(path))
 
 
 def _job(invocation: Invocation, name: str) -> None:

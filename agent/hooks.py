@@ -50,7 +50,8 @@ def check_script(path: Path) -> None:
         raise HookError("run the hook", str(path), os_reason(error)) from error
     if not stat.S_ISREG(found.st_mode) or not os.access(path, os.X_OK):
         raise HookError("run the hook", str(path), "it is no executable file", f"chmod +x {path}")
-    if found.st_mode & 0o002 or found.st_uid not in (0, os.geteuid()):
+    others = found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in (0, os.getegid()))
+    if others or found.st_uid not in (0, os.geteuid()):
         why = "others than root and this user could change it"
         raise HookError("run the hook", str(path), why, f"chown root: {path}; chmod 755 {path}")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 from pydantic import Field
 
 from agent.config_types import AbsolutePath, NamespaceText, Owner, Section, checked
+from agent.errors import InterruptedBySignalError
 from core.errors import FleeceError, NotFoundError, UsageError, os_reason
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ def handle(call: VzdumpCall, config: "Config", doing: Doing, say: Callable[[str]
 
     Returns:
         True if nothing failed, or nothing that vzdump should heed.
+
+    Raises:
+        InterruptedBySignalError: a signal came.
     """
     section = config.vzdump_hook
     todo: list[tuple[str, Callable[[], None]]] = [
@@ -116,6 +120,8 @@ def handle(call: VzdumpCall, config: "Config", doing: Doing, say: Callable[[str]
     for what, work in todo:
         try:
             work()
+        except InterruptedBySignalError:
+            raise  # vzdump is being ended: nothing more is begun
         except FleeceError as error:
             failed = True
             say(f"{what}: {error}")

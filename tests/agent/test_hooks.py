@@ -68,6 +68,14 @@ def test_only_an_executable_file_that_nobody_else_can_change_is_run(tmp_path: Pa
         path.chmod(mode)
         with pytest.raises(HookError, match=why):
             check_script(path)
+    # A group of this user's own, as each has on Debian, is no other.
+    path.chmod(0o775)
+    check_script(path)
+    if os.geteuid() == 0:
+        os.chown(path, 0, 65534)
+        with pytest.raises(HookError, match="others than root"):
+            check_script(path)
+        os.chown(path, 0, 0)
     with pytest.raises(HookError, match="no executable file"):
         check_script(tmp_path)
     with pytest.raises(HookError, match="No such file"):

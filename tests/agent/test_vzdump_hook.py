@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from agent.config import parse_config
 from agent.vzdump_hook import GUEST_PHASES, JOB_PHASES, Doing, VzdumpCall, archive_of, group_of, handle
 from core.errors import FleeceError, NotFoundError, UsageError
+from hypervisor.unix_socket import process_start_time
+from tests.support.waiting import until
 
 from .conftest import Fleece
 
@@ -94,6 +97,22 @@ def test_what_fails_stops_nothing_and_counts_where_vzdump_heeds_it(tmp_path: Pat
     for phase in ("backup-abort", "log-end"):
         assert Done(f"one {phase} stop 100")(VzdumpCall.parse([phase, "stop", "100"], {}), CONFIG)
     assert Done("one job-abort")(VzdumpCall.parse(["job-abort"], {}), CONFIG)
+
+
+def test_a_signal_ends_the_script_that_runs_and_nothing_more_is_begun(tmp_path: Path) -> None:
+    for name, text in (("one", f"echo $$ >{tmp_path}/pid; exec sleep 1000"), ("two", f"touch {tmp_path}/begun")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    config = tmp_path / "hook.toml"
+    config.write_text(f'[vzdump-hook]\nscripts = ["{tmp_path}/one", "{tmp_path}/two"]\n')
+    line = [str(Path(sys.executable).with_name("fleece")), "vzdump-hook", "job-start", "--config", str(config)]
+    running = subprocess.Popen(line, stderr=subprocess.PIPE)
+    trio.run(until, lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+    running.terminate()
+    assert b"SIGTERM received" in running.communicate(timeout=60)[1]
+    assert running.returncode == 1
+    assert process_start_time(int((tmp_path / "pid").read_text())) is None
+    assert not (tmp_path / "begun").exists()
 
 
 def test_only_a_file_is_an_archive_and_its_group_is_beside_those_of_the_guest(tmp_path: Path) -> None:
