@@ -200,11 +200,18 @@ class LookedInto:
         """A disk, for who reads content that lies there as it is."""
         return await self._disks.open(number)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a question is being answered."""
+        return self._lock.locked()
+
     async def aclose(self) -> None:
-        """End the process."""
-        running, self._running = self._running, None
-        if running is not None:
-            await running.aclose()
+        """End the process, when it has answered; the next question starts another one."""
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                running, self._running = self._running, None
+                if running is not None:
+                    await running.aclose()
 
     async def _ask(self, request: dict[str, Any], volume: bytes) -> tuple[dict[str, Any], bytes]:
         where = f"{self.where}/{volume.decode('utf-8', 'replace')}" if volume else self.where

@@ -8,6 +8,7 @@ import errno
 
 from core.errors import BusyError, FleeceError, NotFoundError
 from datastore.errors import ChunkNotFoundError, KeyNeededError, OwnerError, SnapshotNotFoundError, StoreError
+from diskfs.errors import ImageLibraryError
 
 
 class MountError(FleeceError):
@@ -28,6 +29,7 @@ _ERRNO: tuple[tuple[type[Exception], int], ...] = (
     (OwnerError, errno.EACCES),
     (BusyError, errno.EBUSY),
     (StoreError, errno.EIO),
+    (ImageLibraryError, errno.EOPNOTSUPP),
     (FleeceError, errno.EIO),
     (MemoryError, errno.ENOMEM),
 )

@@ -151,7 +151,7 @@ async def serve(
         pool: SnapshotPool[OpenSnapshot] = SnapshotPool(
             lambda snapshot: open_snapshot(repo, key, snapshot, cache, unchecked), repo.snapshot, nursery, idle_s=idle_s
         )
-        shared = Shared(repo, key, pool, time.time_ns())
+        shared = Shared(repo, key, pool, time.time_ns(), lists_images=options.images)
         operations = Operations(
             await _root(shared, ns, archive),
             uid=options.uid,

@@ -19,6 +19,7 @@ from fusefs.errors import StaleError
 from fusefs.opened import BLOCK, Content, OpenSnapshot
 from fusefs.opened_archive import RecentArchives
 from fusefs.pool import Lease, SnapshotPool
+from fusefs.running_images import RunningImages
 from repository.interface import FileInfo, Repository, SnapshotInfo
 
 #: Seconds after which a folder of namespaces, groups or snapshots is read anew when somebody looks into it.
@@ -42,6 +43,9 @@ class Shared:
     #: Inode numbers come from names, so they stay the same; the secret keeps names made for the purpose from colliding.
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     recent: RecentArchives = field(default_factory=RecentArchives)
+    images: RunningImages = field(default_factory=RunningImages)
+    #: Folders of disk images are listed, not only found by their names.
+    lists_images: bool = False
     #: How often a file at a path (of a snapshot that was made anew under its old name) became another one.
     replaced: Counter[bytes] = field(default_factory=Counter)
 

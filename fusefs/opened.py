@@ -14,8 +14,11 @@ from datastore.codec import ChunkCodec, CryptKey, format_fingerprint
 from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest
 from datastore.names import CLIENT_LOG_NAME, ArchiveKind, Snapshot, archive_kind
+from diskfs.client import LookedInto
 from fusefs.opened_archive import OpenArchive, open_archive
+from fusefs.running_images import RunningImages
 from repository.archive import ArchiveReader, ChunkCache, open_archive_reader
+from repository.disks import SnapshotDisks
 from repository.interface import Reader, Repository
 from repository.locate import load_readable, signature_doubt
 from repository.restore import restore_blob, restore_log
@@ -119,6 +122,8 @@ class OpenSnapshot:
         self._archives: WeakValueDictionary[str, OpenArchive] = WeakValueDictionary()
         self._kept: list[Content | OpenArchive] = []
         self._locks: dict[str, trio.Lock] = {}
+        self._disks: SnapshotDisks | None = None
+        self._images: dict[str, LookedInto] = {}
 
     async def content(self, name: str) -> Content:
         """The file `name` (full file name), checked against the manifest; several callers cause one opening.
@@ -160,6 +165,27 @@ class OpenSnapshot:
                 if archive.memory <= KEPT:
                     self._kept.append(archive)
             return archive
+
+    async def image(self, name: str, running: RunningImages) -> LookedInto:
+        """What is on the disk image `name` (full file name); `running` bounds how many processes read images.
+
+        Raises:
+            NotFoundError: there is no such image.
+        """
+        image = self._images.get(name)
+        if image is None:
+            if self._disks is None:
+                self._disks = SnapshotDisks(self._reader, self._codec, self.manifest, self._cache)
+            number = self._disks.number(name)
+            where = f"{self.manifest.snapshot} {self._disks.names[number]}"
+            image = self._images[name] = LookedInto(self._disks, number, where)
+        await running.use(image)
+        return image
+
+    async def aclose(self) -> None:
+        """End the processes that read its images."""
+        for image in self._images.values():
+            await image.aclose()
 
     async def _image(self, name: str) -> ImageContent:
         reader = await open_archive_reader(self._reader, self._codec, self.manifest, name, self._cache)
@@ -205,4 +231,8 @@ async def open_snapshot(
             if unchecked is not None:
                 unchecked.add(other)
             _LOG.warning("%s", doubt)
-        yield OpenSnapshot(reader, manifest, codec, cache)
+        opened = OpenSnapshot(reader, manifest, codec, cache)
+        try:
+            yield opened
+        finally:
+            await opened.aclose()

@@ -17,6 +17,16 @@ from core.buffers import Buffer
 from core.errors import FleeceError
 from fusefs.archive_nodes import Cursor, FileArchive
 from fusefs.errors import StaleError, errno_of
+from fusefs.image_nodes import (
+    ImageCursor,
+    ImageDirectory,
+    ImageEntry,
+    ImageLink,
+    ImageNode,
+    TextFile,
+    is_special,
+    xattrs,
+)
 from fusefs.inodes import ArchiveEntries, EntryTable, InodeTable
 from fusefs.nodes import MAX_SIZE, File, Folder, Link, Node, Stored
 from fusefs.opened import Content, OpenSnapshot
@@ -43,6 +53,10 @@ BLOCK_SIZE: Final = 4096
 _LONGEST_NAME: Final = 1024
 #: The largest part of a device number that the kernel can be told: 20 bits of the minor number, 12 of the major.
 _MAX_DEVICE: Final = (1 << 20) - 1
+#: The largest number of names that the kernel can be told.
+_MAX_LINKS: Final = (1 << 32) - 1
+#: The furthest time from 1970 that fits into nanoseconds.
+_MAX_TIME_NS: Final = (1 << 63) - 1
 #: `mode >> 12` of a regular file.
 _FILE_TYPE: Final = 8
 _FILE_MODE: Final = stat.S_IFREG | 0o444
@@ -129,7 +143,7 @@ class Operations(pyfuse3.Operations):
         self.inodes: Final = InodeTable(root)
         self.entries: Final = EntryTable()
         self.handles: Final[dict[int, Handle]] = {}
-        self._folders: dict[int, list[tuple[bytes, Node]] | Cursor] = {}
+        self._folders: dict[int, list[tuple[bytes, Node]] | Cursor | ImageCursor] = {}
         self._numbers = itertools.count(1)
         self._owner = uid, gid
         self._uid, self._gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
@@ -160,6 +174,11 @@ class Operations(pyfuse3.Operations):
         match node:
             case FileArchive(row=tuple() as row):
                 self._fill(entry, node, row)
+            case ImageEntry() | ImageLink() | ImageDirectory():
+                self._fill_from_image(entry, node)
+            case TextFile():
+                entry.st_mode = _FILE_MODE
+                entry.st_size, entry.st_blocks = node.content.size, node.content.blocks
             case File():
                 entry.st_mode = _FILE_MODE
                 entry.st_size, entry.st_blocks = node.size, node.blocks
@@ -188,6 +207,24 @@ class Operations(pyfuse3.Operations):
             entry.st_uid, entry.st_gid = (
                 own if given is None else given for own, given in zip((uid, gid), self._owner, strict=True)
             )
+
+    def _fill_from_image(self, entry: pyfuse3.EntryAttributes, node: ImageNode) -> None:
+        """Set what an entry of a file system on a disk image has of its own; none of it ever changes."""
+        found = node.entry
+        entry.st_mode = found.mode
+        own = (found.uid, found.gid)
+        entry.st_uid, entry.st_gid = (
+            mine if given is None else given for mine, given in zip(own, self._owner, strict=True)
+        )
+        entry.st_size = size = min(found.size, MAX_SIZE)
+        entry.st_blocks = size + 511 >> 9
+        entry.st_nlink = 1 if found.is_directory else min(found.links, _MAX_LINKS)
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = max(
+            -_MAX_TIME_NS, min(found.mtime_ns, _MAX_TIME_NS)
+        )
+        device = found.rdev if is_special(found) else None
+        entry.st_rdev = os.makedev(*device) if device is not None and max(device) <= _MAX_DEVICE else 0
+        entry.entry_timeout = entry.attr_timeout = FILE_TIMEOUT_S
 
     def _entry(self, entries: ArchiveEntries, row: Row) -> pyfuse3.EntryAttributes:
         entry = _immutable()
@@ -286,7 +323,8 @@ class Operations(pyfuse3.Operations):
     async def _xattrs(self, inode: int) -> dict[bytes, bytes]:
         place = self._place(inode)
         if place is None:
-            return {}
+            node = self.inodes[inode]
+            return await xattrs(node) if isinstance(node, ImageNode) else {}
         archive, spot = place
         return await archive.ask(lambda opened: opened.attributes(spot))
 
@@ -294,7 +332,7 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Fix the listing of a folder, so that its offsets mean the same until it is closed."""
         place = self._place(inode)
-        listing: list[tuple[bytes, Node]] | Cursor
+        listing: list[tuple[bytes, Node]] | Cursor | ImageCursor
         if place is not None:
             if not place[1].is_directory:
                 raise pyfuse3.FUSEError(errno.ENOTDIR)
@@ -304,7 +342,11 @@ class Operations(pyfuse3.Operations):
             folder = self.inodes[inode]
             if not isinstance(folder, Folder):
                 raise pyfuse3.FUSEError(errno.ENOTDIR)
-            listing = list((await folder.children()).items())
+            if isinstance(folder, ImageDirectory):
+                listing = ImageCursor(folder)
+                await listing.open()
+            else:
+                listing = list((await folder.children()).items())
         number = next(self._numbers)
         self._folders[number] = listing
         return number
@@ -316,10 +358,20 @@ class Operations(pyfuse3.Operations):
         if isinstance(listing, Cursor):
             await self._readdir_entries(listing, start_id, token)
             return
+        if isinstance(listing, ImageCursor):
+            await self._readdir_image(listing, start_id, token)
+            return
         for number in range(start_id, len(listing)):
             name, found = listing[number]
             node = self.inodes.known(found)
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), number + 1):
+                break
+            self.inodes.remember(node)
+
+    async def _readdir_image(self, cursor: ImageCursor, number: int, token: pyfuse3.ReaddirToken) -> None:
+        for behind, name, found in await cursor.rows(number):
+            node = self.inodes.known(found)
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node), behind):
                 break
             self.inodes.remember(node)
 
@@ -367,7 +419,7 @@ class Operations(pyfuse3.Operations):
             archive, spot = place
             opened = await archive.open(spot)
         else:
-            opened = await node.open() if isinstance(node, File) else None
+            opened = await node.open() if isinstance(node, File | ImageEntry | TextFile) else None
         if opened is None:
             raise pyfuse3.FUSEError(errno.ELOOP)
         number = next(self._numbers)

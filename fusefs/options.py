@@ -35,6 +35,7 @@ class MountOptions:
     uid: int | None = None  #: owner of everything; None is the user who mounts
     gid: int | None = None
     source: str | None = None  #: what /proc/mounts and `df` show; None is the repository's name
+    images: bool = False  #: folders of disk images are listed, not only found by their names
     log: Path | None = None  #: where a mount in the background writes its log lines; None is the system log
     fuse: tuple[str, ...] = ()  #: passed on to libfuse
 
@@ -46,6 +47,7 @@ class MountOptions:
             UsageError: an option that is not known, or a value that it cannot have.
         """
         cache_size, uid, gid, source, log, fuse = DEFAULT_CACHE_SIZE, None, None, None, None, dict[str, str]()
+        images = False
         for name, value in split_options(*texts):
             match name, value:
                 case "cache", str():
@@ -56,6 +58,8 @@ class MountOptions:
                     uid = _number(name, value)
                 case "gid", str():
                     gid = _number(name, value)
+                case "images", None:
+                    images = True
                 case "fsname", str() if value:
                     source = value
                 case "log", str() if value:
@@ -72,7 +76,7 @@ class MountOptions:
                 case _:
                     text = name if value is None else f"{name}={value}"
                     raise _error(text, "it is not known, or must (not) have a value", "see 'fleece mount --help'")
-        return cls(cache_size, uid, gid, source, log, tuple(fuse.values()))
+        return cls(cache_size, uid, gid, source, images, log, tuple(fuse.values()))
 
 
 def split_options(*texts: str) -> Iterator[tuple[str, str | None]]:

@@ -24,6 +24,7 @@ from datastore.names import (
     strip_archive_type,
 )
 from fusefs.archive_nodes import FileArchive
+from fusefs.image_nodes import SUFFIX, DiskFolder
 from fusefs.nodes import File, Folder, Link, Node, Shared, kept
 from repository.interface import FileInfo, GroupInfo, SnapshotInfo
 
@@ -173,6 +174,21 @@ class SnapshotFolder(Folder):
                 pass
         return snapshot_entries(self, info, old)
 
+    async def child(self, name: bytes) -> Node | None:
+        """See `Folder.child`; also the folder of a disk image, which need not be listed."""
+        children = await self.children()
+        return children.get(name) or disk_folder(self, children, name)
+
+
+def disk_folder(
+    folder: "SnapshotFolder | ArchiveFolder", children: Mapping[bytes, Node], name: bytes
+) -> DiskFolder | None:
+    """The folder `name` for what is on a disk image in `folder`; None if no image has it."""
+    file = children.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+    if not isinstance(file, File) or archive_kind(file.filename) is not ArchiveKind.FIXED:
+        return None
+    return DiskFolder(folder, folder.below(name), file.info)
+
 
 def snapshot_entries(folder: SnapshotFolder, info: SnapshotInfo, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
     """What is shown of the files of a snapshot, by name: images and small files as files, file archives as folders.
@@ -194,6 +210,12 @@ def snapshot_entries(folder: SnapshotFolder, info: SnapshotInfo, old: Mapping[by
             children[name] = _archive(folder, path, parts, old.get(name))
         else:
             children[name] = _file(folder, path, file, old.get(name))
+    if folder.shared.lists_images:
+        for name in list(children):
+            shown = name + SUFFIX
+            disk = disk_folder(folder, children, shown)
+            if disk is not None and shown not in children:
+                children[shown] = kept(old, shown, DiskFolder, lambda disk=disk: disk)  # type: ignore[misc]
     return children
 
 
@@ -260,7 +282,14 @@ class ArchiveFolder(Folder):
         self._only: dict[bytes, Node] = {name.encode(): self.file}
 
     async def _load(self, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
-        return self._only
+        name = self.file.path + SUFFIX
+        disk = disk_folder(self, self._only, name) if self.shared.lists_images else None
+        return self._only if disk is None else {**self._only, name: kept(old, name, DiskFolder, lambda: disk)}
+
+    async def child(self, name: bytes) -> Node | None:
+        """See `SnapshotFolder.child`."""
+        children = await self.children()
+        return children.get(name) or disk_folder(self, children, name)
 
 
 def one_archive(shared: Shared, info: SnapshotInfo, parts: Sequence[FileInfo]) -> FileArchive | ArchiveFolder:
