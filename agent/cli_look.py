@@ -31,6 +31,8 @@ fleece ls host/web/latest root.pxar
 fleece ls host/web/latest root.pxar/etc/ssh
 fleece ls host/web/latest root.pxar/etc --recursive
 fleece ls host/web/2026-01-02T03:04:05Z root.pxar/etc/shadow --output json | jq '.[0].mode'
+fleece ls vm/100/latest drive-scsi0.img                 partitions and volumes of a disk
+fleece ls vm/100/latest drive-scsi0.img/part1/etc
 """,
         keys="read",
     )(ls)
@@ -76,32 +78,54 @@ def ls(
     invocation: Invocation,
     snapshot: _SnapshotText,
     archive: Annotated[
-        str, typer.Argument(metavar="ARCHIVE[/PATH]", help="A file archive, and what in it: root.pxar/etc.")
+        str,
+        typer.Argument(
+            metavar="ARCHIVE[/PATH]", help="A file archive or disk, and what in it: root.pxar/etc, disk.img/part1."
+        ),
     ],
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also all directories below, as paths.")] = False,
     directory: Annotated[
         bool, typer.Option("--directory", "-d", help="The directory itself, not what it holds.")
     ] = False,
 ) -> None:
-    """List a directory of a file archive: kind and mode, owner, group, size, time, name.
+    """List a directory of a file archive or of a disk image: kind and mode, owner, group, size, time, name.
 
-    The archive is not read as a whole, and no contents are. Owners are numbers, as they were stored. Names that are not
-    printable are escaped: \\n, \\xff.
+    Of a disk image itself its partitions and volumes are listed: name, size, file system. The archive is not read as
+    a whole, and no contents are. Owners are numbers, as they were stored. Names that are not printable are escaped:
+    \\n, \\xff.
     """
     from agent.archive_listing import Listed, entry_document, entry_line, list_entry
+    from agent.image_trees import early_worker, image_part, list_image, open_image_of, volume_document, volume_line
     from agent.listing_output import listing
     from agent.snapshot_archives import in_walk
+    from diskfs.entries import Volume
 
     ns, codec = invocation.namespace(), invocation.reading_key().codec()
     name, path = _archive_and_path(archive)
 
-    def document(one: Listed) -> object:
-        return entry_document(one.path, one.node)
+    def line(one: Listed | Volume) -> str:
+        return volume_line(one) if isinstance(one, Volume) else entry_line(one)
 
-    with listing(invocation, entry_line, document) as found:
+    def document(one: Listed | Volume) -> object:
+        return volume_document(one) if isinstance(one, Volume) else entry_document(one.path, one.node)
+
+    with listing(invocation, line, document) as found:
 
         async def work(progress: "Progress") -> None:
-            async with _opened(invocation, [snapshot], ns, codec, progress) as (opened,):
+            async with (
+                early_worker(archive) as worker,
+                _opened(invocation, [snapshot], ns, codec, progress) as (opened,),
+            ):
+                part = image_part(opened.manifest, archive)
+                if part is not None:
+                    async with open_image_of(opened, part.name, worker) as image:
+
+                        def walk_image() -> None:
+                            for one in list_image(image, part.path, recursive, directory):
+                                found.add(one)
+
+                        await in_walk(walk_image)
+                    return
                 accessor = await opened.accessor(opened.file_archive(name))
 
                 def walk() -> None:
