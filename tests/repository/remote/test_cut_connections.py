@@ -35,9 +35,7 @@ async def count_frames(double: PbsDouble, image: bytes) -> int:
     return double.frames - before
 
 
-async def test_a_backup_that_is_cut_at_any_frame_is_whole_or_gone_and_the_next_one_succeeds(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
+async def test_a_backup_that_is_cut_at_any_frame_is_whole_or_gone_and_the_next_one_succeeds() -> None:
     frames = await count_frames(PbsDouble(), CHANGED)
     assert frames > 20
     outcomes = set()

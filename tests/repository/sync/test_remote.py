@@ -119,9 +119,7 @@ async def test_a_pull_without_depth_asks_for_no_namespaces(pair: Pair) -> None:
         assert calls(double)[:2] == ["GET groups", "GET snapshots"]
 
 
-async def test_a_push_that_is_cut_at_any_frame_leaves_nothing_half_and_goes_on(
-    pair: Pair, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_push_that_is_cut_at_any_frame_leaves_nothing_half_and_goes_on(pair: Pair) -> None:
     await write_snapshot(pair.source, GROUP, 1000, {"d.img.fidx": IMAGE}, chunk_size=SERVER_CHUNK)
     double = PbsDouble()
     async with remote(double) as target:
