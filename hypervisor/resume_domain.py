@@ -6,9 +6,23 @@ Started by `hypervisor.pause` with the domain's address. docs/hypervisor.md, "Pa
 import os
 import sys
 import time
+from typing import Any
 
 from hypervisor.domain_address import DomainAddress
 from hypervisor.resume_child import TRIES, parent_is_gone, to_the_background
+
+
+def resume(lib: Any, address: DomainAddress) -> bool:
+    """Let the guest go on if it is paused; False if libvirt cannot be asked now. `lib` are its bindings."""
+    try:
+        connection = lib.open(address.uri)
+        by_uuid = DomainAddress.is_uuid(address.domain)
+        domain = (connection.lookupByUUIDString if by_uuid else connection.lookupByName)(address.domain)
+        if domain.state()[0] == lib.VIR_DOMAIN_PAUSED:
+            domain.resume()
+    except lib.libvirtError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -22,16 +36,9 @@ def main() -> None:
     if not parent_is_gone():
         return
     for _ in range(TRIES):
-        try:
-            connection = lib.open(address.uri)
-            by_uuid = DomainAddress.is_uuid(address.domain)
-            domain = (connection.lookupByUUIDString if by_uuid else connection.lookupByName)(address.domain)
-            if domain.state()[0] == lib.VIR_DOMAIN_PAUSED:
-                domain.resume()
-        except lib.libvirtError:
-            time.sleep(0.5)
-        else:
+        if resume(lib, address):
             return
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

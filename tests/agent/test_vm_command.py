@@ -238,6 +238,32 @@ async def test_the_guest_stands_still_for_the_instant_only_and_the_report_says_h
     assert "agent" in report["warnings"][0]
 
 
+async def test_mount_points_a_pause_and_the_age_of_bitmaps_are_options(
+    distribution: QemuBinary, configured: Fleece, tmpfs: Path
+) -> None:
+    (tmpfs / "b.raw").write_bytes(bytes(MIB))
+    agent = ScriptedAgent()
+    config = configured.home / "fleece.toml"
+    config.write_text(config.read_text() + 'freeze-mounts = ["/srv", "/home"]\npause = "without-agent"\n')
+    async with RunningQemu.start(distribution, [VmDisk(tmpfs / "b.raw")], memory_mib=64) as vm:
+        await vm.execute("cont")
+        target = ("--qmp", vm.qmp, "--id", "web")
+        async with agent.serving() as path:
+            await document(configured, "vm", "backup", *target, "--guest-agent", path)
+            assert agent.chosen == ["/srv", "/home"]
+        await document(configured, "vm", "backup", *target, "--pause", "never")
+        assert "STOP" not in [event["event"] for event in vm.own_qmp.events]
+        report = await document(configured, "vm", "backup", *target)
+        assert report["frozen-s"] > 0
+        assert (await vm.execute("query-status"))["status"] == "running"
+        assert "STOP" in [event["event"] for event in vm.own_qmp.events]
+        old = "fleece-00000001-00000002-1000000000"
+        await vm.execute("block-dirty-bitmap-add", {"node": "fmt-disk0", "name": old})
+        cleaned = await document(configured, "vm", "cleanup", *target, "--bitmaps-older-than", "30d")
+        assert cleaned == {"done": [f"removed the dirty bitmap {old} on fmt-disk0"]}
+        assert len(await vm.bitmaps("fmt-disk0")) == 1
+
+
 async def test_a_socket_with_too_many_waiting_clients_belongs_to_a_running_vm(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     with contextlib.ExitStack() as stack:
