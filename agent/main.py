@@ -38,6 +38,7 @@ from agent import (
     cli_snapshots,
     cli_sync,
     cli_task,
+    cli_test_boot,
     cli_users,
     cli_verify,
     cli_vm,
@@ -98,6 +99,7 @@ def build() -> typer.Typer:
     cli_mount.add_to(application)
     cli_nbd.add_to(application)
     cli_serve_nbd.add_to(application)
+    cli_test_boot.add_to(application)
     cli_datastore.add_to(application)
     cli_s3.add_to(application)
     cli_serve.add_to(application)

@@ -41,7 +41,7 @@ FAILURES: Final[Sequence[tuple[re.Pattern[str], str]]] = tuple(
         (r"Windows failed to start|Your PC(?:/Device)? needs to be repaired", "Windows does not start"),
         (r"grub rescue>|Entering rescue mode\.\.\.", "GRUB does not find its files"),
         (r"Minimal BASH-like line editing is supported", "GRUB has nothing to boot"),
-        (r"(?m)^\s*\(initramfs\)", "the initial RAM disk ends in a shell"),
+        (r"(?m)^ ?\(initramfs\)", "the initial RAM disk ends in a shell"),
         (r"(?:Dropping to a shell!|Gave up waiting for (?:root|suspend))", "the root file system is not found"),
         (r"(?i)you are in (?:emergency|rescue) mode", "the system ends in an emergency shell"),
         (r"(?i)entering emergency mode", "the system ends in an emergency shell"),

@@ -1,0 +1,165 @@
+"""`fleece test-boot`: the command, its documents and exit codes, and what is left when it is killed."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.boot_trials import parse_signs
+from core.errors import UsageError
+from tests.support.boot_sectors import say, silent
+from tests.support.waiting import until
+
+from .conftest import Fleece, Popen
+
+pytestmark = pytest.mark.qemu
+
+#: What a backup of a running VM has beside its disk.
+COMMAND = [
+    "qemu-system-x86_64", "-m", "64", "-device", "virtio-blk-pci,id=disk0", "-chardev", "file,id=x,path=/etc/shadow",
+]  # fmt: skip
+QUICK = ("--accel", "tcg", "--memory", "64M", "--settle", "1s", "--timeout", "60s")
+
+
+def back_up(fleece: Fleece, name: str, content: bytes, *more: str) -> str:
+    """A snapshot of a VM with one disk."""
+    disk, line = fleece.home / f"{name}.raw", fleece.home / "line.json"
+    disk.write_bytes(content)
+    line.write_text(json.dumps(COMMAND))
+    answer = fleece(
+        "backup", f"drive-disk0.img:{disk}", f"qemu-command.json:{line}", "--backup-id", name, "--backup-type", "vm",
+        "--output", "json", *more,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    return str(answer.document["snapshot"])
+
+
+def test_a_guest_that_comes_to_life_ends_with_0_and_a_report(stored: Fleece, tmp_path: Path) -> None:
+    snapshot = back_up(stored, "good", say(serial="web login: ", screen="hello"))
+    picture, log = tmp_path / "a.png", tmp_path / "a.log"
+    report = stored.json("test-boot", "vm/good/latest", *QUICK, "--screenshot", picture, "--serial-log", log)
+    assert set(report) == {
+        "snapshot", "alive", "sign", "reason", "after-s", "events", "screenshot", "serial-log", "accel", "accel-reason",
+        "qemu", "machine", "memory", "cpus", "restarts", "written", "duration-s", "left-out", "warnings",
+    }  # fmt: skip
+    assert (report["snapshot"], report["alive"], report["sign"]) == (snapshot, True, "serial")
+    assert (report["accel"], report["machine"], report["memory"], report["cpus"]) == ("tcg", "pc", 64 << 20, 1)
+    assert "-chardev file,id=x,path=/etc/shadow" in report["left-out"]
+    assert [one["what"] for one in report["events"]][-1] == "alive: the serial port says 'web login:'"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert log.read_bytes() == b"web login: "
+
+
+def test_a_zeroed_disk_ends_with_1_and_a_picture_is_kept(stored: Fleece) -> None:
+    back_up(stored, "zero", bytes(1 << 20))
+    answer = stored("test-boot", "vm/zero/latest", *QUICK, "--output", "json")
+    assert (answer.code, answer.document["alive"], answer.err) == (1, False, "")
+    assert "finds nothing to boot from" in answer.document["reason"]
+    kept = Path(answer.document["screenshot"])
+    assert kept.is_relative_to(stored.home / "state")
+    assert kept.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_encrypted_backup_needs_its_key(stored: Fleece, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    stored("key", "create", key, "--kdf", "none")
+    back_up(stored, "secret", say(serial="web login: "), "--keyfile", str(key))
+    refused = stored("test-boot", "vm/secret/latest", *QUICK, "--output", "json")
+    assert (refused.code, "key" in json.dumps(refused.error)) == (1, True)
+    assert stored.json("test-boot", "vm/secret/latest", *QUICK, "--keyfile", key)["alive"]
+
+
+def test_a_backup_without_configuration_is_tried_with_a_warning(stored: Fleece) -> None:
+    disk = stored.home / "disk.raw"
+    disk.write_bytes(say(serial="web login: "))
+    stored("backup", f"any.img:{disk}", "--backup-id", "plain")
+    answer = stored("test-boot", "host/plain/latest", *QUICK)
+    assert answer.code == 3
+    assert "alive: the serial port says 'web login:'" in answer.out
+    assert "the backup has no configuration of a machine" in answer.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--wait", "nothing"), ("--wait", "serial:"), ("--wait", "serial:/(/"), ("--timeout", "0s"), ("--settle", "0"),
+        ("--memory", "1M"), ("--append", "x"), ("--accel", "xen"), ("--cpus", "0"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(stored: Fleece, options: tuple[str, str]) -> None:
+    assert stored("test-boot", "vm/x/latest", *options).code == 2
+
+
+def test_signs_are_read() -> None:
+    (exact,) = parse_signs(["serial:a.b"])
+    assert exact.pattern is not None
+    assert exact.pattern.search("xa.b")
+    assert not exact.pattern.search("axb")
+    (pattern,) = parse_signs(["serial:/a.b/"])
+    assert pattern.pattern is not None
+    assert pattern.pattern.search("axb")
+    assert [one.kind for one in parse_signs([])] == ["guest-agent", "serial", "screen"]
+    with pytest.raises(UsageError, match="no sign of life"):
+        parse_signs(["guest-agent:x"])
+
+
+def family(pid: int) -> list[int]:
+    """Processes below `pid`."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            below = [int(one) for one in path.read_text().split()]
+        except OSError:
+            continue
+        found += [*below, *(one for child in below for one in family(child))]
+    return found
+
+
+def programs(pids: list[int]) -> set[str]:
+    names = set()
+    for pid in pids:
+        try:
+            names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+        except OSError:
+            continue
+    return names
+
+
+async def test_a_killed_test_leaves_nothing_that_runs_and_the_next_one_clears_up(
+    stored: Fleece, tmp_path: Path, ended: Callable[[Popen], Popen]
+) -> None:
+    back_up(stored, "silent", silent())
+    runtime, temporary = Path(f"/tmp/fleece-boot-{os.getpid()}"), tmp_path / "tmp"
+    runtime.mkdir(mode=0o700)
+    temporary.mkdir()
+    stored.environment |= {"XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(temporary)}
+    try:
+        process = ended(stored.start("test-boot", "vm/silent/latest", *QUICK))
+        await until(lambda: {"nbdkit", "qemu-system-x86"} <= programs(family(process.pid)))
+        below = family(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        await until(lambda: not {"nbdkit", "qemu-system-x86"} & programs(below))
+        assert list(temporary.iterdir()) == []  # overlays have no names
+        assert list(runtime.iterdir()) != []  # its sockets
+        back_up(stored, "good", say(serial="web login: "))
+        assert stored.json("test-boot", "vm/good/latest", *QUICK)["alive"]
+        assert list(runtime.iterdir()) == []
+    finally:
+        shutil.rmtree(runtime)
+
+
+async def test_an_interrupted_test_cleans_up(stored: Fleece, tmp_path: Path, ended: Callable[[Popen], Popen]) -> None:
+    back_up(stored, "silent", silent())
+    process = ended(stored.start("test-boot", "vm/silent/latest", *QUICK))
+    await until(lambda: "qemu-system-x86" in programs(family(process.pid)))
+    below = family(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "SIGTERM" in err
+    assert not {"nbdkit", "qemu-system-x86"} & programs(below)
