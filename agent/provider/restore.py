@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import trio
 
@@ -21,6 +21,7 @@ from agent.provider.calls import opened
 from agent.provider.channel import Channel, ChannelProgress
 from agent.provider.messages import Nothing, OfArchive, RestoreContainer, RestoreVm, RestoreVolume, parsed
 from agent.provider.storage import UsedStorage
+from agent.provider.tar_pipe import TarPipe, open_tar_pipe
 from agent.restore_options import RestoreOptions
 from agent.snapshot_archives import OpenSnapshot
 from core.buffers import Buffer
@@ -34,12 +35,8 @@ from repository.archive import ArchiveReader, open_archive_reader
 
 #: The file archive of a container.
 ROOT: Final = "root.pxar"
-#: Seconds between two looks at whether somebody reads the pipe.
-_LOOK_S: Final = 0.1
 #: Seconds for a stream to end whose reader has come to its end.
 _LAST_S: Final = 30.0
-#: No header of a tar archive: what reads it behind a failure fails, too, wherever that was.
-_NO_TAR: Final = b"\xff" * 10240
 _FOLDER: Final = "restore-"
 
 
@@ -153,13 +150,7 @@ class ContainerRestore:
             TargetError: there can be no pipe.
         """
         self._check()
-        pipe = self._folder / "root.tar"
-        try:
-            os.mkfifo(pipe, 0o600)
-        except OSError as error:
-            raise TargetError("make the pipe", str(pipe), os_reason(error)) from error
-        self._nursery.start_soon(self._write_tar, pipe)
-        return pipe
+        return cast("Path", await self._nursery.start(self._write_tar))
 
     def _check(self) -> None:
         entry = self._snapshot.archives.get(ROOT)
@@ -167,36 +158,33 @@ class ContainerRestore:
             raise NotFoundError("restore", self._snapshot.where(ROOT), "the backup has no files of a container")
         self._snapshot.needs_key(entry)
 
-    async def _write_tar(self, pipe: Path) -> None:
+    async def _write_tar(self, *, task_status: trio.TaskStatus[Path]) -> None:
+        offered = False
         try:
-            descriptor = await _open_to_write(pipe)
-            self._begun = True
-            async with trio.lowlevel.FdStream(descriptor) as stream:
-                try:
-                    await self._send_tar(stream)
-                except FleeceError:
-                    # An archive that just ends would pass for a whole one, if it ends between two files.
-                    await _send(stream, _NO_TAR)
-                    raise
+            async with open_tar_pipe(self._folder / "root.tar") as pipe:
+                offered = True
+                task_status.started(pipe.path)
+                await pipe.reader()
+                self._begun = True
+                await self._send_tar(pipe)
+                await pipe.finish()
             self._complete = True
         except FleeceError as error:
+            if not offered:
+                raise
             self._failure = error
             self._progress.warn(str(error))
         finally:
             self._over.set()
 
-    async def _send_tar(self, stream: trio.lowlevel.FdStream) -> None:
+    async def _send_tar(self, pipe: TarPipe) -> None:
         snapshot = self._snapshot
-
-        async def write(data: Buffer) -> None:
-            await _send(stream, data)
-
         restored = await restore_to_stream(
             snapshot.reader,
             snapshot.codec,
             snapshot.manifest,
             FilesWanted(ROOT.removesuffix(".pxar")),
-            write,
+            pipe.send,
             RestoreOptions(),
             self._progress,
             format="tar",
@@ -243,26 +231,6 @@ class ContainerRestore:
         if not self._complete:
             raise TargetError("restore", self._snapshot.where(ROOT), "it was not read to its end")
         return {}
-
-
-async def _open_to_write(pipe: Path) -> int:
-    """The pipe, when somebody has opened it for reading."""
-    import errno
-
-    while True:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise TargetError("write to the pipe", str(pipe), os_reason(error)) from error
-        await trio.sleep(_LOOK_S)
-
-
-async def _send(stream: trio.lowlevel.FdStream, data: Buffer) -> None:
-    try:
-        await stream.send_all(data)
-    except trio.BrokenResourceError as error:
-        raise TargetError("restore", ROOT, "who reads the archive has gone") from error
 
 
 async def serve_restore(channel: Channel, storage: UsedStorage, request: RestoreVm | RestoreContainer) -> None:

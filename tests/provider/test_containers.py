@@ -237,6 +237,35 @@ async def test_a_tar_stream_that_fails_is_no_whole_archive(worker: Worker, mount
         assert plugin.children() == []
 
 
+async def test_a_session_that_is_killed_in_mid_stream_leaves_no_archive_and_nothing_else(
+    worker: Worker, mounts: Path
+) -> None:
+    folder, volname = mounts / "ct", f"backup/{NAME}"
+    make_container(folder)
+    (mounts / "back").mkdir()
+    async with worker.started() as plugin:
+        await back_up(plugin, folder)
+        given = await plugin("restore_container_init", volname, {})
+        (session,) = plugin.children()
+        pipe = await trio.to_thread.run_sync(lambda: open(given["tar-path"], "rb", buffering=0))  # noqa: PTH123, SIM115
+        with pipe:
+            begun = await trio.to_thread.run_sync(pipe.read, 512)
+            os.kill(session, signal.SIGKILL)
+            rest = b"".join(await trio.to_thread.run_sync(lambda: list(iter(lambda: pipe.read(1 << 20), b""))))
+        done = await trio.run_process(
+            ["tar", "xf", "-", "-C", str(mounts / "back")], stdin=begun + rest, check=False, capture_stderr=True
+        )
+        assert done.returncode != 0
+        with pytest.raises(Died, match="ended by signal 9"):
+            await plugin("restore_container_cleanup", volname, {})
+        assert plugin.children() == []
+        await until(lambda: list((worker.home / "run").rglob("restore-*")) == [])
+        # The next one is as good as ever.
+        given = await plugin("restore_container_init", volname, {})
+        await trio.run_process(["tar", "xf", given["tar-path"], "-C", str(mounts / "back")])
+        await plugin("restore_container_cleanup", volname, {})
+
+
 async def test_mount_points_of_the_container_are_entered_and_no_others(worker: Worker, mounts: Path) -> None:
     folder = mounts / "ct"
     make_container(folder)
