@@ -212,7 +212,7 @@ def show(
     libvirt: LibvirtOption = None,
     connect: ConnectOption = None,
 ) -> None:
-    """Show the disks of a running VM, and what the next backup would read of each, and why. Changes nothing."""
+    """Show the disks of a VM, and what the next backup would read of each, and why. Changes nothing."""
     from agent.vm_settings import VmOptions, resolve_vm
 
     settings = resolve_vm(
@@ -237,19 +237,17 @@ def show(
         known = False
     codec = invocation.backup_keys(section, repository=section.repository).codec
 
-    async def work(progress: "Progress") -> "tuple[list[DiskPreview], Sequence[LeftOut], str, str]":
+    async def work(progress: "Progress") -> "tuple[list[DiskPreview], list[LeftOut], str | None, str | None]":
         from contextlib import AsyncExitStack
 
-        from agent.vm_backup import is_running, preview_running, vm_flavour
-        from core.errors import FleeceError
+        from agent.vm_backup import is_running, preview_running, preview_stopped, tpm_left_out, vm_flavour
         from datastore.names import ROOT
         from hypervisor.qmp import connect as connect_qmp
 
-        if not await is_running(settings):
-            raise FleeceError(
-                "show", settings.label, "its QEMU does not run", "'fleece vm backup --dry-run' shows its disks by path"
-            )
+        running = await is_running(settings)
         looked_up = await settings.looked_up()
+        if not running:
+            return await preview_stopped(looked_up), [], None, None
         ns = invocation.namespace(section.ns, repository=section.repository) if known else ROOT
         async with AsyncExitStack() as stack:
             repository = None
@@ -260,7 +258,8 @@ def show(
             found = await kind.survey(qmp_session, looked_up.selection)
             group = looked_up.group(ns)
             disks = await preview_running(qmp_session, looked_up, repository, group, codec, found.disks, flavour=kind)
-            return disks, found.left_out, ".".join(map(str, qmp_session.version)), kind.name.value
+            left_out = [*found.left_out, *await tpm_left_out(qmp_session, looked_up, kind.name)]
+            return disks, left_out, ".".join(map(str, qmp_session.version)), kind.name.value
 
     disks, left_out, version, kind = invocation.run(work, what="show", where=settings.label)
     document: dict[str, Any] = {
@@ -268,10 +267,14 @@ def show(
             {
                 "name": disk.name,
                 "device": disk.device,
-                "node": disk.node,
+                "node": disk.node or None,
                 "size": disk.size,
                 "bitmap": disk.bitmap,
                 "next": {"mode": disk.mode, "reason": disk.reason or None, "bytes": disk.bytes},
+                "bitmaps": [
+                    {"name": str(one.name), "since": one.name.id, "dirty": one.count, "recording": one.recording}
+                    for one in disk.bitmaps
+                ],
             }
             for disk in disks
         ],
@@ -279,11 +282,12 @@ def show(
         "qemu": version,
         "flavour": kind,
     }
-    invocation.emit(document, lambda: _show_lines(settings, disks, left_out, f"{version}, flavour {kind}"))
+    state = "does not run" if version is None else f"QEMU {version}, flavour {kind}"
+    invocation.emit(document, lambda: _show_lines(settings, disks, left_out, state))
 
 
 def _show_lines(
-    settings: "VmSettings", disks: "Sequence[DiskPreview]", left_out: "Sequence[LeftOut]", version: str
+    settings: "VmSettings", disks: "Sequence[DiskPreview]", left_out: "Sequence[LeftOut]", state: str
 ) -> list[str]:
     from agent.documents import table
     from core.units import format_size
@@ -299,7 +303,7 @@ def _show_lines(
         for disk in disks
     ]
     return [
-        f"{settings.label}: QEMU {version}",
+        f"{settings.label}: {state}",
         *table(("disk", "device", "node", "size", "next backup reads"), rows, right=(3,)),
         *(f"left out: {left.device} ({left.reason})" for left in left_out),
     ]

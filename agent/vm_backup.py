@@ -24,9 +24,10 @@ from core.progress import Progress
 from datastore.codec import ChunkCodec
 from datastore.errors import SnapshotNotFoundError
 from datastore.names import Group, Snapshot, complete_archive_name
+from hypervisor import checked
 from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Finished, target_id
 from hypervisor.cmdline import COMMAND_LINE_NAME, command_line
-from hypervisor.discovery import Disk, capabilities, check_vm
+from hypervisor.discovery import Disk, LeftOut, capabilities, check_vm
 from hypervisor.efi import EFI_VARS_NAME, efi_vars
 from hypervisor.efi import MAX_SIZE as MAX_EFI_VARS
 from hypervisor.files import open_source
@@ -243,7 +244,7 @@ async def _back_up_running(
         ) as view:
             if hooks is not None:
                 await hooks.after(session.snapshot)
-            for left in view.left_out:
+            for left in [*view.left_out, *beside.left_out]:
                 progress.log(f"{left.device} is left out: {left.reason}")
             await writer.add_disks(view.sources, bwlimit=bwlimit)
             for name, data in [*beside.blobs, *files]:
@@ -267,13 +268,14 @@ class _Beside:
     def __init__(self, progress: Progress, settings: VmSettings) -> None:
         libvirt = settings.libvirt
         self._progress, self._tpm = progress, settings.section.tpm_state
-        self._flash = True
+        self._flash, self._flavour, self._settings = True, FlavourName.STOCK, settings
+        self.left_out: list[LeftOut] = []  #: what belongs to the VM and is not stored
         self.blobs: list[tuple[str, bytes]] = [] if libvirt is None else libvirt.blobs()
 
     def made_by(self, flavour: FlavourName) -> None:
         """For Proxmox VE's QEMU the EFI variables are one of the disks."""
         self._flash = flavour is not FlavourName.PROXMOX
-        self._tpm = self._tpm if self._flash else None
+        self._flavour, self._tpm = flavour, self._tpm if self._flash else None
         self._progress.log(f"the frozen view is made by the flavour {flavour.value}")
 
     async def read(self, qmp: Qmp) -> None:
@@ -294,10 +296,9 @@ class _Beside:
             self._progress.warn("not all small files could be read in time, and are left out")
 
     async def _read_tpm(self, qmp: Qmp) -> None:
+        self.left_out = await tpm_left_out(qmp, self._settings, self._flavour)
         if self._tpm is not None:
             self.blobs += await in_io_thread(read_tpm_state, self._tpm)
-        elif self._flash and "query-tpm" in qmp.commands and await qmp.execute("query-tpm"):
-            self._progress.log("the state of the TPM is left out: nothing says where it is (tpm-state)")
 
 
 async def _back_up_stopped(
@@ -328,6 +329,39 @@ async def _back_up_stopped(
     for name, data in files:
         await writer.add_blob(name, data)
     await writer.finish(notes=notes)
+
+
+async def tpm_left_out(qmp: Qmp, settings: VmSettings, flavour: FlavourName) -> list[LeftOut]:
+    """The TPM of the VM behind `qmp`, if nothing says where its state is; the flavour proxmox looks by itself.
+
+    Raises:
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    known = settings.section.tpm_state is not None or settings.libvirt is not None
+    if known or flavour is not FlavourName.STOCK or "query-tpm" not in qmp.commands:
+        return []
+    where = f"{qmp.where}, query-tpm"
+    found = checked.objects(await qmp.execute("query-tpm"), where)
+    reason = "the state of a TPM, which another program keeps: name its folder as tpm-state"
+    return [LeftOut(checked.printable(checked.field(tpm, "id", str, where)), reason) for tpm in found]
+
+
+async def preview_stopped(settings: VmSettings) -> list[DiskPreview]:
+    """What the next backup would read of a VM that does not run: everything.
+
+    Raises:
+        UsageError: it has no disks that are known, or chosen.
+        FleeceError: one cannot be opened.
+    """
+    found = []
+    async with AsyncExitStack() as stack:
+        disks = chosen_stopped_disks(settings)
+        await stack.enter_async_context(held(disks))
+        for disk in disks:
+            source = await stack.enter_async_context(open_source(disk.path, disk.name, format=disk.format))
+            device = disk.name.removeprefix("drive-").removesuffix(".img")
+            found.append(DiskPreview(disk.name, device, "", source.size, None, "full", NOT_RUNNING, source.size))
+    return found
 
 
 async def _of_stopped(settings: VmSettings) -> list[tuple[str, bytes]]:

@@ -16,9 +16,12 @@ tells what happens in a QEMU during a backup, and why.
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
+    pause.py        `paused`: the guest's processors stand still (by `resume_child.py`, of a domain `resume_domain.py`)
+    size_marks.py   `add_marks`, `unsure`: whether a disk was smaller since its bitmap began
     disk_names.py   `archive_name`, `image_path`: what disks are called
     cmdline.py      `command_line`: how QEMU was started, secrets masked
     efi.py          `efi_vars`: the EFI variables of a running VM
+    tpm.py          `read_tpm_state`: the state of an emulated TPM
     machine.py      `from_files`, `command_line`, `start_script`: a VM out of what a backup says of it
     children.py     `running`: programs that end with this process
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio

@@ -16,7 +16,18 @@ from core.errors import FleeceError
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from hypervisor import access, bitmaps
-from hypervisor.bitmaps import BaseInfo, BaseOf, BitmapMode, Choice, Finished, Situation, choose, our_bitmaps, target_id
+from hypervisor.bitmaps import (
+    BaseInfo,
+    BaseOf,
+    Bitmap,
+    BitmapMode,
+    Choice,
+    Finished,
+    Situation,
+    choose,
+    our_bitmaps,
+    target_id,
+)
 from hypervisor.block_graph import block_nodes, released
 from hypervisor.cmdline import took_over
 from hypervisor.discovery import OUR_PREFIX, Disk, capabilities, check_vm
@@ -273,6 +284,7 @@ class DiskPreview:
     mode: str  #: `incremental` or `full`
     reason: str  #: why it would be full, empty if not
     bytes: int  #: it would read, at most
+    bitmaps: Sequence[Bitmap] = ()  #: those of all targets on the disk's root
 
 
 async def preview(
@@ -331,6 +343,7 @@ async def preview(
                 reason=choice.reason,
                 # The last granule may reach beyond the end of the disk.
                 bytes=min([*dirty, disk.size]),
+                bitmaps=our_bitmaps([nodes[disk.node]], None) if disk.node in nodes else (),
             )
         )
     return result

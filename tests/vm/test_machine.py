@@ -95,6 +95,7 @@ async def test_show_and_dry_run_say_what_the_backup_then_does_and_change_nothing
             "drive-disk0.img": {"mode": "incremental", "reason": None, "bytes": CHUNK},
             "drive-disk1.img": {"mode": "incremental", "reason": None, "bytes": CHUNK},
         }
+        assert [(one["dirty"], one["recording"]) for one in shown["drive-disk0.img"]["bitmaps"]] == [(CHUNK, True)]
         plan = await lab.backup(vm, "--dry-run")
         assert [disk["read"] for disk in plan.document["archives"]] == [CHUNK, CHUNK]
         assert await lab.snapshots() == [first.document["snapshot"]]

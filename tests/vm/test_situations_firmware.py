@@ -69,6 +69,11 @@ async def test_efi_variables_and_tpm_state_come_back_with_the_disks(
             await guest.write("disk0", 0x11, 0, MIB)
             await vm.execute("cont")
             await until(lambda: (state / "tpm2-00.permall").exists())
+            unknown = await lab.fleece.json("vm", "show", *lab.arguments(vm, "other"))
+            assert (
+                "name its folder as tpm-state"
+                in {left["device"]: left["reason"] for left in unknown["left-out"]}["tpm0"]
+            )
             report = await lab.backup(vm)
             assert set(report.archives) == {"drive-disk0.img", "efivars.fd", "qemu-command.json", "tpm2-00.permall"}
             await lab.assert_restores(report, guest.images())
@@ -104,6 +109,8 @@ async def test_a_vm_that_is_off_is_read_in_full_with_all_that_belongs_to_it(
         await lab.backup(vm)
         await guest.write("disk0", 0x22, 5 * MIB, MIB)
         await vm.quit()
+    shown = (await lab.show(vm))["drive-disk0.img"]
+    assert (shown["node"], shown["next"]) == (None, {"mode": "full", "reason": "the VM does not run", "bytes": SIZE})
     report = await lab.backup(vm)
     archive = report.archives["drive-disk0.img"]
     assert (archive["mode"], archive["reason"]) == ("full", "the VM does not run")
