@@ -25,7 +25,7 @@ from core.buffers import Buffer
 from core.errors import FormatError, SourceError, os_reason
 from datastore.catalog import CatalogWriter
 from pxar.create import CreateOptions, create_archive
-from pxar.create_report import CreateReport
+from pxar.create_report import MAX_MOUNTS, MAX_WARNINGS, CreateReport
 from pxar.patterns import MatchPattern
 
 #: The archive, as in snapshots of Proxmox's own.
@@ -146,12 +146,13 @@ def unpacked_report(data: bytes, report: CreateReport) -> None:
         if type(value[name]) is not int or not 0 <= value[name] < 1 << 63:
             raise FormatError("understand", "the report of the files", f"{name} is no number")
         setattr(report, name, value[name])
-    report.warnings[:] = _texts(value["warnings"])
-    report.skipped_mounts[:] = [os.fsencode(text) for text in _texts(value["skipped_mounts"])]
+    report.warnings[:] = _texts(value["warnings"], MAX_WARNINGS)
+    report.skipped_mounts[:] = [os.fsencode(text) for text in _texts(value["skipped_mounts"], MAX_MOUNTS)]
 
 
-def _texts(value: object) -> list[str]:
-    if not isinstance(value, list) or any(not isinstance(one, str) for one in value):
+def _texts(value: object, most: int) -> list[str]:
+    """At most so many: whoever has the container's rights could send a million, and each is looked at."""
+    if not isinstance(value, list) or len(value) > most or any(not isinstance(one, str) for one in value):
         raise FormatError("understand", "the report of the files", "a list of texts is needed")
     return ["".join(char if char.isprintable() else "?" for char in one) for one in value]
 
@@ -173,7 +174,8 @@ def receive_archive(
         for _ in _received(fd, header, stalled_s):
             pass
         kind, length = _HEADER.unpack(header)
-        if length > _MAX_FRAME or (kind not in sinks and kind != b"E"):
+        # Empty frames without end would keep this thread busy for ever.
+        if not 0 < length <= _MAX_FRAME or (kind not in sinks and kind != b"E"):
             raise FormatError("store", "the files", "what comes over the stream makes no sense")
         view = memoryview(memory)[:length]
         if kind == b"E":

@@ -16,7 +16,7 @@ from agent.provider.channel import ALIVE_S, Channel, ChannelProgress, open_chann
 from agent.provider.messages import BackupVm, Request, Storage, Walk, decoded, parsed
 from agent.provider.stream import FrameSink, packed_report, receive_archive, send_all, unpacked_report
 from core.errors import FleeceError, FormatError, SourceError, UsageError
-from pxar.create_report import CreateReport
+from pxar.create_report import MAX_MOUNTS, MAX_WARNINGS, CreateReport
 
 QUESTION = {"id": "1", "call": "x", "parent": 2, "parameters": {}}
 
@@ -178,6 +178,7 @@ def test_what_is_no_json() -> None:
         (b"A\x05\x00\x00\x00abc", "ends early"),
         (b"A\xff\xff\xff\xff", "makes no sense"),
         (b"Z\x00\x00\x00\x00", "makes no sense"),
+        (b"A\x00\x00\x00\x00", "makes no sense"),
         (b"E\x02\x00\x00\x00[]", "other keys"),
         (b"E\x01\x00\x00\x00{", "no JSON"),
     ],
@@ -198,6 +199,14 @@ async def test_a_stream_that_makes_no_sense(data: bytes, match: str) -> None:
             await trio.to_thread.run_sync(work)
     finally:
         os.close(reading)
+
+
+def test_a_report_has_no_more_texts_than_the_walk_keeps() -> None:
+    for name, most in (("warnings", MAX_WARNINGS), ("skipped_mounts", MAX_MOUNTS)):
+        document = json.loads(packed_report(CreateReport()))
+        unpacked_report(json.dumps({**document, name: ["x"] * most}).encode(), CreateReport())
+        with pytest.raises(FormatError, match="a list of texts"):
+            unpacked_report(json.dumps({**document, name: ["x"] * (most + 1)}).encode(), CreateReport())
 
 
 async def test_a_stream_that_stands_still_is_given_up_and_one_that_is_cancelled_ends() -> None:
