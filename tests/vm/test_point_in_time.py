@@ -62,8 +62,12 @@ async def take_backups(
     count: int,
     disks: Sequence[VmDisk] | None = None,
     extra: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> None:
-    """`count` backups of one guest, full and incremental in turn: every second one begins a group of its own."""
+    """`count` backups of one guest, full and incremental in turn: every second one begins a group of its own.
+
+    `more` are options of each backup.
+    """
     disks = ring_disks(lab) if disks is None else disks
     taken: list[tuple[str, int, int]] = []
     modes = []
@@ -71,7 +75,8 @@ async def take_backups(
         await start_writing(vm, disks)
         for number in range(count):
             before = position(disks[0].path)
-            report = await lab.backup(vm, id=f"ring-{number // 2}")
+            report = await lab.backup(vm, *more, id=f"ring-{number // 2}")
+            assert (report.document["frozen-s"] > 0) == ("--pause" in more)
             taken.append((report.document["snapshot"], before, position(disks[0].path)))
             modes += [report.archives[f"drive-disk{disk}.img"]["mode"] for disk in (0, 1)]
         await check_guest(vm, disks)
