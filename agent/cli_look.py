@@ -44,6 +44,7 @@ fleece find '*.conf'                                in the newest snapshot of ea
 fleece find /etc/hosts host/web/latest              a path from the root of an archive
 fleece find 'etc/**/*.pem' host/web --versions      which versions a group has, and where
 fleece find 'invoice-2026*' --all-snapshots --type f
+fleece find /etc/fstab vm/100/latest --images       also in the file systems of disk images
 fleece find '*.sql' host/db/latest --output json | jq -r '.[].path'
 """,
         keys="read",
@@ -171,6 +172,9 @@ def find(
     index: Annotated[
         bool, typer.Option("--index/--no-index", help="Use the index, and with --all-snapshots keep it up; else not.")
     ] = True,
+    images: Annotated[
+        bool, typer.Option("--images", help="Also in the file systems of disk images, whose directories are read.")
+    ] = False,
 ) -> None:
     """Find files by name in file archives: kind, size, time and path of each.
 
@@ -208,7 +212,7 @@ def find(
     # Who looks into many snapshots is not asked for the passphrase of a key that none of them may need.
     codec = invocation.reading_key().codec() if snapshots else invocation.codec()
     gathered = VersionsOf()
-    query = Query(parsed, letters, archive)
+    query = Query(parsed, letters, archive, images)
 
     def line(one: Found) -> str:
         return f"{in_namespace(one.snapshot)}  {one.line}"

@@ -6,10 +6,11 @@ from typing import NamedTuple
 from agent.archive_listing import Found, find_in
 from agent.documents import in_namespace
 from agent.find_index.answering import Answers, answers
-from agent.snapshot_archives import Selected, Selection, open_snapshot
-from core.errors import FleeceError, TargetError
+from agent.snapshot_archives import OpenSnapshot, Selected, Selection, open_snapshot
+from core.errors import FleeceError, FormatError, TargetError
 from core.progress import Progress
 from datastore.codec import ChunkCodec
+from datastore.errors import KeyNeededError
 from datastore.names import Snapshot, strip_archive_type
 from pxar.patterns import MatchPattern
 from repository.archive import ChunkCache
@@ -22,6 +23,7 @@ class Query(NamedTuple):
     pattern: MatchPattern
     letters: frozenset[str]  #: kinds, as in catalogs
     archive: str | None  #: only in archives that a person calls so
+    images: bool = False  #: also in the file systems of disk images, which no index has
 
     @property
     def archive_name(self) -> str | None:
@@ -71,7 +73,12 @@ async def _find(
 ) -> None:  # fmt: skip
     for snapshot, one in selection.snapshots.items():
         try:
-            if not await _answered(known, snapshot, one, query, progress, add):
+            answered = await _answered(known, snapshot, one, query, progress, add)
+            if query.images:
+                async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
+                    if await _find_in_images(opened, query, add):
+                        continue
+            if not answered:
                 async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
                     only = query.archive_name
                     if query.archive is not None and one.named:
@@ -83,6 +90,25 @@ async def _find(
             if one.named or isinstance(error, TargetError):
                 raise
             progress.warn(f"{in_namespace(snapshot)} was left out: {error}")
+
+
+async def _find_in_images(opened: OpenSnapshot, query: Query, add: Callable[[Found], None]) -> bool:
+    """Look into the disk images that are meant; whether an image is what was named, and so nothing else is.
+
+    An image that cannot be read is left out with a warning, unless it was named.
+    """
+    from agent.image_trees import find_in_image, image_names, image_part
+
+    part = None if query.archive is None else image_part(opened.manifest, query.archive)
+    if part is not None:
+        await find_in_image(opened, part.name, query.pattern, query.letters, add)
+        return True
+    for name in image_names(opened) if query.archive is None else ():
+        try:
+            await find_in_image(opened, name, query.pattern, query.letters, add)
+        except (FormatError, KeyNeededError) as error:
+            opened.progress.warn(f"{opened.where(name)} was left out: {error}")
+    return False
 
 
 async def _answered(

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from agent.archive_listing import Found, Listed, found, list_entry, walk_nodes
-from agent.image_nodes import ImageAccessor
+from agent.image_nodes import Group, ImageAccessor, VolumeDirectory
 from agent.listing_output import put
 from agent.snapshot_archives import OpenSnapshot, in_walk
 from datastore.codec import ChunkCodec
@@ -106,14 +106,20 @@ async def find_in_image(
 ) -> None:
     """Pass what matches `pattern`, and is of one of the kinds `letters`, on the disk `name` to `add`.
 
+    A pattern counts from the root of the image or from that of a file system on it.
+
     Raises:
         FormatError, KeyNeededError, NotFoundError: it cannot be read.
     """
     async with open_image_of(opened, name) as accessor:
 
         def walk() -> None:
+            root = 0  # bytes of the path of the volume
             for path, item, is_directory in walk_image(accessor):
-                if pattern.matches(path, is_directory):
+                if isinstance(item, VolumeDirectory | Group):
+                    root = len(path)
+                within = path[root:]
+                if pattern.matches(path, is_directory) or (within and pattern.matches(within, is_directory)):
                     one = found(opened.snapshot, name, path, item)
                     if one.letter in letters:
                         add(one)
