@@ -8,9 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,14 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support import vm_in_debian
 from tests.support.debian_vm import DebianVm
 from tests.support.fleece_command import FleeceCommand
+from tests.support.fleece_disk import COMMAND_S, fleece_disk, open_store
 from tests.support.python_in_vm import compiled, python_files
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import VmDisk
+from tests.support.vm_in_debian import DISK
 
 #: On a busy machine a VM may take minutes to start, and to start a Python.
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -74,6 +74,16 @@ async def main():
         print(*await end_holder(records, holding, host), sep="\\n")
     print([use.number for use in host.in_use()], records.load(), "used:", host.used_for(0))
 trio.run(main)
+"""
+
+
+#: For the QEMU in the Debian VM.
+VM_SECTION = """\
+default-repository = "/srv/"
+scratch = "/var/scratch"
+[vm.web]
+id = "100"
+scratch-beside-disks = true
 """
 
 
@@ -237,42 +247,19 @@ async def test_a_disk_of_a_backup_is_a_block_device(distribution: QemuBinary, st
         file.write(os.urandom(3 << 20))
     fleece = FleeceCommand(tmpfs / "h", store_folder)
     await fleece.json("backup", f"drive-scsi0.img:{source}", "--backup-type", "vm", "--backup-id", "100")
-    disk = tmpfs / "fleece.img"
-    await trio.to_thread.run_sync(_disk_with_fleece, tmpfs / "d", disk, store_folder)
-    work = functools.partial(_in_a_debian, distribution, disk, source)
+    make = functools.partial(fleece_disk, tmpfs / "d", tmpfs / "fleece.img", store=store_folder)
+    disk = await trio.to_thread.run_sync(make)
+    work = functools.partial(_disk_of_a_backup, distribution, disk, source)
     await trio.to_thread.run_sync(work)
 
 
-def _disk_with_fleece(folder: Path, disk: Path, store: Path) -> None:
-    """A file system with Fleece and the store; of the 65536 folders of chunks those that have some."""
-    rooms = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
-    for name, content in python_files(rooms, ["fleece"]).items():
-        path = folder / "python" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    # In the VM that would take minutes.
-    line = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(folder / "python")]
-    subprocess.run(line, check=True, timeout=300)
-    for path in store.rglob("*"):
-        if path.is_file():
-            copy = folder / "store" / path.relative_to(store)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    (folder / "fleece").write_text('#!/bin/sh\nPYTHONPATH=/mnt/python exec python3 -m agent.main "$@"\n')
-    (folder / "fleece").chmod(0o755)
-    subprocess.run(["truncate", "-s", "600M", str(disk)], check=True)
-    line = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(folder), str(disk)]
-    subprocess.run(line, check=True, timeout=120)
-
-
-def _in_a_debian(qemu: QemuBinary, disk: Path, source: Path) -> None:
-    with DebianVm.start(qemu, disks=[VmDisk(disk, "fleece")]) as vm:
+def _disk_of_a_backup(qemu: QemuBinary, disk: VmDisk, source: Path) -> None:
+    with DebianVm.start(qemu, disks=[disk]) as vm:
         vm.check("mount /dev/vdb /mnt; modprobe nbd nbds_max=2")
-        vm.check("mount -t tmpfs -o nr_inodes=0 tmpfs /srv; cp -a /mnt/store/. /srv")
-        vm.check("cd /srv/.chunks && printf '%04x\\n' {0..65535} | xargs mkdir -p", timeout_s=300)
-        assert vm.run("/mnt/fleece nbd list", timeout_s=240).out == "Nothing is connected.\n"
+        open_store(vm)
+        assert vm.run("/mnt/fleece nbd list", timeout_s=COMMAND_S).out == "Nothing is connected.\n"
         connect = "/mnt/fleece nbd connect vm/100/latest drive-scsi0.img --repo /srv/ --output json"
-        document = json.loads(vm.check(connect, timeout_s=240))
+        document = json.loads(vm.check(connect, timeout_s=COMMAND_S))
         assert document["disks"][0] == {
             "name": "drive-scsi0.img", "device": "/dev/nbd0", "file": None, "size": 24 << 20, "read-only": True,
             "changed": None,
@@ -281,12 +268,72 @@ def _in_a_debian(qemu: QemuBinary, disk: Path, source: Path) -> None:
         assert vm.check("sha256sum /dev/nbd0").split()[0] == digest
         vm.check("mkdir /run/disk; mount -o ro,noload /dev/nbd0 /run/disk")
         assert vm.check("cat /run/disk/etc/hostname") == "backed-up\n"
-        assert "nbd0 is mounted on /run/disk" in vm.run("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=240).err
+        assert "nbd0 is mounted on /run/disk" in vm.run("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=COMMAND_S).err
         vm.check("umount /run/disk")
-        assert vm.check("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=240) == "disconnected /dev/nbd0\n"
+        assert vm.check("/mnt/fleece nbd disconnect /dev/nbd0", timeout_s=COMMAND_S) == "disconnected /dev/nbd0\n"
         assert vm.run("ls /sys/block/nbd0/pid; pgrep nbdkit; pgrep qemu-nbd").out == ""
         # Killed, it takes device and server along.
-        document = json.loads(vm.check(connect, timeout_s=240))
+        document = json.loads(vm.check(connect, timeout_s=COMMAND_S))
         device = document["disks"][0]["device"].removeprefix("/dev/")
         vm.check(f"kill -9 {document['pid']}")
         vm.until(f"[ ! -e /sys/block/{device}/pid ] && ! pgrep nbdkit")
+
+
+# A dozen starts of the whole command, each half a minute and more on a busy machine.
+@pytest.mark.timeout(1700)
+@pytest.mark.long
+def test_the_disk_of_a_running_vm_is_a_block_device(
+    distribution: QemuBinary, backports: QemuBinary, store_folder: Path, tmpfs: Path
+) -> None:
+    """All of it in one piece: a QEMU in the Debian VM, the command, the kernel's device, and disks that change."""
+    disk = fleece_disk(tmpfs / "d", tmpfs / "fleece.img", store=store_folder, qemu=backports)
+    with DebianVm.start(distribution, disks=[disk], memory_mib=1024) as vm:
+        vm.check("mount /dev/vdb /mnt; modprobe nbd nbds_max=2; mkdir -p /var/scratch /run/part/etc /run/disk")
+        vm.write("/etc/fleece/fleece.toml", VM_SECTION)
+        open_store(vm)
+        vm.check(f"echo as-it-was >/run/part/etc/hostname; mke2fs -q -t ext4 -d /run/part {DISK} 24M")
+        vm.check(f"head -c 3M /dev/urandom | dd of={DISK} bs=1M seek=20 conv=notrunc status=none")
+        vm_in_debian.start(vm, qemu="/mnt/qemu/bin/qemu-system-x86_64")
+        given = "--qmp /run/web.qmp --id 100 --output json"
+
+        def fleece(line: str) -> Any:
+            return json.loads(vm.check(f"/mnt/fleece {line}", timeout_s=COMMAND_S))
+
+        backup = f"vm backup {given}"
+        assert _disk0(fleece(backup))["mode"] == "full"
+        before = vm_in_debian.look(vm)
+        vm_in_debian.write(vm, 0x11, 9 << 20, 4096)
+        instant = vm.check(f"sha256sum {DISK}").split()[0]
+        held = fleece(f"nbd connect {given} --changed --time-limit 20m")
+        assert (held["source"]["flavour"], held["disks"][0]) == ("stock", {
+            "name": "drive-disk0.img", "device": "/dev/nbd0", "file": None, "size": 24 << 20, "read-only": True,
+            "changed": 4 << 20,
+        })  # fmt: skip
+        # Whatever the guest does to its disk from here on, before or after a part of it is read, the device keeps.
+        vm_in_debian.write(vm, 0x22, 0, 12 << 20)
+        region = vm.check("dd if=/dev/nbd0 bs=4M skip=2 count=1 iflag=direct status=none | sha256sum")
+        vm_in_debian.write(vm, 0x33, 8 << 20, 16 << 20)
+        assert vm.check("dd if=/dev/nbd0 bs=4M skip=2 count=1 iflag=direct status=none | sha256sum") == region
+        assert vm.check("sha256sum /dev/nbd0").split()[0] == instant
+        assert vm.check(f"sha256sum {DISK}").split()[0] != instant
+        vm.check("mount -o ro,noload /dev/nbd0 /run/disk")
+        assert vm.check("cat /run/disk/etc/hostname; umount /run/disk") == "as-it-was\n"
+        assert fleece("nbd regions /dev/nbd0 --output json") == [{"offset": 8 << 20, "length": 4 << 20}]
+        assert vm.run("dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 conv=fsync").code != 0
+        assert fleece("nbd disconnect /dev/nbd0 --output json") == {"disconnected": ["/dev/nbd0"]}
+        _nothing_is_left(vm, before)
+        # The bitmap goes on from the backup, not from the view.
+        report = fleece(backup)
+        assert (_disk0(report)["mode"], _disk0(report)["dirty"]) == ("incremental", 24 << 20)
+
+
+def _disk0(report: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [archive for archive in report["archives"] if archive["name"] == "drive-disk0.img"]
+    return dict(found)
+
+
+def _nothing_is_left(vm: DebianVm, qemu: dict[str, Any]) -> None:
+    """QEMU has what it had, and no device, process or file of the view is there."""
+    assert vm_in_debian.look(vm) == qemu
+    assert vm.run("cat /sys/block/nbd*/pid; pgrep -fa '[q]emu-nbd|[f]leece nbd'; ls -A /var/scratch").out == ""
+    assert [name for name in vm.check("ls -A /run/fleece/nbd").split() if name.startswith("holder")] == []
