@@ -263,7 +263,21 @@ class Fleecing(ABC):
                 address = {"type": "fd", "data": {"str": "fleece-nbd"}}
                 await qmp.execute("nbd-server-start", {"addr": address, **arguments})
             except QmpCommandError as error:
-                raise FleecingError("start the NBD server of", self.qmp_path, refused.desc) from error
+                await self._start_in_folder_of(qmp, arguments, refused, error)
+
+    async def _start_in_folder_of(
+        self, qmp: Qmp, arguments: Mapping[str, object], refused: QmpCommandError, cause: QmpCommandError
+    ) -> None:
+        """Where a security module allows neither: in the folder that libvirt has made for sockets of this QEMU."""
+        folder = await qmp.socket_folder()
+        try:
+            if folder is None:
+                raise cause
+            path = Path(folder) / "fleece-nbd"
+            await qmp.execute("nbd-server-start", {"addr": _unix(path), **arguments})
+        except QmpCommandError as error:
+            raise FleecingError("start the NBD server of", self.qmp_path, refused.desc) from error
+        self.run.socket = path
 
     async def _read_maps(self, qmp: Qmp, maps: Iterable[DirtyMap]) -> None:
         """Read what changed. A bitmap must not stay exported: a resize of the disk would abort QEMU meanwhile."""

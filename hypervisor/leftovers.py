@@ -17,6 +17,7 @@ from core.limits import in_io_thread
 from hypervisor import access, checked
 from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
 from hypervisor.errors import QmpCommandError, QmpTimeoutError
+from hypervisor.libvirt_nodes import remove_orphans
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import hanging, image_prefix, remove_image
 from hypervisor.state import Run, RunState, left_state
@@ -292,6 +293,8 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
         return Undone(problems=[HANGS], images=False)
     resumed = state is not None and state.paused and await _resume(qmp)
     undone = await undo(qmp, server=state is not None and state.nbd_server)
+    if not undone.problems and state is not None:
+        undone.actions += await remove_orphans(qmp, [disk.root for disk in state.disks])
     if resumed:
         undone.actions.insert(0, "let the guest go on that was paused")
     if undone.images:

@@ -102,15 +102,12 @@ class Run:
     def __init__(self, folder: Path, peer: Peer) -> None:
         self.folder: Final = folder  #: of mode 0700, removed at the end
         self.peer: Final = peer
+        #: Where QEMU's NBD server listens during this run; short enough for a socket.
+        self.socket = folder / "nbd"
 
     @property
     def _state(self) -> Path:
         return self.folder / "state.json"
-
-    @property
-    def socket(self) -> Path:
-        """Where QEMU's NBD server listens during this run; short enough for a socket."""
-        return self.folder / "nbd"
 
     def shared(self, number: int) -> Path:
         """Where QEMU's export of disk `number` through shared memory listens."""
@@ -138,7 +135,7 @@ class Run:
 
     def forget(self) -> None:
         """Remove state and sockets: nothing of ours is left in QEMU."""
-        for path in (self._state, self._state.with_suffix(".tmp"), self.socket, *self.folder.glob("v*")):
+        for path in (self._state, self._state.with_suffix(".tmp"), self.folder / "nbd", *self.folder.glob("v*")):
             path.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ from hypervisor.errors import FleecingError, QmpCommandError
 from hypervisor.flavours import DiskSelection, FlavourName, Order, Settled
 from hypervisor.fleecing import DirtyMap, FleecedDisk, Fleecing, run_state
 from hypervisor.leftovers import GUARD, Undone, remove_files, undo
+from hypervisor.libvirt_nodes import remove_orphans
 from hypervisor.nbd_address import NbdAddress
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import image_name
@@ -151,6 +152,9 @@ class StockFleecing(Fleecing):
         if not success:
             begun = [disk.disk.node for disk in self.disks if disk.choice.bitmap is None]
             self.warnings += await remove_marks(qmp, self.state.target, begun)
+        if not result.problems:
+            for done in await remove_orphans(qmp, [disk.disk.node for disk in self.disks]):
+                self.on_step(done)
         if result.images:
             await remove_files(self.run, self.state, self.scratch.folder, undone)
 
