@@ -18,6 +18,8 @@ from core.buffers import Buffer
 _HEAD = 9
 _DATA = 0
 _END_STREAM = 1
+#: Bytes of a body that is worth memory of its own before it is there.
+_LONG = 64 << 10
 
 
 class _Body:
@@ -33,9 +35,42 @@ class _Body:
 
 
 class _BulkBuffer(FrameBuffer):
-    """What came and is not taken apart yet."""
+    """What came and is not taken apart yet. The rest of a long body comes straight to where it stays."""
+
+    def __init__(self, server: bool = False) -> None:
+        super().__init__(server)
+        self._open: DataFrame | None = None  #: its body is coming
+        self._body = bytearray()
+        self._filled = 0
+
+    def place(self) -> memoryview | None:
+        """Memory for what comes next; None if that is not known."""
+        return None if self._open is None else memoryview(self._body)[self._filled :]
+
+    def filled(self, count: int) -> None:
+        """The first `count` bytes of `place` have come."""
+        self._filled += count
+
+    def add_data(self, data: Any) -> None:
+        """See h2."""
+        place = self.place()
+        if place is None:
+            super().add_data(data)
+            return
+        with memoryview(data).cast("B") as view, place:
+            count = min(len(view), len(place))
+            place[:count] = view[:count]
+            self._filled += count
+            self._data += view[count:]
 
     def __next__(self) -> Frame:
+        if self._open is not None:
+            if self._filled < len(self._body):
+                raise StopIteration
+            whole: Any = self._open
+            whole.data = self._body
+            self._open, self._body = None, bytearray()
+            return whole  # type: ignore[no-any-return]
         data = self._data
         # Type, and no flag but that of the end: padding, and anything that is wrong, is for h2.
         if len(data) >= _HEAD and data[3] == _DATA and data[4] | _END_STREAM == _END_STREAM:
@@ -43,15 +78,22 @@ class _BulkBuffer(FrameBuffer):
             number = int.from_bytes(data[5:_HEAD], "big") & 0x7FFF_FFFF
             if number and length <= self.max_frame_size and not self._headers_buffer:
                 end = _HEAD + length
-                if len(data) < end:
+                there = len(data) >= end
+                if not there and length < _LONG:
                     raise StopIteration
                 frame = DataFrame(number)
-                with memoryview(data) as view, view[_HEAD:end] as body:
-                    frame.data = bytes(body)
                 frame.body_len = length
                 if data[4]:
                     frame.flags.add("END_STREAM")
+                with memoryview(data) as view, view[_HEAD:end] as body:
+                    if there:
+                        frame.data = bytes(body)
+                    else:
+                        self._open, self._body, self._filled = frame, bytearray(length), len(body)
+                        self._body[: len(body)] = body
                 del data[:end]
+                if not there:
+                    raise StopIteration
                 return frame
         return super().__next__()
 
@@ -61,8 +103,16 @@ class BulkConnection(H2Connection):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.incoming_buffer = _BulkBuffer(server=not self.config.client_side)
+        self.incoming_buffer = self._bulk = _BulkBuffer(server=not self.config.client_side)
         self._parts: list[Buffer] = []  #: to be sent before what h2 keeps
+
+    def place(self) -> memoryview | None:
+        """Where the bytes that come next shall go, all of which belong to one long body; None: to `receive_data`."""
+        return self._bulk.place()
+
+    def filled(self, count: int) -> None:
+        """The first `count` bytes of `place` have come; `receive_data`, of nothing more if need be, looks at them."""
+        self._bulk.filled(count)
 
     def send_body(self, stream_id: int, data: Buffer, end_stream: bool = False) -> None:
         """As `send_data`, but `data` are not copied: they must not change until what `parts_to_send` gave is sent.

@@ -298,3 +298,16 @@ async def send_parts(
         await stream.send_all(bytes(parts[0]) if len(parts) == 1 else b"".join(parts))
         if taken is not None:
             taken()
+
+
+async def receive_into(stream: trio.abc.ReceiveStream, view: memoryview) -> int:
+    """Wait for data and fill `view` as far as they go; how many bytes, 0 at the end.
+
+    Raises:
+        OSError, trio.BrokenResourceError: as `stream.receive_some`.
+    """
+    if isinstance(stream, TlsStream):
+        return await stream.receive_into(view)
+    data = await stream.receive_some(len(view))
+    view[: len(data)] = data
+    return len(data)

@@ -32,7 +32,7 @@ from core.buffers import Buffer
 from core.errors import FleeceError, os_reason
 from core.http2 import BulkConnection
 from core.nursery import open_nursery
-from core.tls import send_parts
+from core.tls import receive_into, send_parts
 from server.answers import Answer
 
 _LOG = logging.getLogger(__name__)
@@ -181,10 +181,9 @@ class Http2Server:
     async def _receive(self, nursery: trio.Nursery, data: bytes) -> None:
         while True:
             try:
-                if data:
-                    for event in self._h2.receive_data(data):
-                        if not self._on(nursery, event):
-                            return None
+                for event in self._h2.receive_data(data):
+                    if not self._on(nursery, event):
+                        return None
                 self._settle()
             except ProtocolError as error:
                 _LOG.debug("the client broke HTTP/2: %s", error)
@@ -193,9 +192,17 @@ class Http2Server:
                 self._wake.set()
             if len(self._h2._data_to_send) > _MAX_CONTROL + SENT_FRAME + WINDOW // 8:
                 return None  # it asks for answers to control frames without reading them
-            data = bytes(await self._stream.receive_some(_PIECE))
-            if not data:
+            if (place := self._h2.place()) is None:
+                data = bytes(await self._stream.receive_some(_PIECE))
+                if not data:
+                    return None
+                continue
+            with place:
+                count = await receive_into(self._stream, place[:_PIECE])
+            if not count:
                 return None
+            self._h2.filled(count)
+            data = b""
 
     def _on(self, nursery: trio.Nursery, event: Event) -> bool:
         """Take note of an event; False if the connection is over."""

@@ -31,7 +31,7 @@ from core.buffers import Buffer
 from core.dial import innermost_reason
 from core.http2 import BulkConnection
 from core.nursery import open_nursery
-from core.tls import send_parts
+from core.tls import receive_into, send_parts
 from datastore.s3.pacing import TokenBucket
 from repository.remote.errors import RemoteAnswerError, RemoteError, RemoteUnavailableError
 
@@ -223,7 +223,8 @@ class Http2Client:
             self._drop(number, ErrorCodes.CANCEL)
         if exchange.error is not None:
             raise self._again(exchange.error)
-        return Http2Answer(exchange.status, bytearray().join(exchange.body))
+        whole = exchange.body[0] if len(exchange.body) == 1 else None
+        return Http2Answer(exchange.status, whole if isinstance(whole, bytearray) else bytearray().join(exchange.body))
 
     async def _free_slot(self, what: str) -> None:
         """Wait until the server lets one more request be made, or the connection is broken."""
@@ -337,18 +338,25 @@ class Http2Client:
         data: bytes | bytearray = first
         try:
             while self._broken is None:
-                if data:
-                    self._alive = trio.current_time()
-                    for event in self._h2.receive_data(data):
-                        self._handle(event)
-                    if len(self._h2._data_to_send) > _MAX_CONTROL:
-                        raise ProtocolError("it asks for more answers than it reads")
-                    self._wake.set()
-                data = await self._stream.receive_some(_PIECE if self._received is None else _THROTTLED_PIECE)
-                if not data:
+                self._alive = trio.current_time()
+                for event in self._h2.receive_data(data):
+                    self._handle(event)
+                if len(self._h2._data_to_send) > _MAX_CONTROL:
+                    raise ProtocolError("it asks for more answers than it reads")
+                self._wake.set()
+                piece = _PIECE if self._received is None else _THROTTLED_PIECE
+                if (place := self._h2.place()) is None:
+                    data = await self._stream.receive_some(piece)
+                    count = len(data)
+                else:
+                    with place:
+                        count = await receive_into(self._stream, place[:piece])
+                    self._h2.filled(count)
+                    data = b""
+                if not count:
                     self._fail(self._lost("the server closed the connection"))
                 elif self._received is not None:
-                    await self._received.take(len(data))
+                    await self._received.take(count)
         except ProtocolError as error:
             why = f"it breaks the rules of HTTP/2: {error}"
             self._fail(RemoteAnswerError("understand", self._where, why))

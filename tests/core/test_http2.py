@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import DataReceived, Event, StreamEnded
+from h2.events import DataReceived, Event, PingReceived, StreamEnded
 from h2.exceptions import FrameTooLargeError, ProtocolError
+from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame
 
 from core.http2 import BulkConnection
@@ -166,3 +167,41 @@ def test_bodies_are_in_what_h2_itself_gives_out() -> None:
     ours.send_body(1, BODY[:9_000])
     theirs.send_data(1, BODY[:9_000])
     assert ours.data_to_send() == expected[100:] + theirs.data_to_send()
+
+
+@pytest.mark.parametrize("step", [1 << 10, 50_000, 1 << 20])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_long_bodies_come_to_where_they_stay(step: int, in_place: bool) -> None:
+    body = os.urandom(1_000_000)
+    client, server = (BulkConnection(H2Configuration(client_side=side)) for side in (True, False))
+    for one in (client, server):
+        one.initiate_connection()
+        one.update_settings({SettingCodes.MAX_FRAME_SIZE: 1 << 18, SettingCodes.INITIAL_WINDOW_SIZE: 1 << 24})
+        one.increment_flow_control_window(1 << 24)
+    events = server.receive_data(client.data_to_send())
+    client.receive_data(server.data_to_send())
+    server.receive_data(client.data_to_send())
+    client.send_headers(1, [(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/")])
+    for start in range(0, len(body), 1 << 18):
+        client.send_data(1, body[start : start + (1 << 18)], end_stream=start + (1 << 18) > len(body))
+        client.ping(b"12345678")
+    sent = client.data_to_send()
+    placed = 0
+    while sent:
+        if in_place and (place := server.place()) is not None:
+            with place:
+                count = min(step, len(place), len(sent))
+                place[:count] = sent[:count]
+            server.filled(count)
+            events += server.receive_data(b"")
+            placed += count
+        else:
+            count = step
+            events += server.receive_data(sent[:count])
+        sent = sent[count:]
+    assert server.place() is None
+    assert b"".join(event.data or b"" for event in events if isinstance(event, DataReceived)) == body
+    assert [type(event) for event in events if isinstance(event, DataReceived | PingReceived | StreamEnded)] == [
+        *[DataReceived, PingReceived] * 3, DataReceived, StreamEnded, PingReceived,
+    ]  # fmt: skip
+    assert (placed > 0) is (in_place and step < len(body))
