@@ -18,12 +18,13 @@ from agent.invocation import Invocation, command
 from core.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from agent.live_restore import LiveOptions
     from agent.live_state import LiveState
     from agent.snapshot_archives import OpenSnapshot
     from agent.vm_restore import Definer, RestoredVm, RestoreOrder
+    from agent.vm_rollback import RolledBack
     from agent.vm_script import ScriptOptions
     from core.progress import Progress
     from datastore.names import Namespace
@@ -47,6 +48,7 @@ fleece vm restore vm/web/latest /srv/web --exclude 'scsi[1-9]' --force
 fleece vm restore vm/web/latest /var/lib/vm/web --live   the machine runs at once, while its disks come in
 fleece vm restore vm/web/latest /var/lib/vm/web --libvirt --start     defined in libvirt again, and started
 fleece vm restore vm/web/latest /srv/web2 --libvirt --name web2       beside the one that is there
+fleece vm restore vm/web/latest --rollback --vm web      the disks of the running VM as they were; it is reset
 fleece vm restore --resume /var/lib/vm/web               goes on after a crash or a restart of the host
 """,
         keys="read",
@@ -99,6 +101,16 @@ def restore(
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="With --live, --resume: return when the disks are whole.")
     ] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Write to the disks of the running VM: what differs; it is reset.")
+    ] = False,
+    vm: Annotated[
+        str | None, typer.Option("--vm", metavar="VM", help="With --rollback: a VM of the configuration.")
+    ] = None,
+    qmp: Annotated[
+        Path | None, typer.Option("--qmp", metavar="SOCKET", help="With --rollback: QMP socket of its QEMU.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --rollback: do not ask.")] = False,
     qemu: Annotated[
         str | None, typer.Option("--qemu", metavar="PROGRAM", help="With --live: the QEMU that runs it.")
     ] = None,
@@ -132,6 +144,15 @@ def restore(
         return
     if snapshot is None:
         raise UsageError("restore", "a virtual machine", "no snapshot is given", "see --help")
+    if rollback:
+        given = {"FOLDER": folder, "--disk": disk, "--format": image_format, "--live": live, "--libvirt": libvirt}
+        for option, value in given.items():
+            if value:
+                raise UsageError("use", option, "--rollback writes to the disks that the VM has")
+        _roll_back(invocation, snapshot, vm, qmp, include or (), exclude or (), yes=yes)
+        return
+    if vm is not None or qmp is not None or yes:
+        raise UsageError("use", "--vm, --qmp and --yes", "they are for --rollback")
     if not live and (foreground or qemu or accel or qemu_option):
         raise UsageError("use", "--foreground, --qemu, --accel and --qemu-option", "they are for --live")
     if folder is None:
@@ -325,3 +346,59 @@ async def _until_a_signal(work: "Callable[[], Awaitable[Any]]") -> None:
             nursery.start_soon(listen)
             await work()
             nursery.cancel_scope.cancel()
+
+
+# -- rollback ---------------------------------------------------------------------------------------------------------
+
+
+def _roll_back(
+    invocation: Invocation,
+    snapshot: str,
+    vm: str | None,
+    qmp: Path | None,
+    include: "Sequence[str]",
+    exclude: "Sequence[str]",
+    *,
+    yes: bool,
+) -> None:
+    import sys
+
+    from agent.documents import parse_selection
+    from agent.vm_settings import VmOptions, resolve_vm
+
+    if vm is None and qmp is None:
+        raise UsageError("roll back", snapshot, "it is not said of which VM", "give --vm VM or --qmp SOCKET")
+    settings = resolve_vm(invocation.config, VmOptions(vm, qmp, None if vm is not None else "rollback"))
+    ns = invocation.namespace(settings.section.ns, repository=settings.section.repository)
+    parse_selection(snapshot, ns)
+    codec = invocation.reading_key().codec()
+    if not yes:
+        text = f"{settings.label} is stopped and reset, and all that its disks got since {snapshot} is lost."
+        if not sys.stdin.isatty():
+            raise UsageError("roll back", settings.label, text, "give --yes")
+        typer.confirm(f"{text} Go on?", abort=True, err=True)
+    began = time.monotonic()
+
+    async def work(progress: "Progress") -> "tuple[str, list[RolledBack], bool]":
+        from agent.documents import find_snapshot
+        from agent.snapshot_archives import open_snapshot
+        from agent.vm_rollback import roll_back
+        from repository.archive import open_cache
+
+        async with invocation.repository(settings.section.repository) as repository, open_cache(_CACHE) as cache:
+            found = await find_snapshot(repository, snapshot, ns)
+            async with open_snapshot(repository, found, codec, cache, progress) as opened:
+                disks, runs = await roll_back(settings, repository, opened, include, exclude, progress)
+                return str(found), disks, runs
+
+    named, disks, runs = invocation.run(work, what="roll back", where=settings.label)
+    document = {
+        "snapshot": named,
+        "vm": settings.label,
+        "disks": [one.to_json() for one in disks],
+        "running": runs,
+        "duration-s": round(time.monotonic() - began, 3),
+        "warnings": invocation.warnings,
+    }
+    end = "runs again, from its start" if runs else "was reset, and does not run, as before"
+    invocation.emit(document, lambda: [*(one.line() for one in disks), f"{settings.label} {end}"])

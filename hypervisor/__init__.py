@@ -12,6 +12,10 @@ tells what happens in a QEMU during a backup, and why.
     nbd_client.py   `open_nbd`, `NbdAddress`: reading and writing NBD exports with libnbd (by `nbd_connection.py`)
     nbd_devices.py  `NbdHost`: an NBD export as a block device /dev/nbdX; nbd_files.py: as a file
     nbd_server.py   `serve_disk`: a disk served by nbdkit (by `nbdkit_plugin.py`, which runs there)
+    nbd_endpoint.py `Endpoint`: where clients find it
+    replacement.py  `Replacement`: an image file that takes its name when it is whole
+    live_restore.py `Streaming`: the disks of a machine that runs while they are restored
+    rollback.py     `put_aside`: the disks of a running VM, to be written to
     dirty_regions.py  `open_regions`: what to read, for programs that read such a device or file
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start

@@ -13,13 +13,14 @@ from hypervisor.disk_names import image_path
 from hypervisor.qmp import Qmp
 
 #: Nodes of ours: `fleece-`, the kind, and the number of the disk.
-_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcstk])(?P<number>[0-9]{1,4})")
+_OURS: Final = re.compile(r"fleece-(?P<kind>[fpcstkno])(?P<number>[0-9]{1,4})")
 
 
 class OurNode(NamedTuple):
     """A block node that Fleece has added.
 
-    `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view, `t` state of a TPM, `k` helper of a mark.
+    `f` fleecing image, `p` pass-through, `c` copy-before-write, `s` view, `t` state of a TPM, `k` helper of a mark,
+    `o` disk that a rollback has put aside, `n` the nothing that its device has meanwhile.
     """
 
     kind: str
@@ -128,6 +129,22 @@ async def device_roots(qmp: Qmp) -> list[Root]:
             path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
             roots.append(Root(path, checked.field(inserted, "node-name", str, where)))
     return roots
+
+
+async def put_aside(qmp: Qmp) -> dict[int, str]:
+    """The disks' nodes that a rollback has put aside and not put back, by number; mostly none.
+
+    Raises:
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    if not any(node.ours is not None and node.ours.kind == "o" for node in (await block_nodes(qmp)).values()):
+        return {}
+    found = {}
+    for name, below in (await children(qmp)).items():
+        ours = OurNode.parse(name)
+        if ours is not None and ours.kind == "o" and "file" in below:
+            found[ours.number] = below["file"]
+    return found
 
 
 async def our_exports(qmp: Qmp) -> tuple[list[str], int]:

@@ -14,6 +14,8 @@
     │   ├── VmUnsupportedError      this VM or QEMU cannot be backed up this way
     │   ├── FleecingError           the frozen view cannot be set up or taken down
     │   └── SnapshotBrokenError     the frozen view broke while it was read; the guest is fine
+    ├── TargetError
+    │   └── RollbackError           the disks of a running VM cannot be put aside, or put back
     ├── NbdDeviceError              no block device /dev/nbdX, or file, can be made of an export, or taken away again
     ├── NbdServerError              a disk cannot be served over NBD
     ├── BootTrialError              a machine cannot be started to see whether it lives
@@ -25,7 +27,7 @@
 What the guest agent does wrong is no error of a backup: it goes on without a freeze and warns.
 """
 
-from core.errors import BusyError, FleeceError, FormatError, SourceError, UsageError
+from core.errors import BusyError, FleeceError, FormatError, SourceError, TargetError, UsageError
 
 
 class QmpError(FleeceError):
@@ -78,6 +80,10 @@ class VmStateError(BusyError):
 
 class DiskInUseError(BusyError):
     """Another process holds the image of a disk."""
+
+
+class RollbackError(TargetError):
+    """The disks of a running VM cannot be put aside, or put back; the message says how the VM is left."""
 
 
 class NbdDeviceError(FleeceError):

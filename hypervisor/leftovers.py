@@ -15,8 +15,8 @@ import trio
 from core.errors import os_reason
 from core.limits import in_io_thread
 from hypervisor import access, checked
-from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports
-from hypervisor.errors import QmpCommandError, QmpTimeoutError
+from hypervisor.block_graph import OurNode, block_nodes, children, device_roots, our_exports, put_aside
+from hypervisor.errors import QmpCommandError, QmpTimeoutError, VmStateError
 from hypervisor.libvirt_nodes import remove_orphans
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import hanging, image_prefix, remove_image
@@ -255,9 +255,10 @@ async def look_for_left(qmp: Qmp, run_dir: Path) -> Left:
     """What the next run would remove first; changes nothing.
 
     Raises:
-        VmStateError: a run works on this QEMU now, so that nothing of it is left over.
+        VmStateError: a run works on this QEMU now, so that nothing of it is left over; and as `clean_killed`.
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
+    await _refuse_half_disks(qmp)
     state = await left_state(run_dir, qmp.peer)
     exports, _ = await our_exports(qmp)
     nodes = [str(node) for node in await _ours(qmp, "pcfstk")]
@@ -286,8 +287,10 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
     """Remove what killed runs have left in this QEMU and of its files; bitmaps are left alone.
 
     Raises:
+        VmStateError: a rollback has ended in the middle: the VM must not have its disks back, nor be backed up.
         QmpError, QmpAnswerError: as `undo`.
     """
+    await _refuse_half_disks(qmp)
     state = await run.load()
     if await hanging([Path(disk.image) for disk in state.disks] if state is not None else (), HANGING_TIMEOUT_S):
         return Undone(problems=[HANGS], images=False)
@@ -300,6 +303,15 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
     if undone.images:
         await remove_files(run, state, scratch, undone)
     return undone
+
+
+async def _refuse_half_disks(qmp: Qmp) -> None:
+    if aside := await put_aside(qmp):
+        raise VmStateError(
+            "use the VM at", qmp.where,
+            f"a rollback has ended in the middle: {', '.join(aside.values())} may hold a part of a snapshot only",
+            "roll back again: fleece vm restore SNAPSHOT --rollback ...",
+        )  # fmt: skip
 
 
 async def _resume(qmp: Qmp) -> bool:

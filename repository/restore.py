@@ -1,7 +1,7 @@
 """Restore: archives of a snapshot to disks, streams and files; every chunk is checked on the way."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Final
 
 from core.buffers import Buffer
@@ -44,8 +44,10 @@ async def restore_disk(
     name: str,
     target: DiskTarget,
     progress: Progress | None = None,
+    *,
+    chunks: Collection[int] | None = None,
 ) -> None:
-    """Write the disk image `name` (full file name) to `target` and make it durable.
+    """Write the disk image `name` (full file name), or those of its `chunks`, to `target` and make it durable.
 
     Chunks of zeros are left out where the target reads as zeros anyway; elsewhere they are written as zeros.
 
@@ -63,9 +65,10 @@ async def restore_disk(
     if target.size < index.size:
         why = f"the target has {target.size} bytes, the image {index.size}"
         raise TargetError("restore", archive.where, why, "choose a target that is at least as large")
-    with (Progress() if progress is None else progress).task(name, index.size) as task:
+    size = index.size if chunks is None else sum(index.span(number)[1] for number in chunks)
+    with (Progress() if progress is None else progress).task(name, size) as task:
         numbers = []
-        for first, last, zero in _runs(archive):
+        for first, last, zero in _runs(archive, chunks):
             if not zero:
                 numbers.append(range(first, last))
                 continue
@@ -188,14 +191,17 @@ async def restore_manifest(reader: Reader) -> bytes:
     return await in_cpu_thread(lambda: ChunkCodec().decode_blob(raw, crypt_mode=CryptMode.NONE, where=where))
 
 
-def _runs(archive: Archive) -> Iterator[tuple[int, int, bool]]:
-    """Neighbouring chunks `first` .. `last - 1` that are all full chunks of zeros, or all not."""
+def _runs(archive: Archive, chunks: Collection[int] | None = None) -> Iterator[tuple[int, int, bool]]:
+    """Neighbouring chunks `first` .. `last - 1` (of `chunks`) that are all full chunks of zeros, or all not."""
     index = archive.index
-    first, state = 0, False
-    for number in range(index.count):
+    numbers = range(index.count) if chunks is None else sorted(chunks)
+    first, last, state = 0, 0, False
+    for number in numbers:
         zero = index.digest(number) == archive.zero and index.span(number)[1] == FIXED_CHUNK_SIZE
-        if zero is not state:
-            if number > first:
-                yield first, number, state
+        if zero is not state or number != last:
+            if last > first:
+                yield first, last, state
             first, state = number, zero
-    yield first, index.count, state
+        last = number + 1
+    if last > first:
+        yield first, last, state
