@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 from core.units import format_size
 from hypervisor import checked
-from hypervisor.block_graph import BlockNode, block_nodes
+from hypervisor.block_graph import BlockNode, block_nodes, nodes_below
 from hypervisor.discovery import Disk
 from hypervisor.errors import QmpCommandError
 from hypervisor.qmp import Qmp
@@ -272,6 +272,7 @@ class Situation:
     base_of: BaseOf
     finished: Finished
     unsure: Mapping[str, str] = field(default_factory=dict)  #: nodes whose bitmaps do not tell all, and why
+    graph: Mapping[str, Mapping[str, str]] | None = None  #: the children of every block node, None if not known
     migrated: bool = False  #: this QEMU was started to take over a running VM
 
 
@@ -312,12 +313,17 @@ def _missing(disk: Disk, base: BaseInfo, here: Sequence[Bitmap], situation: Situ
         if bitmap.name.disk == identity:
             if bitmap.node in roots:
                 return f"another disk: the former one is now {roots[bitmap.node]}"
-            return "the disk has a new top image since the previous backup (external snapshot)"
+            if situation.graph is None or bitmap.node in nodes_below(situation.graph, disk.node):
+                return "the disk has a new top image since the previous backup (external snapshot)"
+            return "the disk has another image since the previous backup (mirrored or streamed)"
     # A backup time has whole seconds: within that second nobody knows which came first.
     if situation.started is not None and situation.started >= base.ctime + 1:
         if situation.migrated:
             return "VM migrated since the previous backup, without its dirty bitmaps"
         return "VM restarted since the previous backup"
+    if any(bitmap.name.id == base.ctime for bitmap in situation.bitmaps):
+        # The previous backup has left one on every disk, and those of others are still there.
+        return "the disk was plugged in again, or has another image, since the previous backup"
     return "no dirty bitmap yet"
 
 

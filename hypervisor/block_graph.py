@@ -107,6 +107,17 @@ async def children(qmp: Qmp) -> Mapping[str, Mapping[str, str]]:
     return found
 
 
+def nodes_below(graph: Mapping[str, Mapping[str, str]], root: str) -> set[str]:
+    """The nodes that `root` stands on, directly or not, in what `children` gives."""
+    found: set[str] = set()
+    ahead = [root]
+    while ahead:
+        new = set(graph.get(ahead.pop(), {}).values()) - found
+        found |= new
+        ahead += new
+    return found
+
+
 class Root(NamedTuple):
     """The node a device uses, and the device's path for `qom-set`."""
 

@@ -28,7 +28,7 @@ from hypervisor.bitmaps import (
     our_bitmaps,
     target_id,
 )
-from hypervisor.block_graph import block_nodes, released
+from hypervisor.block_graph import block_nodes, children, released
 from hypervisor.cmdline import took_over
 from hypervisor.discovery import OUR_PREFIX, Disk, capabilities, check_vm
 from hypervisor.errors import FleecingError, VmStateError, VmUnsupportedError
@@ -155,6 +155,7 @@ async def frozen_view(
                 base_of=base_of,
                 finished=finished,
                 unsure=settled.unsure,
+                graph=await children(qmp),
                 migrated=await took_over(qmp.peer),
             )
             chosen = [(disk, await choose(disk, situation)) for disk in found.disks]
@@ -321,6 +322,7 @@ async def preview(
         base_of=base_of,
         finished=finished,
         unsure=settled.unsure,
+        graph=await children(qmp),
         migrated=await took_over(qmp.peer),
     )
     result = []

@@ -139,6 +139,9 @@ def situation(*found: Bitmap, **more: Any) -> Situation:
         bitmaps=found,
         lost=more.get("lost", {}),
         started=more.get("started", 1.0),
+        unsure=more.get("unsure", {}),
+        graph=more.get("graph"),
+        migrated=more.get("migrated", False),
         base_of=lambda archive: base,
         finished=finished,
     )
@@ -155,6 +158,13 @@ async def test_the_one_recording_bitmap_of_the_base_snapshot_is_used() -> None:
         (situation(bitmap(5), base="key changed"), "key changed"),
         (situation(bitmap(5), mode=BitmapMode.NONE), "dirty bitmaps are switched off"),
         (situation(), "no dirty bitmap yet"),
+        (situation(bitmap(4, archive=D1, node="fmt-d1")), "no dirty bitmap yet"),
+        (
+            situation(bitmap(5, archive=D1, node="fmt-d1")),
+            "the disk was plugged in again, or has another image, since the previous backup",
+        ),
+        (situation(started=6.0, migrated=True), "VM migrated since the previous backup, without its dirty bitmaps"),
+        (situation(bitmap(5), unsure={"fmt-d0": "cut"}), "cut"),
         (situation(started=6.0), "VM restarted since the previous backup"),
         (
             situation(lost={("fmt-d0", disk_id(D0)): "bitmap inconsistent after a crash of QEMU"}, started=6.0),
@@ -164,8 +174,12 @@ async def test_the_one_recording_bitmap_of_the_base_snapshot_is_used() -> None:
         (situation(bitmap(5, archive="drive-old.img")), "the disk had another name at the previous backup"),
         (situation(bitmap(5, node="fmt-d1")), "another disk: the former one is now d1"),
         (
-            situation(bitmap(5, node="below")),
+            situation(bitmap(5, node="below"), graph={"fmt-d0": {"backing": "between"}, "between": {"file": "below"}}),
             "the disk has a new top image since the previous backup (external snapshot)",
+        ),
+        (
+            situation(bitmap(5, node="below"), graph={"fmt-d0": {"file": "file0"}, "below": {"file": "fmt-d0"}}),
+            "the disk has another image since the previous backup (mirrored or streamed)",
         ),
         (situation(bitmap(5, inconsistent=True, recording=False)), "bitmap inconsistent after a crash of QEMU"),
         (situation(bitmap(5, busy=True)), "the bitmap is in use by another operation of QEMU"),
