@@ -9,7 +9,7 @@ from agent.invocation import Invocation, command
 from core.errors import FleeceError, NotFoundError
 
 if TYPE_CHECKING:
-    from agent.job_sections import LaterJob, RunnableJob
+    from agent.job_sections import RunnableJob
     from agent.job_store import JobStore, Run
     from core.progress import Progress
 
@@ -50,7 +50,7 @@ def _store(name: str) -> "JobStore":
     return JobStore(state_dir(), name)
 
 
-def _section(invocation: Invocation, name: str) -> "RunnableJob | LaterJob":
+def _section(invocation: Invocation, name: str) -> "RunnableJob":
     """The section of a job.
 
     Raises:
@@ -71,7 +71,6 @@ def list_jobs(invocation: Invocation) -> None:
     """
     from agent.calendar_times import CalendarTimes
     from agent.documents import table
-    from agent.job_sections import LATER_TYPES
     from agent.schedules import next_elapse
 
     found = []
@@ -92,7 +91,7 @@ def list_jobs(invocation: Invocation) -> None:
                 "next": due,
                 "repository": section.repository or invocation.config.default_repository,
                 "comment": section.comment,
-                "runnable": section.type not in LATER_TYPES,
+                "runnable": True,
                 "last-run": runs[-1].to_json() if runs else None,
             }
         )
@@ -101,7 +100,7 @@ def list_jobs(invocation: Invocation) -> None:
         rows = [
             (
                 str(job["job"]), str(job["type"]), str(job["schedule"] or ""), _local(job["next"]),
-                _last(job["last-run"]) if job["runnable"] else "this version does not run it",
+                _last(job["last-run"]),
                 str(job["comment"] or ""),
             )
             for job in found
@@ -126,9 +125,9 @@ def run(invocation: Invocation, name: JobName) -> None:
 
     The repository is the job's own, else the configuration's default; FLEECE_REPOSITORY and the like do not count.
     """
-    from agent.jobs import run_job, runnable
+    from agent.jobs import run_job
 
-    section = runnable(name, _section(invocation, name))
+    section = _section(invocation, name)
 
     async def work(progress: "Progress") -> "Run":
         return await run_job(

@@ -78,18 +78,17 @@ def _script(invocation: Invocation, path: Path, call: "VzdumpCall", say: "Callab
 
 def _job(invocation: Invocation, name: str) -> None:
     from agent.job_store import JobStore
-    from agent.jobs import run_job, runnable
+    from agent.jobs import run_job
     from agent.places import state_dir
 
     section = invocation.config.job.get(name)
     if section is None:
         raise NotFoundError("find the job", repr(name), f"the configuration has no [job.{name}]")
-    chosen = runnable(name, section)
 
     async def work(progress: "Progress") -> None:
         await run_job(
             name,
-            chosen,
+            section,
             invocation.config,
             invocation.registry,
             JobStore(state_dir(), name),

@@ -332,12 +332,7 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
         sections = f"{len(config.repository)} repositories, {len(config.vm)} virtual machines"
         yield Check("configuration", State.OK, f"{path}: {sections}")
     from agent.hooks import check_script
-    from agent.job_sections import LATER_TYPES
 
-    later = sorted(name for name, job in config.job.items() if job.type in LATER_TYPES)
-    if later:
-        why = f"this version does not run {', '.join(later)}: it knows backup, prune, verify, gc and sync"
-        yield Check("jobs", State.WARNING, why, "use systemd timers or cron with the commands")
     hooks = {config.hook, *(getattr(job, "hook", None) for job in config.job.values())}
     for script in sorted(path for path in hooks if path is not None):
         try:

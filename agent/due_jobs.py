@@ -16,7 +16,7 @@ from agent.calendar_times import CalendarTimes
 from core.errors import FleeceError, os_reason
 
 if TYPE_CHECKING:
-    from agent.job_sections import LaterJob, RunnableJob
+    from agent.job_sections import RunnableJob
 
 #: Bytes of the file.
 _MAX_SIZE: Final = 4 << 20
@@ -42,7 +42,7 @@ class DueJobs:
 
     def take(
         self,
-        jobs: "Mapping[str, RunnableJob | LaterJob]",
+        jobs: "Mapping[str, RunnableJob]",
         last_start: Callable[[str], float | None],
         running: Container[str] = (),
     ) -> None:
@@ -58,7 +58,7 @@ class DueJobs:
         """
         now, taken = self._now(), {}
         for name, section in jobs.items():
-            if section.schedule is None or section.type == "test-boot":
+            if section.schedule is None:
                 continue
             known = self._jobs.get(name)
             if known is None or known.schedule != section.schedule or known.since > now:

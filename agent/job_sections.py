@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from agent.cli_verify import parse_duration
 from agent.config_types import (
@@ -22,9 +22,6 @@ from agent.vm_choice import Selector
 from core.errors import UsageError
 from datastore.filters import GroupFilter
 from datastore.names import is_safe_id
-
-#: Types that this version accepts in the file, so that it can be written once, but does not run.
-LATER_TYPES: Final = ("test-boot",)
 
 
 def check_job_name(name: str) -> str:
@@ -62,6 +59,23 @@ def _check_mode(text: str) -> None:
     from repository.verify_modes import VerifyMode
 
     VerifyMode.parse(text)
+
+
+def _check_sign(text: str) -> None:
+    from agent.boot_trials import parse_signs
+
+    parse_signs([text])
+
+
+def _check_memory(text: str) -> None:
+    from agent.boot_trials import parse_memory
+
+    parse_memory(text)
+
+
+def _check_second(text: str) -> None:
+    if parse_duration(text) < 1:
+        raise UsageError("use the time", repr(text), "it is shorter than a second")
 
 
 class _Job(Section):
@@ -192,19 +206,26 @@ class SyncJob(_Job):
         return self
 
 
-class LaterJob(BaseModel):
-    """A job of a type that this version does not run; its options are checked by the version that does."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+class TestBootJob(_Job):
+    """Starts the newest backup of each machine to see whether it comes to life."""
 
     type: Literal["test-boot"]
-    schedule: Schedule | None = None
-    repository: str | None = None
-    comment: str | None = None
+    ns: NamespaceText | None = None
+    max_depth: Annotated[int, Field(ge=0, le=7)] | None = None  #: None: everything below
+    group_filter: list[Filter] = Field(default_factory=list)
+    wait: list[Annotated[str, checked(_check_sign)]] = Field(default_factory=list)  #: empty: any sign of life
+    timeout: Annotated[str, checked(_check_second)] = "5m"
+    settle: Annotated[str, checked(_check_second)] = "10s"
+    memory: Annotated[str, checked(_check_memory)] | None = None
+    cpus: Annotated[int, Field(ge=1, le=255)] | None = None
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    qemu: str | None = None
+    space: Size = "4G"
+    keyfile: AbsolutePath | None = None
 
 
-RunnableJob = BackupJob | PruneJob | VerifyJob | GcJob | SyncJob
-JobSection = Annotated[BackupJob | LaterJob | PruneJob | VerifyJob | GcJob | SyncJob, Field(discriminator="type")]
+RunnableJob = BackupJob | PruneJob | VerifyJob | GcJob | SyncJob | TestBootJob
+JobSection = Annotated[RunnableJob, Field(discriminator="type")]
 #: By type, for suggestions.
 JOB_MODELS: Final[dict[str, type[BaseModel]]] = {
     "backup": BackupJob,
@@ -212,4 +233,5 @@ JOB_MODELS: Final[dict[str, type[BaseModel]]] = {
     "verify": VerifyJob,
     "gc": GcJob,
     "sync": SyncJob,
+    "test-boot": TestBootJob,
 }

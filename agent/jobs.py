@@ -8,7 +8,7 @@ import trio
 
 from agent.errors import HookError, first_cause
 from agent.hooks import Hook, Hooks, job_phases
-from agent.job_sections import BackupJob, GcJob, LaterJob, PruneJob, RunnableJob, SyncJob, VerifyJob
+from agent.job_sections import BackupJob, GcJob, PruneJob, RunnableJob, SyncJob, TestBootJob, VerifyJob
 from agent.job_store import JobStore, Recording, Run
 from agent.registry import Registry
 from agent.repositories import repository_at
@@ -71,21 +71,7 @@ class Both(Progress):
             other.ended(task, ok=ok)
 
 
-def runnable(name: str, section: RunnableJob | LaterJob) -> RunnableJob:
-    """`section`, if this version can run it.
-
-    Raises:
-        FleeceError: its type belongs to a later version.
-    """
-    if isinstance(section, LaterJob):
-        raise FleeceError(
-            "run the job", name, f"this version does not run jobs of type {section.type}",
-            "it runs those of type backup, prune, verify, gc and sync",
-        )  # fmt: skip
-    return section
-
-
-def job_repository(name: str, section: RunnableJob | LaterJob, config: "Config") -> str:
+def job_repository(name: str, section: RunnableJob, config: "Config") -> str:
     """The repository of a job: its own, else the configuration's default. The environment does not count.
 
     Raises:
@@ -145,7 +131,9 @@ async def run_job(
                         name, section, config, registry, endpoints, hooks, both, store, recording, report
                     )
                 else:
-                    result = await _with_retries(name, section, config, registry, endpoints, hooks, both, log)
+                    result = await _with_retries(
+                        name, section, config, registry, endpoints, hooks, both, log, store, recording
+                    )
             if failed:
                 more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
                 raise FailedJobError("back up", ", ".join(failed[:5]) + more, "failed", result)
@@ -224,13 +212,15 @@ def _one_use(endpoints: "EndpointRegistry", config: "Config", section: RunnableJ
 
 async def _with_retries(
     name: str,
-    section: PruneJob | VerifyJob | GcJob | SyncJob,
+    section: PruneJob | VerifyJob | GcJob | SyncJob | TestBootJob,
     config: "Config",
     registry: Registry,
     endpoints: "EndpointRegistry | None",
     hooks: Hooks,
     progress: Progress,
     log: Progress,
+    store: JobStore,
+    recording: Recording,
 ) -> dict[str, Any]:
     """The work of any type but backup, as often as the job says, until it is done."""
     from agent.cli_verify import parse_duration
@@ -249,6 +239,8 @@ async def _with_retries(
                         started = True
                     if isinstance(section, SyncJob):
                         result = await _sync(section, spec, config, registry, repository, use, progress)
+                    elif isinstance(section, TestBootJob):
+                        result = await _test_boot(section, spec, config, repository, store, recording, progress)
                     else:
                         result = await _execute(section, spec, config, repository, progress)
                 return result | _cost(use, log)
@@ -394,6 +386,27 @@ async def _sync(
     }
     if report.failed:
         raise FailedJobError("push to" if push else "pull from", section.remote, f"failed: {failure(report)}", figures)
+    return figures
+
+
+async def _test_boot(
+    section: TestBootJob,
+    spec: str,
+    config: "Config",
+    repository: Repository,
+    store: JobStore,
+    recording: Recording,
+    progress: Progress,
+) -> dict[str, Any]:
+    from agent.job_test_boot import run_test_boots
+
+    configured = config.repository.get(spec)
+    ns = Namespace.parse(section.ns if section.ns is not None else configured.ns if configured is not None else "")
+    keyfile = next((one.keyfile for one in (configured, config) if one is not None and one.keyfile), None)
+    figures, failed = await run_test_boots(section, ns, repository, keyfile, store, recording.run.id, progress)
+    if failed:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise FailedJobError("start", ", ".join(failed[:5]) + more, "it did not come to life", figures)
     return figures
 
 

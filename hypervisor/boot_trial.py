@@ -20,7 +20,7 @@ from hypervisor.boot_watch import NotStartedError, Trial, Watch
 from hypervisor.boot_watch import Sign as Sign
 from hypervisor.boot_watch import TrialOptions as TrialOptions
 from hypervisor.children import running
-from hypervisor.confined import SANDBOX, Limits, accelerator, confined
+from hypervisor.confined import SANDBOX, TCG, Limits, accelerator, confined
 from hypervisor.errors import BootTrialError
 from hypervisor.machine import Backing, Channels, Device, Firmware, Kernel, Machine, command_line
 from hypervisor.nbd_address import NbdAddress
@@ -155,7 +155,7 @@ class _Attempt:
             self.machine,
             backings,
             program=self.program,
-            accel=[self.accel],
+            accel=[TCG if self.accel == "tcg" else self.accel],
             cpu="max",
             memory=self.options.memory,
             cpus=self.options.cpus,

@@ -8,6 +8,7 @@ system-call filter, and limits for memory and files, come on top. docs/test-boot
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from hypervisor.errors import BootTrialError
 
 #: User and group nobody, as on every Linux.
 _NOBODY: Final = 65534
+#: Capabilities, as bits.
+_SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = (1 << number for number in (6, 7, 8, 21))
+#: How TCG is asked for: its code is never writable where it is executed, which hardened services forbid.
+TCG: Final = "tcg,split-wx=on,tb-size=128"
 #: Options of QEMU for its system-call filter: no new programs, no other rights, no other scheduling.
 SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 #: Bytes of address space that QEMU itself needs beside the guest's memory: buffers of TCG, stacks of threads.
@@ -55,27 +60,35 @@ async def confined(command: Sequence[str], limits: Limits) -> list[str]:
 def _confined(command: Sequence[str], limits: Limits) -> list[str]:
     line: list[str] = []
     rights = ["setpriv", "--no-new-privs"]
-    if os.geteuid() == 0:
-        if shutil.which("unshare") is not None and _may_unshare():
-            line += ["unshare", "--net", "--"]
+    capable = _capabilities()  # a container, or a hardened service, may be root without some
+    if capable & _SYS_ADMIN and _works("unshare", "--net", "--", "true"):
+        line += ["unshare", "--net", "--"]
+    if capable & _SETPCAP:
         rights += ["--inh-caps=-all", "--bounding-set=-all"]
-        # Binaries in somebody's home cannot be run by nobody.
-        if _for_all(command[0]):
-            group = _kvm_group()
-            rights += [f"--reuid={_NOBODY}", f"--regid={_NOBODY}"]
-            rights += ["--clear-groups"] if group is None else [f"--groups={group}"]
+    # Binaries in somebody's home cannot be run by nobody.
+    if capable & _SETUID and capable & _SETGID and os.geteuid() == 0 and _for_all(command[0]):
+        group = _kvm_group()
+        rights += [f"--reuid={_NOBODY}", f"--regid={_NOBODY}"]
+        rights += ["--clear-groups"] if group is None else [f"--groups={group}"]
     # The kernel forgets the former one, of `running`, when the user changes.
     line += [*rights, "--pdeathsig", "KILL", "--"]
     line += ["prlimit", "--core=0", f"--fsize={limits.file}", f"--as={limits.memory + _OWN_MEMORY}"]
     return [*line, f"--nofile={_MAX_DESCRIPTORS}", "--", *command]
 
 
-def _may_unshare() -> bool:
-    """Whether the capability is there; a container may be root without it."""
+def _capabilities() -> int:
+    """Those of this process, as bits."""
     try:
         fields = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return bool(int(fields["CapEff"], 16) >> 21 & 1)  # CAP_SYS_ADMIN
+        return int(fields["CapEff"], 16)
     except (OSError, KeyError, ValueError):
+        return 0
+
+
+def _works(*command: str) -> bool:
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
         return False
 
 
@@ -132,7 +145,9 @@ async def _probe(program: str, accel: str) -> tuple[float | None, str]:
         try:
             disk = "driver=raw,node-name=d,read-only=on,file.driver=file,file.filename=/dev/fdset/1"
             command = [
-                program, "-nodefaults", "-no-user-config", "-display", "none", "-accel", accel, "-m", "32",
+                program, "-nodefaults", "-no-user-config", "-display", "none",
+                "-accel", TCG if accel == "tcg" else accel,
+                "-m", "32",
                 "-add-fd", f"fd={reading},set=1", "-blockdev", disk, "-device", "virtio-blk-pci,drive=d",
                 "-device", "isa-debug-exit", *SANDBOX,
             ]  # fmt: skip

@@ -152,9 +152,8 @@ def _job(add: _Families, job: Mapping[str, Any]) -> None:
         if job["type"] == "backup" and figure in result:
             help = f"Bytes of a job's last run: {figure}."
             add.gauge(f"fleece_job_last_run_{figure}_bytes", help, number(result[figure]), job=name)
-    states = {"backup": ("ok", "failed", "skipped"), "verify": ("ok", "failed", "skipped")}.get(job["type"], ())
     what = "guests" if job["type"] == "backup" else "snapshots"
-    for state in states:
+    for state in ("ok", "failed", "skipped") if job["type"] in ("backup", "verify", "test-boot") else ():
         help = f"What became of the {what} of a job's last run."
         add.gauge(f"fleece_job_last_run_{what}", help, number(result.get(state)), job=name, state=state)
 

@@ -101,7 +101,7 @@ def _job(name: str, config: "Config", state_dir: Path, summary: Summary | None, 
     section = config.job[name]
     store = JobStore(state_dir, name)
     due = None
-    if section.schedule is not None and section.type != "test-boot":
+    if section.schedule is not None:
         due = CalendarTimes.parse(section.schedule).after(now)
     running = store.running()
     if summary is None:  # from before summaries were kept, or damaged

@@ -163,3 +163,60 @@ async def test_an_interrupted_test_cleans_up(stored: Fleece, tmp_path: Path, end
     assert process.returncode == 1
     assert "SIGTERM" in err
     assert not {"nbdkit", "qemu-system-x86"} & programs(below)
+
+
+# -- as a job ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_starts_the_newest_backup_of_each_group_and_fails_if_one_does_not_live(stored: Fleece) -> None:
+    back_up(stored, "good", bytes(1 << 20))
+    newest = back_up(stored, "good", say(serial="web login: "))
+    assert newest.startswith("vm/good/")
+    bad = back_up(stored, "bad", bytes(1 << 20))
+    back_up(stored, "other", bytes(1 << 20))
+    empty = stored.home / "a.conf"
+    empty.write_text("a")
+    stored("backup", f"a.conf:{empty}", "--backup-id", "empty", "--backup-type", "vm")
+    options = 'accel = "tcg"\nmemory = "64M"\nsettle = "1s"\ntimeout = "1m"\ngroup-filter = ["exclude:group:vm/other"]'
+    (stored.home / "fleece.toml").write_text(f"""
+default-repository = "{stored.repo}/"
+[job.boots]
+type = "test-boot"
+wait = ["serial", "screen"]
+{options}
+[metrics]
+textfile = "{stored.home}/fleece.prom"
+""")
+    answer = stored("job", "run", "boots", "--output", "json")
+    assert answer.code == 1
+    assert (answer.error["where"], answer.error["why"]) == (bad, "it did not come to life")
+    (run,) = stored.json("job", "history", "boots")
+    result = run["result"]
+    assert run["state"] == "failed"
+    assert {name: result[name] for name in ("ok", "failed", "skipped", "failed-snapshots")} == {
+        "ok": 1, "failed": 1, "skipped": 1, "failed-snapshots": [bad],
+    }  # fmt: skip
+    machines = {one["snapshot"]: one for one in result["machines"]}
+    assert set(machines) == {newest, bad}
+    assert (machines[newest]["alive"], machines[newest]["sign"]) == (True, "serial")
+    assert "finds nothing to boot from" in machines[bad]["reason"]
+    for one in machines.values():
+        assert Path(one["screenshot"]).read_bytes().startswith(b"\x89PNG")
+    assert f"{bad}: NOT alive" in stored("job", "log", "boots").out
+    metrics = (stored.home / "fleece.prom").read_text()
+    assert 'fleece_job_last_run_snapshots{job="boots",state="failed"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('wait = ["nothing"]', "it is no sign of life"), ('timeout = "0s"', "shorter than a second"),
+        ('memory = "1M"', "it needs"), ("cpus = 0", "greater than or equal to 1"), ('accel = "xen"', "accel"),
+        ('vm = ["web"]', "vm is no known option"),
+    ],
+)  # fmt: skip
+def test_a_job_that_makes_no_sense_is_refused_when_the_file_is_read(stored: Fleece, text: str, why: str) -> None:
+    (stored.home / "fleece.toml").write_text(f'[job.boots]\ntype = "test-boot"\n{text}\n')
+    answer = stored("job", "list", "--output", "json")
+    assert answer.code == 2
+    assert why in answer.error["why"]

@@ -102,7 +102,7 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
         (
             '[job.x]\ntype = "dance"\n',
             2,
-            "job.x.type must be one of 'backup', 'test-boot', 'prune', 'verify', 'gc', 'sync'",
+            "job.x.type must be one of 'backup', 'prune', 'verify', 'gc', 'sync', 'test-boot'",
         ),
         ('[job.x]\ntype = "backup"\n', 1, "job.x: it names nothing to back up"),
         ('[job.x]\ntype = "backup"\nvm = ["tag:"]\n', 3, "job.x.vm.0: it says nothing"),
