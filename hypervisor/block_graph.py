@@ -171,3 +171,40 @@ async def our_exports(qmp: Qmp) -> tuple[list[str], int]:
     ]
     ours = [name for name in ids if name.startswith("fleece-")]
     return ours, len(ids) - len(ours)
+
+
+async def nodes_of_jobs(qmp: Qmp) -> dict[str, set[str]]:
+    """Block nodes, by name, that a block job works on or that stand over one it works on, with the jobs' names.
+
+    Raises:
+        QmpError, QmpAnswerError: as `Qmp.execute`.
+    """
+    where = f"{qmp.where}, x-debug-query-block-graph"
+    graph = checked.of_type(await qmp.execute("x-debug-query-block-graph"), dict, where)
+    kinds: dict[int, tuple[str, str]] = {}
+    for entry in checked.objects(graph.get("nodes"), where):
+        number = checked.field(entry, "id", int, where)
+        kinds[number] = (checked.field(entry, "type", str, where), checked.field(entry, "name", str, where))
+    edges: dict[int, set[int]] = {}
+    for edge in checked.objects(graph.get("edges"), where):
+        parent = checked.field(edge, "parent", int, where)
+        edges.setdefault(parent, set()).add(checked.field(edge, "child", int, where))
+
+    def below(number: int) -> set[int]:
+        reached, ahead = {number}, [number]
+        while ahead:
+            new = edges.get(ahead.pop(), set()) - reached
+            reached |= new
+            ahead.extend(new)
+        return reached
+
+    busy: dict[str, set[str]] = {}
+    for job, (kind, name) in kinds.items():
+        if kind != "block-job":
+            continue
+        reached, direct = below(job), edges.get(job, set())
+        for number, (node_kind, node) in kinds.items():
+            # A base image that two disks share and no job writes to makes neither of them busy.
+            if node_kind == "block-driver" and (number in reached or below(number) & direct):
+                busy.setdefault(node, set()).add(name)
+    return busy

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from hypervisor import checked
+from hypervisor.block_graph import nodes_of_jobs
 from hypervisor.disk_names import MAX_NAME, archive_name, base_name, given_name, image_path
 from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import Qmp
@@ -288,7 +289,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
         for job in checked.objects(await qmp.execute("query-block-jobs"), f"{qmp.where}, query-block-jobs")
     }
     if jobs:
-        busy = await _nodes_of_jobs(qmp)
+        busy = await nodes_of_jobs(qmp)
         for disk in disks:
             for job in sorted(busy.get(disk.node, ())):
                 raise VmStateError(
@@ -475,36 +476,3 @@ def _check_clashes(qmp: Qmp, found: Sequence[Disk]) -> None:
                 f"{other.device} and {disk.device} are one disk (node {disk.node})",
                 "exclude one of the two",
             )
-
-
-async def _nodes_of_jobs(qmp: Qmp) -> dict[str, set[str]]:
-    """Block nodes, by name, that a block job works on or that stand over one it works on, with the jobs' names."""
-    where = f"{qmp.where}, x-debug-query-block-graph"
-    graph = checked.of_type(await qmp.execute("x-debug-query-block-graph"), dict, where)
-    kinds: dict[int, tuple[str, str]] = {}
-    for entry in checked.objects(graph.get("nodes"), where):
-        number = checked.field(entry, "id", int, where)
-        kinds[number] = (checked.field(entry, "type", str, where), checked.field(entry, "name", str, where))
-    children: dict[int, set[int]] = {}
-    for edge in checked.objects(graph.get("edges"), where):
-        parent = checked.field(edge, "parent", int, where)
-        children.setdefault(parent, set()).add(checked.field(edge, "child", int, where))
-
-    def below(number: int) -> set[int]:
-        reached, ahead = {number}, [number]
-        while ahead:
-            new = children.get(ahead.pop(), set()) - reached
-            reached |= new
-            ahead.extend(new)
-        return reached
-
-    busy: dict[str, set[str]] = {}
-    for job, (kind, name) in kinds.items():
-        if kind != "block-job":
-            continue
-        reached, direct = below(job), children.get(job, set())
-        for number, (node_kind, node) in kinds.items():
-            # A base image that two disks share and no job writes to makes neither of them busy.
-            if node_kind == "block-driver" and (number in reached or below(number) & direct):
-                busy.setdefault(node, set()).add(name)
-    return busy

@@ -270,6 +270,21 @@ async def test_states_in_which_no_backup_starts(status: str) -> None:
             await check_vm(qmp, [])
 
 
+@pytest.mark.parametrize(
+    ("status", "refused"),
+    [("setup", True), ("active", True), ("cancelling", True), ("failed", False), ("completed", False), (None, False)],
+)
+async def test_no_backup_starts_while_the_vm_migrates(status: str | None, refused: bool) -> None:
+    migration = {} if status is None else {"status": status}
+    answers = {"query-status": {"status": "running", "running": True}, "query-block-jobs": []}
+    double = ScriptedQmp({**answers, "query-migrate": migration})
+    async with double.serving() as path, connect(path) as qmp:
+        if not refused:
+            return await check_vm(qmp, [])
+        with pytest.raises(VmStateError, match=rf"a migration of it is under way \(status {status}\)"):
+            await check_vm(qmp, [])
+
+
 def entry(**changes: Any) -> dict[str, Any]:
     """An entry of `query-block` for a disk without id and names of its own."""
     inserted = {
