@@ -51,5 +51,7 @@ def index_errors(path: Path) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", None) or "SQLITE_MISUSE"
         kind = IndexFileError if name.startswith(_PLACE) else DamagedIndexError
         raise kind(path, str(error)) from error
+    except (UnicodeDecodeError, OverflowError) as error:
+        raise DamagedIndexError(path, "a text in it is none") from error  # in what it holds, or in SQLite's complaint
     except OSError as error:
         raise IndexFileError(path, os_reason(error)) from error

@@ -3,6 +3,7 @@
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Final, NamedTuple
 
 from agent.find_index.schema import NAME_INDEX, OPEN
@@ -77,6 +78,12 @@ def uses_catalog(filenames: Iterable[str], payload: str | None) -> bool:
     return payload is None and CATALOG_NAME in filenames
 
 
+def _check(kind: type | tuple[type, ...], *values: object) -> None:
+    """Raise `sqlite3.DatabaseError` for a value that was never written: SQLite has columns of any type."""
+    if not all(isinstance(value, kind) for value in values):
+        raise sqlite3.DatabaseError("a value of it has another type")
+
+
 class Records:
     """The tables but for the entries; used by one thread at a time. Methods raise `sqlite3.Error`."""
 
@@ -92,13 +99,17 @@ class Records:
             f" WHERE snapshot IN (SELECT id FROM snapshot{where}) ORDER BY snapshot, position",
             values,
         ):
+            _check(bytes, archive, why)
+            _check((int, NoneType), state)
             parts.setdefault(number, []).append(Part(archive.decode(), state, bool(encrypted), why.decode()))
-        return {
-            (ns.decode(), grp.decode(), time.decode()): Known(number, mark, checked, tuple(parts.get(number, ())))
-            for number, ns, grp, time, mark, checked in self.connection.execute(
-                f"SELECT id, ns, grp, time, mark, checked FROM snapshot{where}", values
-            )
-        }
+        found = {}
+        for number, ns, grp, time, mark, checked in self.connection.execute(
+            f"SELECT id, ns, grp, time, mark, checked FROM snapshot{where}", values
+        ):
+            _check(bytes, ns, grp, time, mark, checked)
+            key = (ns.decode(), grp.decode(), time.decode())
+            found[key] = Known(number, mark, checked, tuple(parts.get(number, ())))
+        return found
 
     def streams(self, states: Iterable[int]) -> dict[int, tuple[int, int]]:
         """Stream and its root directory of each of `states`."""
@@ -108,6 +119,7 @@ class Records:
                 "SELECT stream.id, root FROM state JOIN stream ON stream.id=stream WHERE state.id=? AND complete=1",
                 (state,),
             ):
+                _check(int, stream, root)
                 found[state] = (stream, root)
         return found
 
@@ -187,15 +199,22 @@ class Records:
             self.connection.execute("BEGIN IMMEDIATE")
             self.connection.executemany("DELETE FROM state WHERE id=?", [(state,) for state, _ in unused])
             self.connection.execute("COMMIT")
-        for stream in dict.fromkeys(stream for _, stream in unused):
-            self._tidy_stream(stream)
+        newest: dict[int, int] = {}
+        for state, stream in unused:
+            newest[stream] = max(state, newest.get(stream, 0))
+        for stream, state in newest.items():
+            self._tidy_stream(stream, state)
         for (stream,) in self.connection.execute(
             "SELECT id FROM stream WHERE NOT EXISTS (SELECT 1 FROM state WHERE state.stream=stream.id)"
         ).fetchall():
             self._remove_stream(stream)
 
-    def _tidy_stream(self, stream: int) -> None:
-        """Delete the entries whose run lies between two neighbouring states, or after the last."""
+    def _tidy_stream(self, stream: int, gone: int) -> None:
+        """Delete the entries whose run lies between two neighbouring states, or after the last.
+
+        `gone` is the newest state that was removed. If it was the stream's newest, what is open becomes what the
+        newest that is left has.
+        """
         states = [
             state for (state,) in self.connection.execute("SELECT id FROM state WHERE stream=? ORDER BY id", (stream,))
         ]
@@ -206,6 +225,17 @@ class Records:
             " AND (SELECT stream FROM dir WHERE dir.id=entry.dir)=?"
         )
         self.connection.execute("BEGIN IMMEDIATE")
+        if gone > states[-1]:
+            self.connection.execute(
+                f"UPDATE entry SET last={OPEN} - 1 WHERE first>? AND last={OPEN}"
+                " AND dir IN (SELECT id FROM dir WHERE stream=?)",
+                (states[-1], stream),
+            )
+            self.connection.execute(
+                f"UPDATE entry INDEXED BY entry_ended SET last={OPEN} WHERE last<{OPEN} AND last>=? AND first<=?"
+                " AND (SELECT stream FROM dir WHERE dir.id=entry.dir)=?",
+                (states[-1], states[-1], stream),
+            )
         for before, after in zip([0, *states], [*states, OPEN], strict=True):
             values = (before, after, before, stream)
             gone = self.connection.execute(f"SELECT child FROM {of_stream} AND child IS NOT NULL", values).fetchall()

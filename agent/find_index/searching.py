@@ -162,9 +162,9 @@ class Search:
         at: int | None = number
         while (known := self._folders.get(-1 if at is None else at)) is None:
             rows = self._connection.execute("SELECT stream, parent, name FROM dir WHERE id=?", (at,)).fetchall()
-            if len(rows) != 1 or len(names) > MAX_DEPTH:
+            stream, parent, name = rows[0] if len(rows) == 1 and len(names) <= MAX_DEPTH else (None, None, None)
+            if not isinstance(stream, int) or not isinstance(parent, int | None) or not isinstance(name, bytes):
                 raise DamagedIndexError(self._path, f"the directory {number} leads nowhere")
-            ((stream, parent, name),) = rows
             if parent is None:
                 known = (stream, b"/")
                 self._folders[number if at is None else at] = known

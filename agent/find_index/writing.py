@@ -64,8 +64,8 @@ class StateWriter:
         self._ends: list[tuple[Any, ...]] = []
         self._unsaved = 0
         ((last,),) = connection.execute("SELECT max(id) FROM dir")
-        self._known_dirs: Final[int] = last  #: directories with a higher number are new, and so hold nothing yet
-        self._last_dir: int = last
+        self._known_dirs: Final[int] = last or 0  #: directories with a higher number are new, and so hold nothing yet
+        self._last_dir: int = last or 0
         self.entries = 0  #: so far
 
     def add(self, one: Found) -> None:
@@ -140,6 +140,8 @@ class StateWriter:
             return False
         after = level.rows[-1][0] if level.rows else b""
         level.rows = self._connection.execute(_OPEN_ENTRIES, (level.id, after, self._state)).fetchall()
+        if any(type(row[0]) is not bytes for row in level.rows):
+            raise sqlite3.DatabaseError("a name in it is none")
         level.at = 0
         level.more = len(level.rows) == _PAGE
         return bool(level.rows)
