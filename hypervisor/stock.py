@@ -102,12 +102,11 @@ class StockFleecing(Fleecing):
         for disk in self.disks:
             others = [one for one in our_bitmaps([nodes[disk.disk.node]], None) if one.name.target != self.state.target]
             for old in bitmaps.too_many(others):
-                self.warnings += await bitmaps.remove(qmp, [old])
-                self.warnings += await remove_marks(qmp, old.name.target, [old.node])
-                self.warnings.append(
+                problems = await bitmaps.remove(qmp, [old]) or await remove_marks(qmp, old.name.target, [old.node])
+                self.warnings += problems or [
                     f"the dirty bitmap {old.name} of another target was removed from {disk.disk.device}, which had "
                     f"{bitmaps.MAX_TARGETS} already: the next backup to that target reads everything"
-                )
+                ]
 
     async def _mark_sizes(self, qmp: Qmp) -> None:
         """Mark the sizes of the disks whose bitmaps begin now, so that it is seen if one becomes smaller meanwhile."""
