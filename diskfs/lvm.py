@@ -250,7 +250,8 @@ class VolumeGroup:
             pieces.append(Piece(start * self._extent, length, blocks))
         if not pieces:
             raise DiskFsError("read", name, "it has no segment")
-        return pieces[0].blocks if len(pieces) == 1 and pieces[0].blocks is not None else Pieces(pieces)
+        (first, *more) = pieces
+        return first.blocks if not more and not first.offset and first.blocks is not None else Pieces(pieces)
 
     def _segment(self, segment: Mapping[str, Any], count: int, above: tuple[str, ...]) -> Blocks | None:
         kind = str(segment.get("type", "")).partition("+")[0]

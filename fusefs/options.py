@@ -35,9 +35,9 @@ class MountOptions:
     uid: int | None = None  #: owner of everything; None is the user who mounts
     gid: int | None = None
     source: str | None = None  #: what /proc/mounts and `df` show; None is the repository's name
-    images: bool = False  #: folders of disk images are listed, not only found by their names
     log: Path | None = None  #: where a mount in the background writes its log lines; None is the system log
     fuse: tuple[str, ...] = ()  #: passed on to libfuse
+    images: bool = False  #: folders of disk images are listed, not only found by their names
 
     @classmethod
     def parse(cls, *texts: str) -> Self:
@@ -76,7 +76,7 @@ class MountOptions:
                 case _:
                     text = name if value is None else f"{name}={value}"
                     raise _error(text, "it is not known, or must (not) have a value", "see 'fleece mount --help'")
-        return cls(cache_size, uid, gid, source, images, log, tuple(fuse.values()))
+        return cls(cache_size, uid, gid, source, log, tuple(fuse.values()), images)
 
 
 def split_options(*texts: str) -> Iterator[tuple[str, str | None]]:

@@ -1,0 +1,207 @@
+"""Volume groups that LVM made, and descriptions of them that nobody made."""
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diskfs.blocks import Disk, Slice
+from diskfs.errors import DiskFsError
+from diskfs.image import DiskImage
+from diskfs.lvm import PhysicalVolume, VolumeGroup, parse
+from tests.diskfs.reading import Files, walk
+from tests.support.cache import Unavailable, cached
+from tests.support.disk_images import MadeImage, _loop
+from tests.support.file_systems import run_tool
+
+_MIB = 1 << 20
+
+
+def _made(folder: Path) -> None:
+    """Two physical volumes; `root` on the first, `span` on both, `stripe` over both."""
+    paths = [folder / "pv0.img", folder / "pv1.img"]
+    for path in paths:
+        with path.open("wb") as file:
+            file.truncate(160 * _MIB)
+    with ExitStack() as stack:
+        devices = [stack.enter_context(_loop(path)) for path in paths]
+        only = ",".join(f'"a|^{device}$|"' for device in devices)
+        config = (
+            f'devices{{ dir="/dev" scan=["/dev"] use_devicesfile=0 filter=[{only},"r|.*|"] }} '
+            f'global{{ use_lvmpolld=0 locking_dir="{folder}/lock" }} '
+            "activation{ udev_sync=0 udev_rules=0 monitoring=0 } backup{ backup=0 archive=0 }"
+        )
+
+        def lvm(verb: str, *arguments: str) -> str:
+            return run_tool(
+                ["lvm", verb, "--driverloaded", "n", "--config", config, *arguments], DM_DISABLE_UDEV="1"
+            )  # fmt: skip
+
+        lvm("pvcreate", "-y", *devices)
+        lvm("vgcreate", "-s", "1M", "guest", *devices)
+        new = ("-an", "-Zn", "-Wn", "-y")
+        lvm("lvcreate", *new, "-L", "70M", "-n", "root", "guest", devices[0])
+        lvm("lvcreate", *new, "-i", "2", "-I", "64k", "-L", "100M", "-n", "stripe", "guest")
+        lvm("lvcreate", *new, "-l", "100%FREE", "-n", "span", "guest")
+        listed = lvm("lvs", "--reportformat", "json", "--segments", "-o", "lv_name,seg_le_ranges,stripe_size", "guest")
+        for number, device in enumerate(devices):
+            listed = listed.replace(f'"{device}', f'"{number}').replace(f" {device}:", f" {number}:")
+            listed = listed.replace(f"{device}:", f"{number}:")
+        (folder / "segments.json").write_text(listed)
+
+
+@pytest.fixture
+def group() -> tuple[list[Path], list[dict[str, str]]]:
+    """The physical volumes, and the segments as LVM lists them."""
+    try:
+        folder = cached("lvm-images-1", _made)
+    except Unavailable as reason:
+        pytest.skip(f"no volume group to test with: {reason}")
+    segments = json.loads((folder / "segments.json").read_text())["report"][0]["seg"]
+    return [folder / "pv0.img", folder / "pv1.img"], segments
+
+
+def test_logical_volumes_lie_where_lvm_says(
+    group: tuple[list[Path], list[dict[str, str]]], files: Callable[..., Files]
+) -> None:
+    paths, segments = group
+    image = files(*paths).image()
+    assert [(one.name, one.kind) for one in image.volumes()] == [
+        (b"raw", "LVM2 member"), (b"guest/root", "empty"), (b"guest/stripe", "empty"), (b"guest/span", "empty"),
+    ]  # fmt: skip
+    assert image.volumes()[0].problem == "it is a part of the volume group guest"
+    parts = image._found()
+    extents = {0: 1 * _MIB, 1: 1 * _MIB}  # LVM puts the first extent 1 MiB from the beginning
+    offsets: dict[str, int] = {}
+    for segment in segments:  # in the order in which they follow each other
+        name = segment["lv_name"]
+        blocks = parts[f"guest/{name}".encode()].blocks
+        ranges = [re.fullmatch(r"(\d):(\d+)-(\d+)", one) for one in segment["seg_le_ranges"].split(",")]
+        places = [(int(one[1]), int(one[2]), int(one[3]) - int(one[2]) + 1) for one in ranges if one]
+        assert len(places) == len(ranges)
+        start = offsets.get(name, 0)
+        if len(places) == 1:
+            (disk, first, count) = places[0]
+            runs = list(blocks.places(start, count * _MIB, 0))
+            assert [(run.disk, run.position, run.length) for run in runs] == [
+                (disk, extents[disk] + first * _MIB, count * _MIB)
+            ]
+        else:
+            for row in (0, 1, 2, 700):
+                for column, (disk, first, _) in enumerate(places):
+                    (run,) = blocks.places((row * 2 + column) * 65536, 65536, 0)
+                    assert (run.disk, run.position) == (disk, extents[disk] + first * _MIB + row * 65536)
+        offsets[name] = start + sum(count for _, _, count in places) * _MIB
+    assert sorted(offsets) == ["root", "span", "stripe"]
+    assert all(parts[f"guest/{name}".encode()].volume.size == size for name, size in offsets.items())
+
+
+def test_a_file_system_in_a_volume_over_two_disks_is_read_from_either(
+    group: tuple[list[Path], list[dict[str, str]]],
+    made: Callable[[str], MadeImage],
+    files: Callable[..., Files],
+) -> None:
+    paths, _ = group
+    ext4 = made("ext4")
+    data = ext4.path.read_bytes()
+    plain = files(*paths)
+    stripe = plain.image()._found()[b"guest/stripe"].blocks
+    changed: list[dict[int, bytes]] = [{}, {}]  # by block of 64 KiB
+    for run in stripe.places(0, len(data), 0):
+        assert run.position % 65536 == 0
+        changed[run.disk][run.position // 65536] = data[run.offset : run.offset + run.length]
+
+    def fetch(disk: int, offset: int, length: int) -> bytes:
+        block = changed[disk].get(offset // 65536)
+        return plain.fetch(disk, offset, length) if block is None else block[offset % 65536 :][:length]
+
+    for number in (0, 1):
+        image = DiskImage(plain.sizes, number, fetch)
+        assert {one.name: one.kind for one in image.volumes()}[b"guest/stripe"] == "ext4"
+        found = dict(walk(image.file_system(b"guest/stripe")))
+        assert sorted(found) == sorted(ext4.entries)
+
+
+def test_a_group_without_one_of_its_disks_says_which_is_missing(
+    group: tuple[list[Path], list[dict[str, str]]], files: Callable[..., Files]
+) -> None:
+    paths, _ = group
+    problems = {one.name: one.problem for one in files(paths[0]).image().volumes()}
+    assert problems[b"guest/root"] == "there is nothing in it"
+    assert re.fullmatch(r"the physical volume [\w-]+ is not in the snapshot", problems[b"guest/span"])
+
+
+_PV = Slice(Disk(0, 64 * _MIB, lambda _, offset, length: bytes(length)), 0, 64 * _MIB)
+
+
+def volumes_of(volumes: str) -> dict[str, Any]:
+    text = f"""guest {{ id = "G" seqno = 3 status = ["RESIZEABLE"] extent_size = 2048
+        physical_volumes {{ pv0 {{ id = "A-B" pe_start = 2048 pe_count = 60 }} }}
+        logical_volumes {{ {volumes} }} }}"""
+    found = parse(text)["guest"]
+    return dict(VolumeGroup([PhysicalVolume("AB", _PV, found, "guest")]).volumes())
+
+
+def lv(name: str, segment: str) -> str:
+    return f'{name} {{ status = ["READ", "VISIBLE"] segment1 {{ start_extent = 0 extent_count = 4 {segment} }} }}'
+
+
+@pytest.mark.parametrize(
+    ("volumes", "why"),
+    [
+        (lv("a", 'type = "striped" stripe_count = 1 stripes = ["a", 0]'), "the volume is made of itself"),
+        (
+            lv("a", 'type = "mirror" mirrors = ["b", 0]') + lv("b", 'type = "raid1" raids = ["x", "a"]'),
+            "the volume is made of itself",
+        ),
+        (lv("a", 'type = "striped" stripes = ["pv0", 100]'), "a part of it lies behind the end of its disk"),
+        (lv("a", 'type = "thin" thin_pool = "p"'), "volumes of type thin are not read"),
+        (lv("a", 'type = "striped" stripes = ["pv9", 0]'), "the group has no such volume"),
+        (
+            lv("a", 'type = "striped" stripes = ["pv0", 0, "pv0", 8] stripe_size = 0'),
+            "it is damaged: a size of stripes",
+        ),
+        (lv("a", 'type = "striped" stripes = []'), "it is damaged: stripes that do not fit a segment"),
+        (
+            lv("a", 'type = "striped" stripes = ["pv0", 0]').replace("start_extent = 0", "start_extent = 5"),
+            "a part begins at",
+        ),
+    ],
+)
+def test_volumes_that_cannot_be_are_said_to_be_so_and_harm_no_other(volumes: str, why: str) -> None:
+    found = volumes_of(volumes + lv("good", 'type = "striped" stripes = ["pv0", 0]'))
+    assert isinstance(found["good"], Slice)
+    assert isinstance(found["a"], DiskFsError)
+    assert why in found["a"].why
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a {", "}", "a = ", "a = [1, 2", "{ }", "a = { }", 'a = "', "a { " * 40, "a b", "= 3", "a = [[1]]", "\x00"],
+)
+def test_a_text_that_lvm_does_not_write_is_refused(text: str) -> None:
+    with pytest.raises(DiskFsError, match="it is damaged"):
+        parse(text)
+
+
+def test_damage_to_the_description_of_a_group_is_found_by_its_checksum(
+    group: tuple[list[Path], list[dict[str, str]]], files: Callable[..., Files]
+) -> None:
+    source = files(group[0][0])
+    head = bytearray(source.fetch(0, 0, 1 << 20))
+    text = head.rindex(b"guest {")  # the newest of several
+    for place in (512 + 30, 512 + 60, 4096 + 8, 4096 + 50, text):
+        damaged = bytearray(head)
+        damaged[place] ^= 4
+
+        def fetch(disk: int, offset: int, length: int, damaged: bytearray = damaged) -> bytes:
+            end = offset + length
+            return bytes(damaged[offset:end]) if end <= len(damaged) else source.fetch(disk, offset, length)
+
+        (volume,) = DiskImage(source.sizes, 0, fetch).volumes()
+        assert volume.kind == "LVM2 member"
+        assert "damaged" in volume.problem
