@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from agent.archive_listing import MAX_DEPTH, entry_at, entry_document, too_deep, walk_nodes
+from agent.image_trees import open_image_of
 from agent.listing_output import put, time_text
 from agent.snapshot_archives import ContentStream, OpenSnapshot, in_walk
 from core.errors import NotFoundError, UsageError
@@ -52,7 +53,7 @@ class Side(NamedTuple):
     """One of the two trees."""
 
     accessor: ArchiveAccessor
-    contents: ContentStream
+    contents: ContentStream | None  #: None: contents do not lie in one stream
 
 
 # Trees.
@@ -169,6 +170,8 @@ class TreeComparison:
             return "unknown"
         start, offset = _content_offset(self._before, before), _content_offset(self._after, after)
         one, other = self._before.contents, self._after.contents
+        assert one is not None
+        assert other is not None
         if same_chunks(one.chunks, start, other.chunks, offset, before.size):
             return "same"
         return self._bytes(before, after) if self._content else "unknown"
@@ -182,6 +185,17 @@ class TreeComparison:
             if bytes(one.read(start + done, length)) != bytes(other.read(offset + done, length)):
                 return "different"
         return "same"
+
+
+class DiskComparison(TreeComparison):
+    """The file systems of a disk image in two snapshots. Where the files of equal contents lie says nothing."""
+
+    def _contents(self, before: FileNode, after: FileNode) -> Content:
+        if before.size != after.size:
+            return "different"
+        if not before.size:
+            return "same"
+        return self._bytes(before, after) if self._content else "unknown"
 
 
 def _by_name(directory: Directory) -> Iterator[Node]:
@@ -328,8 +342,8 @@ async def compare_snapshots(
     ones, others = before.archives, after.archives
     names = list(ones | others)
     for name in names if wanted is None else [_named(wanted, names, after)]:
-        if path and not name.endswith(".pxar"):
-            raise UsageError("compare", f"{name}/{escaped(path)}", "only file archives have paths in them")
+        if path and not name.endswith((".pxar", ".img")):
+            raise UsageError("compare", f"{name}/{escaped(path)}", "only file archives and disks have paths in them")
         one, other = ones.get(name), others.get(name)
         if other is None:
             add(Change("removed", name))
@@ -339,6 +353,10 @@ async def compare_snapshots(
             sides = [Side(*await opened.with_contents(name)) for opened in (before, after)]
             comparison = TreeComparison(name, sides[0], sides[1], content=content)
             await _pass_on(comparison.changes(path), add)
+        elif name.endswith(".img") and path:
+            async with open_image_of(before, name) as first, open_image_of(after, name) as second:
+                disks = DiskComparison(name, Side(first, None), Side(second, None), content=content)
+                await _pass_on(disks.changes(path), add)
         elif name.endswith(".img"):
             await _compare_images(name, before, after, add, content)
         elif await restored(before, one) != await restored(after, other):

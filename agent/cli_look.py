@@ -57,6 +57,7 @@ fleece diff host/web/2026-01-01T03:00:00Z host/web/latest
 fleece diff host/web/2026-01-01T03:00:00Z host/web/latest root.pxar/etc
 fleece diff host/web/2026-01-01T03:00:00Z host/web/latest root.pxar --content
 fleece diff vm/100/2026-01-01T03:00:00Z vm/100/latest drive-scsi0.img    which ranges of a disk
+fleece diff vm/100/2026-01-01T03:00:00Z vm/100/latest drive-scsi0.img/part1/etc    which files on it
 """,
         keys="read",
     )(diff)

@@ -69,6 +69,24 @@ def test_a_disk_is_listed_and_searched_as_archives_are(stored: Fleece, disk: Mad
         assert why in refused.err
 
 
+def test_files_of_two_backups_of_a_disk_are_compared(
+    stored: Fleece, tmp_path: Path, images: Callable[[str], MadeImage]
+) -> None:
+    image = tmp_path / "disk.raw"
+    (start,) = partitioned(image, [images("fat12").path])
+    snapshots = []
+    place = image.read_bytes().index(b"hello", start)
+    for day, content in (("01", b"hello"), ("02", b"HELLO")):  # changed by somebody who hides it
+        with image.open("r+b") as file:
+            os.pwrite(file.fileno(), content, place)
+        when = ("--backup-id", "7", "--backup-time", f"2026-01-{day}T00:00:00Z")
+        done = stored.json("backup", f"d.img:{image}", "--backup-type", "vm", *when)
+        snapshots.append(done["snapshot"])
+    assert stored.json("diff", *snapshots, "d.img/part1") == []
+    (change,) = stored.json("diff", *snapshots, "d.img/part1", "--content")
+    assert (change["path"], change["change"], change["what"]) == ("/part1/hello.txt", "changed", ["content"])
+
+
 def test_everything_of_a_file_system_is_restored_as_the_kernel_showed_it(
     stored: Fleece, disk: MadeImage, tmpfs: Path
 ) -> None:
