@@ -433,7 +433,7 @@ async def start_worker() -> Worker:
     with theirs:
         try:
             process = await trio.lowlevel.open_process(
-                [sys.executable, "-I", "-m", "diskfs.worker"],
+                [sys.executable, "-IB", "-m", "diskfs.worker"],
                 stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
                 env={"LC_ALL": "C.UTF-8"},
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The process that reads one disk image: `python -I -m diskfs.worker`, started by `client.py`.
+"""The process that reads one disk image: `python -IB -m diskfs.worker`, started by `client.py`.
 
 The libraries that know file systems were not made for images that want to do harm: a chain that leads to itself keeps
 them busy for ever, a length makes them ask for all memory. Here that costs a request, at worst this process:
@@ -242,13 +242,14 @@ def confine() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    places = tuple(f"{os.path.realpath(place)}{os.sep}" for place in {sys.prefix, sys.base_prefix, *sys.path} if place)
-    own = f"{os.path.dirname(os.path.dirname(os.path.realpath(__file__)))}{os.sep}"  # noqa: PTH120
+    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - pathlib costs 5 ms
+    found = {place for place in (sys.prefix, sys.base_prefix, own, *sys.path) if place}
+    places = tuple({f"{place}{os.sep}" for place in found | {os.path.realpath(place) for place in found}})
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
-            is_module = isinstance(path, str) and path.endswith(_MODULES) and path.startswith((*places, own))
+            is_module = isinstance(path, str) and path.endswith(_MODULES) and path.startswith(places)
             if not is_module or flags & os.O_ACCMODE != os.O_RDONLY:
                 raise PermissionError("the process that reads disk images opens no files")
         elif event.startswith(_FORBIDDEN) or (event == "ctypes.dlopen" and arguments[0] is not None):
