@@ -118,12 +118,7 @@ async def connected(uri: str) -> AsyncIterator[Libvirt]:
     Raises:
         LibvirtError: the bindings are missing, nothing answers, or it is no libvirt of QEMU.
     """
-    try:
-        lib, qemu = await in_io_thread(bindings)
-    except ImportError as error:
-        raise LibvirtError(
-            "use libvirt at", uri, "its Python bindings are missing", "apt-get install python3-libvirt"
-        ) from error
+    lib, qemu = await in_io_thread(_bindings_for, uri)
     try:
         connection = await trio.to_thread.run_sync(lib.open, uri, abandon_on_cancel=True, limiter=io_limiter())
     except lib.libvirtError as error:
@@ -139,6 +134,15 @@ async def connected(uri: str) -> AsyncIterator[Libvirt]:
         # Closing says good-bye on the socket, which does not wait for an answer; calls that were left behind keep it.
         with contextlib.suppress(lib.libvirtError):
             connection.close()
+
+
+def _bindings_for(uri: str) -> tuple[Any, Any]:
+    try:
+        return bindings()
+    except ImportError as error:
+        raise LibvirtError(
+            "use libvirt at", uri, "its Python bindings are missing", "apt-get install python3-libvirt"
+        ) from error
 
 
 def bindings() -> tuple[Any, Any]:
@@ -173,15 +177,21 @@ async def domain_state(address: DomainAddress) -> DomainState:
         return await host.call("look at", str(address), lambda: host.state_of(host.find(address.domain)))
 
 
-async def domain_names(uri: str) -> list[str]:
-    """Names of all domains, sorted.
+def domain_names(uri: str) -> list[str]:
+    """Names of all domains, sorted. Blocks.
 
     Raises:
         LibvirtError: libvirt cannot be asked.
     """
-    async with connected(uri) as host:
-        work = lambda: sorted(domain.name() for domain in host.connection.listAllDomains())  # noqa: E731
-        return await host.call("list the domains of", uri, work)
+    lib, _ = _bindings_for(uri)
+    try:
+        connection = lib.open(uri)
+        try:
+            return sorted(domain.name() for domain in connection.listAllDomains())
+        finally:
+            connection.close()
+    except lib.libvirtError as error:
+        raise LibvirtError("list the domains of", uri, printable(str(error), 2000), "is libvirtd running?") from error
 
 
 async def volume_path(uri: str, pool: str, volume: str) -> str:

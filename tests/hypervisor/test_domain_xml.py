@@ -19,7 +19,8 @@ DISKS = """
 <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg/b'/>
  <target dev='vdb' bus='virtio'/><shareable/></disk>
 <disk type='network' device='disk'><driver name='qemu' type='raw'/><auth username='a'>
- <secret type='ceph' uuid='x'/></auth><source protocol='rbd' name='pool/image'><host name='10.0.0.1'/></source><target dev='vdc' bus='virtio'/></disk>
+ <secret type='ceph' uuid='x'/></auth><source protocol='rbd' name='pool/image'><host name='10.0.0.1'/></source>
+ <target dev='vdc' bus='virtio'/></disk>
 <disk type='volume' device='disk'><driver name='qemu' type='raw'/><source pool='fast' volume='vol1'/><target dev='vdd'/>
 </disk>
 <disk type='nvme' device='disk'><driver name='qemu' type='raw'/><source type='pci' managed='yes' namespace='1'/>
