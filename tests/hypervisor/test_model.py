@@ -113,10 +113,12 @@ async def run_model(
     *,
     proxmox: bool = False,
     faulty: bool = False,
+    threads: bool = False,
 ) -> dict[str, int]:
     """`rounds` backups, by the double of Proxmox VE's QEMU or the stock one; returns how often what was seen.
 
-    With `faulty` commands fail at random, in the set-up and at the end.
+    With `faulty` commands fail at random, in the set-up and at the end; with `threads` disks are served by threads of
+    their own.
     """
     rng = random.Random(seed)
     sizes = {"d0": 61 * MIB + 512 * rng.randint(0, 300), "d1": 13 * MIB + 512 * rng.randint(0, 300), "d2": 8 * MIB}
@@ -124,10 +126,14 @@ async def run_model(
     for name in ("d1", "d2"):
         with (tmpfs / name).open("wb") as file:
             file.truncate(sizes[name])
+    own, extra = ("iothread=io0", "bus=scsi1.0", "iothread=io2") if threads else ("", "", ""), list[str]()
+    if threads:
+        extra += [word for number in range(3) for word in ("-object", f"iothread,id=io{number}")]
+        extra += ["-device", "virtio-scsi-pci,id=scsi1,iothread=io1"]
     disks = [
-        VmDisk(tmpfs / "d0", "d0", format="qcow2"),
-        VmDisk(tmpfs / "d1", "d1", bus="virtio-scsi"),
-        VmDisk(tmpfs / "d2", "d2", form="drive"),
+        VmDisk(tmpfs / "d0", "d0", format="qcow2", device_options=own[0]),
+        VmDisk(tmpfs / "d1", "d1", bus="virtio-scsi", device_options=own[1]),
+        VmDisk(tmpfs / "d2", "d2", form="drive", device_options=own[2]),
     ]
     bench = Bench(tmpfs / "w")
     bench.folder.mkdir()
@@ -136,7 +142,7 @@ async def run_model(
     faults = Faults(rng)
     faults.install(monkeypatch)
     async with (
-        RunningQemu.start(qemu, disks, lifetime_s=1500) as vm,
+        RunningQemu.start(qemu, disks, extra=extra, lifetime_s=1500) as vm,
         ProxmoxQemu.before(vm) if proxmox else nullcontext(),
     ):
         model = GuestModel(vm, sizes, rng)
@@ -243,6 +249,15 @@ async def test_every_backup_by_the_commands_of_proxmox_holds_the_state_of_its_in
 
 
 @pytest.mark.parametrize("proxmox", [False, True])
+async def test_disks_with_threads_of_their_own_are_no_exception(
+    backports: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, proxmox: bool
+) -> None:
+    seen = await run_model(backports, tmpfs, monkeypatch, 4, seed=5, proxmox=proxmox, threads=True)
+    assert seen["committed"]
+    assert seen["incremental"]
+
+
+@pytest.mark.parametrize("proxmox", [False, True])
 async def test_backups_hold_the_state_of_their_instants_whatever_step_fails(
     qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, rounds: Callable[[int], int], proxmox: bool
 ) -> None:
@@ -271,4 +286,15 @@ async def test_hundreds_of_backups_of_each_flavour_with_and_without_faults(
     qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, seed: int, proxmox: bool, faulty: bool
 ) -> None:
     seen = await run_model(qemu, tmpfs, monkeypatch, 40, 100 + seed, proxmox=proxmox, faulty=faulty)
+    assert seen["incremental"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("proxmox", [False, True])
+async def test_hundreds_of_backups_of_disks_with_threads_of_their_own(
+    backports: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, seed: int, proxmox: bool, faulty: bool
+) -> None:
+    seen = await run_model(backports, tmpfs, monkeypatch, 40, 200 + seed, proxmox=proxmox, faulty=faulty, threads=True)
     assert seen["incremental"]
