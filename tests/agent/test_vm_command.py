@@ -282,7 +282,7 @@ async def test_a_socket_with_too_many_waiting_clients_belongs_to_a_running_vm(tm
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["vm", "backup"], 2, "neither VM nor --qmp SOCKET with --id ID is given"),
+        (["vm", "backup"], 2, "neither VM nor --libvirt DOMAIN nor --qmp SOCKET with --id ID is given"),
         (["vm", "backup", "nobody"], 1, "the configuration knows web"),
         (["vm", "backup", "web"], 2, "its QMP socket is not known"),
         (["vm", "backup", "--qmp", "/nowhere/qmp", "--id", "web"], 1, "there is no such socket"),
