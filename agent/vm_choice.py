@@ -1,4 +1,4 @@
-"""Which virtual machines a job means: by name, id, tag, socket or domain, with patterns, and without what is excluded."""
+"""Which virtual machines a job means: by name, id, tag, socket or domain, or patterns of these, without some."""
 
 import glob
 import os
