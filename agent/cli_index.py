@@ -27,6 +27,7 @@ def add_to(application: typer.Typer) -> None:
         examples="""
 fleece index build                     index what is new, in all namespaces
 fleece index build --rebuild           throw it away and make it anew
+fleece index build --images            also the files on disk images, for 'fleece find --images'
 fleece index build --encrypted         also encrypted archives, whose names then lie in clear on this host
 """,
         keys="read",
@@ -53,6 +54,9 @@ fleece index remove --all              of every repository that this user looked
 def build(
     invocation: Invocation,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Throw it away before.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Also disk images: every directory of their file systems is read.")
+    ] = False,
     encrypted: Annotated[
         bool | None,
         typer.Option(
@@ -92,7 +96,7 @@ def build(
             file = IndexFile(await repository_key(repository))
             done = await update_index(
                 file, repository, infos, namespaces, codec, cache, progress, recursive=True, rebuild=rebuild,
-                encrypted=encrypted,
+                encrypted=encrypted, images=images,
             )  # fmt: skip
             if done is None:
                 raise BusyError("update the index", str(file.path), "another process does", "it will be done soon")

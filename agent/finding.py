@@ -1,6 +1,6 @@
 """What `fleece find` does: looking for names in many snapshots, in the index or in the archives themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from agent.archive_listing import Found, find_in
@@ -23,7 +23,7 @@ class Query(NamedTuple):
     pattern: MatchPattern
     letters: frozenset[str]  #: kinds, as in catalogs
     archive: str | None  #: only in archives that a person calls so
-    images: bool = False  #: also in the file systems of disk images, which no index has
+    images: bool = False  #: also in the file systems of disk images
 
     @property
     def archive_name(self) -> str | None:
@@ -62,7 +62,7 @@ async def find_in_selection(
     infos = {snapshot: one.info for snapshot, one in selection.snapshots.items()}
     async with answers(
         repository, infos, query.pattern, query.letters, codec, cache, progress,
-        namespaces=selection.namespaces or None, recursive=recursive,
+        namespaces=selection.namespaces or None, recursive=recursive, images=query.images,
     ) as known:  # fmt: skip
         await _find(repository, selection, known, query, codec, cache, progress, add)
 
@@ -73,57 +73,83 @@ async def _find(
 ) -> None:  # fmt: skip
     for snapshot, one in selection.snapshots.items():
         try:
-            answered = await _answered(known, snapshot, one, query, progress, add)
-            if query.images:
-                async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
-                    if await _find_in_images(opened, query, add):
-                        continue
-            if not answered:
-                async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
-                    only = query.archive_name
-                    if query.archive is not None and one.named:
-                        only = opened.file_archive(query.archive)
-                    for name in opened.file_archives:
-                        if only in (None, name):
-                            await find_in(opened, name, query.pattern, query.letters, add)
+            if await _answered(known, snapshot, one, query, progress, add):
+                continue
+            async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
+                if query.images and await _find_in_named_image(opened, query, add):
+                    continue
+                if (states := _states(known.parts, snapshot, one, query)) is not None:
+                    await _from_index(known, snapshot, states, query.archive_name, add)
+                else:
+                    await _find_in_archives(opened, one, query, add)
+                if query.images and query.archive is None:
+                    if (states := _states(known.images, snapshot, one, query)) is not None:
+                        await _from_index(known, snapshot, states, None, add)
+                    else:
+                        await _find_in_images(opened, query, add)
         except FleeceError as error:
             if one.named or isinstance(error, TargetError):
                 raise
             progress.warn(f"{in_namespace(snapshot)} was left out: {error}")
 
 
-async def _find_in_images(opened: OpenSnapshot, query: Query, add: Callable[[Found], None]) -> bool:
-    """Look into the disk images that are meant; whether an image is what was named, and so nothing else is.
+async def _find_in_archives(opened: OpenSnapshot, one: Selected, query: Query, add: Callable[[Found], None]) -> None:
+    only = query.archive_name
+    if query.archive is not None and one.named:
+        only = opened.file_archive(query.archive)
+    for name in opened.file_archives:
+        if only in (None, name):
+            await find_in(opened, name, query.pattern, query.letters, add)
 
-    An image that cannot be read is left out with a warning, unless it was named.
-    """
-    from agent.image_trees import find_in_image, image_names, image_part
+
+async def _find_in_named_image(opened: OpenSnapshot, query: Query, add: Callable[[Found], None]) -> bool:
+    """Look into the disk image that was named, and into nothing else; False if none was."""
+    from agent.image_trees import find_in_image, image_part
 
     part = None if query.archive is None else image_part(opened.manifest, query.archive)
     if part is not None:
         await find_in_image(opened, part.name, query.pattern, query.letters, add)
-        return True
-    for name in image_names(opened) if query.archive is None else ():
+    return part is not None
+
+
+async def _find_in_images(opened: OpenSnapshot, query: Query, add: Callable[[Found], None]) -> None:
+    """Look into all disk images; one that cannot be read is left out with a warning."""
+    from agent.image_trees import find_in_image, image_names
+
+    for name in image_names(opened):
         try:
             await find_in_image(opened, name, query.pattern, query.letters, add)
         except (FormatError, KeyNeededError) as error:
             opened.progress.warn(f"{opened.where(name)} was left out: {error}")
-    return False
 
 
 async def _answered(
     known: Answers, snapshot: Snapshot, one: Selected, query: Query, progress: Progress, add: Callable[[Found], None]
 ) -> bool:
-    """Whether the index had the answer, which `add` got then."""
-    parts = known.parts.get(snapshot)
-    if parts is None:
+    """Whether the index had the whole answer, which `add` got then."""
+    states = _states(known.parts, snapshot, one, query)
+    disks = _states(known.images, snapshot, one, query) if query.images else []
+    if states is None or disks is None or (query.images and query.archive is not None):
         return False
-    only = query.archive_name
-    if one.named and only is not None:
-        return False  # it may be missing, which is an error then, or be called by another of its names
     for warning in known.notes.get(snapshot, ()):
         progress.warn(warning)
-    for name, state in parts:
+    await _from_index(known, snapshot, states, query.archive_name, add)
+    await _from_index(known, snapshot, disks, None, add)
+    return True
+
+
+def _states(
+    of: Mapping[Snapshot, list[tuple[str, int]]], snapshot: Snapshot, one: Selected, query: Query
+) -> list[tuple[str, int]] | None:
+    """The states that the index answers with; None if the archives must be read."""
+    if one.named and query.archive is not None:
+        return None  # it may be missing, which is an error then, or be called by another of its names
+    return of.get(snapshot)
+
+
+async def _from_index(
+    known: Answers, snapshot: Snapshot, states: list[tuple[str, int]], only: str | None, add: Callable[[Found], None]
+) -> None:
+    for name, state in states:
         if only in (None, name):
             await known.found(snapshot, name, state, add)
-    return True

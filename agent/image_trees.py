@@ -6,12 +6,13 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from agent.archive_listing import Found, Listed, found, list_entry, walk_nodes
+from agent.find_index.schema import VOLUME
 from agent.image_nodes import Group, ImageAccessor, VolumeDirectory
 from agent.listing_output import put
 from agent.snapshot_archives import OpenSnapshot, in_walk
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest
-from datastore.names import strip_archive_type
+from datastore.names import Snapshot, strip_archive_type
 from diskfs.client import Worker, look_into, start_worker
 from diskfs.entries import Volume
 from pxar.format import escaped
@@ -125,6 +126,19 @@ async def find_in_image(
                         add(one)
 
         await in_walk(walk)
+
+
+def index_entries(accessor: ImageAccessor, snapshot: Snapshot, name: str) -> Iterator[Found]:
+    """Everything on a disk for an index of names; to be gone through in a thread, while the tree is open.
+
+    Volumes and volume groups have the size `VOLUME`: patterns count from them, too.
+
+    Raises:
+        FormatError, FleeceError: as `walk_image`.
+    """
+    for path, item, _ in walk_image(accessor):
+        one = found(snapshot, name, path, item)
+        yield one._replace(size=VOLUME) if isinstance(item, VolumeDirectory | Group) else one
 
 
 def image_names(opened: OpenSnapshot) -> list[str]:

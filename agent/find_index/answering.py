@@ -28,7 +28,8 @@ from repository.interface import Repository, SnapshotInfo
 class Answers:
     """The snapshots that the index answers for; empty without one."""
 
-    parts: dict[Snapshot, list[tuple[str, int]]] = field(default_factory=dict)  #: archives in order, and their states
+    parts: dict[Snapshot, list[tuple[str, int]]] = field(default_factory=dict)  #: file archives in order, and states
+    images: dict[Snapshot, list[tuple[str, int]]] = field(default_factory=dict)  #: the same for disk images
     notes: Mapping[Snapshot, Sequence[str]] = field(default_factory=dict)  #: warnings that belong to some of them
     _file: IndexFile | None = None
     _search: Search | None = None
@@ -52,7 +53,7 @@ class Answers:
 async def update_index(
     file: IndexFile, repository: Repository, infos: Sequence[SnapshotInfo], namespaces: Sequence[Namespace],
     codec: ChunkCodec, cache: ChunkCache, progress: Progress, *, recursive: bool, wait_s: float = LOCK_WAIT_S,
-    rebuild: bool = False, encrypted: bool | None = None,
+    rebuild: bool = False, encrypted: bool | None = None, images: bool = False,
 ) -> Updated | None:  # fmt: skip
     """Make the index `file` agree with `repository`; None if somebody else is doing that.
 
@@ -64,6 +65,7 @@ async def update_index(
         codec: with the key at hand.
         wait_s: how long to wait for somebody else.
         rebuild: throw away what is there.
+        images: disk images, too.
         encrypted: from now on names of encrypted archives may be written into it, or may not; None: as before.
 
     Raises:
@@ -82,7 +84,7 @@ async def update_index(
                     if allowed is not None:
                         await in_io_thread(_allow_encrypted, file, connection, allowed)
                     updater = Updater(file, connection, repository, codec, cache)
-                    return await updater.update(infos, covered(names, recursive=recursive), progress)
+                    return await updater.update(infos, covered(names, recursive=recursive), progress, images=images)
             except DamagedIndexError as error:
                 if not again:
                     raise
@@ -165,7 +167,7 @@ async def remove_index(folder: Path, one: IndexFile | None = None) -> list[Path]
 async def answers(
     repository: Repository, infos: Mapping[Snapshot, SnapshotInfo | None], pattern: MatchPattern,
     letters: frozenset[str], codec: ChunkCodec, cache: ChunkCache, progress: Progress,
-    *, namespaces: Sequence[Namespace] | None, recursive: bool,
+    *, namespaces: Sequence[Namespace] | None, recursive: bool, images: bool = False,
 ) -> AsyncIterator[Answers]:  # fmt: skip
     """What the index knows of `pattern`, while the block runs. Where it cannot be used there are no answers.
 
@@ -179,17 +181,19 @@ async def answers(
         progress: is warned if there should be an index and cannot be.
         namespaces: `infos` are all their snapshots, with `recursive` also of those below the first, and the index shall
             be brought up to date; None: it is used as it is, if there is one.
+        images: disk images are asked for, too.
     """
     async with AsyncExitStack() as stack:
         yield await _answers(
-            stack, repository, infos, pattern, letters, codec, cache, progress, namespaces, recursive=recursive
-        )
+            stack, repository, infos, pattern, letters, codec, cache, progress, namespaces,
+            recursive=recursive, images=images,
+        )  # fmt: skip
 
 
 async def _answers(
     stack: AsyncExitStack, repository: Repository, infos: Mapping[Snapshot, SnapshotInfo | None],
     pattern: MatchPattern, letters: frozenset[str], codec: ChunkCodec, cache: ChunkCache, progress: Progress,
-    namespaces: Sequence[Namespace] | None, *, recursive: bool,
+    namespaces: Sequence[Namespace] | None, *, recursive: bool, images: bool,
 ) -> Answers:  # fmt: skip
     file = IndexFile(await repository_key(repository))
     notes: Mapping[Snapshot, Sequence[str]] = {}
@@ -198,7 +202,7 @@ async def _answers(
             if namespaces is not None:
                 listed = [info for info in infos.values() if info is not None]
                 done = await update_index(
-                    file, repository, listed, namespaces, codec, cache, progress, recursive=recursive
+                    file, repository, listed, namespaces, codec, cache, progress, recursive=recursive, images=images
                 )
                 notes = {} if done is None else done.notes
                 if done is None:
@@ -206,7 +210,7 @@ async def _answers(
             elif not file.exists():
                 return Answers()
             connection = stack.enter_context(closing(await in_io_thread(file.open)))
-            return await _search(file, connection, repository, infos, pattern, letters, codec, notes)
+            return await _search(file, connection, repository, infos, pattern, letters, codec, notes, images=images)
         except DamagedIndexError as error:
             if again and namespaces is not None and await _removed(file):
                 continue
@@ -231,7 +235,7 @@ async def _removed(file: IndexFile) -> bool:
 async def _search(
     file: IndexFile, connection: sqlite3.Connection, repository: Repository,
     infos: Mapping[Snapshot, SnapshotInfo | None], pattern: MatchPattern, letters: frozenset[str], codec: ChunkCodec,
-    notes: Mapping[Snapshot, Sequence[str]],
+    notes: Mapping[Snapshot, Sequence[str]], *, images: bool,
 ) -> Answers:  # fmt: skip
     records = Records(connection)
 
@@ -244,24 +248,31 @@ async def _search(
     known = await in_io_thread(read)
     key = None if codec.key is None else codec.key.fingerprint
     parts: dict[Snapshot, list[tuple[str, int]]] = {}
+    disks: dict[Snapshot, list[tuple[str, int]]] = {}
     for snapshot, listed in infos.items():
         one = known.get(_key(snapshot))
         if one is None:
             continue
         info = await repository.snapshot(snapshot) if listed is None else listed
-        if usable_parts(info, one, key, notes):
-            parts[snapshot] = [(part.archive, part.state) for part in one.parts if part.state is not None]
+        for asked, states, of_images in ((True, parts, False), (images, disks, True)):
+            if asked and usable_parts(info, one, key, notes, images=of_images):
+                states[snapshot] = [
+                    (part.archive, part.state)
+                    for part in one.parts
+                    if part.image is of_images and part.state is not None
+                ]
 
     def look() -> Search:
         with index_errors(file.path):
-            wanted = sorted({state for states in parts.values() for _, state in states})
-            streams = records.streams(wanted)
-            if len(streams) != len(wanted):
+            found = [*parts.values(), *disks.values()]
+            wanted = sorted({state for states in found for _, state in states})
+            places = records.places(wanted)
+            if len(places) != len(wanted):
                 raise DamagedIndexError(file.path, "a state is missing")
-        return Search(connection, file.path, pattern, letters, streams)
+        return Search(connection, file.path, pattern, letters, places)
 
     search = await in_io_thread(look)
-    return Answers(parts, notes, file, search)
+    return Answers(parts, disks, notes, file, search)
 
 
 def _key(snapshot: Snapshot) -> tuple[str, str, str]:

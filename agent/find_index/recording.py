@@ -12,8 +12,10 @@ from datastore.names import CATALOG_NAME, CLIENT_LOG_NAME, MANIFEST_NAME, Group,
 from repository.interface import SnapshotInfo
 
 #: Why an archive has no state.
-SEALED: Final = "sealed"
-UNUSUAL: Final = "order"
+SEALED: Final = "sealed"  # encrypted, and the key was not there or names of such archives are not allowed
+UNUSUAL: Final = "order"  # names in no order, which the index could not give back
+NOT_ASKED: Final = "image"  # a disk image, which nobody has asked for yet
+NOT_CLEAN: Final = "warned"  # a disk image that can only be read with warnings, or not at all
 #: Directories whose entries are deleted at once.
 _AT_ONCE: Final = 1000
 
@@ -21,10 +23,23 @@ _AT_ONCE: Final = 1000
 class Part(NamedTuple):
     """One archive of a snapshot."""
 
-    archive: str  #: `root.pxar`
+    archive: str  #: `root.pxar`, `drive-scsi0.img`
     state: int | None  #: None: it must be read itself
     encrypted: bool
-    why: str = ""  #: it has no state: `SEALED` or `UNUSUAL`
+    why: str = ""  #: it has no state: `SEALED`, `UNUSUAL`, `NOT_ASKED`, `NOT_CLEAN`
+
+    @property
+    def image(self) -> bool:
+        """Whether it is a disk image, and not a file archive."""
+        return not self.archive.endswith(".pxar")
+
+
+class Place(NamedTuple):
+    """Where a state belongs."""
+
+    stream: int
+    root: int  #: its directory
+    image: bool  #: of a disk: a pattern counts from the root of each of its volumes, too
 
 
 class Known(NamedTuple):
@@ -111,16 +126,17 @@ class Records:
             found[key] = Known(number, mark, checked, tuple(parts.get(number, ())))
         return found
 
-    def streams(self, states: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """Stream and its root directory of each of `states`."""
+    def places(self, states: Iterable[int]) -> dict[int, Place]:
+        """Where `states` belong; those that are not there are left out."""
         found = {}
+        statement = (
+            "SELECT stream.id, root, archive FROM state JOIN stream ON stream.id=stream WHERE state.id=? AND complete=1"
+        )
         for state in states:
-            for stream, root in self.connection.execute(
-                "SELECT stream.id, root FROM state JOIN stream ON stream.id=stream WHERE state.id=? AND complete=1",
-                (state,),
-            ):
+            for stream, root, archive in self.connection.execute(statement, (state,)):
                 _check(int, stream, root)
-                found[state] = (stream, root)
+                _check(bytes, archive)
+                found[state] = Place(stream, root, not archive.endswith(b".pxar"))
         return found
 
     def record(self, snapshot: Snapshot, mark: bytes, checked: bytes, parts: Sequence[Part]) -> None:
@@ -238,12 +254,12 @@ class Records:
             )
         for before, after in zip([0, *states], [*states, OPEN], strict=True):
             values = (before, after, before, stream)
-            gone = self.connection.execute(f"SELECT child FROM {of_stream} AND child IS NOT NULL", values).fetchall()
+            dirs = self.connection.execute(f"SELECT child FROM {of_stream} AND child IS NOT NULL", values).fetchall()
             self.connection.execute(f"DELETE FROM {of_stream}", values)
             self.connection.executemany(
                 "DELETE FROM dir WHERE id=? AND NOT EXISTS"
                 " (SELECT 1 FROM entry WHERE entry.dir=dir.parent AND entry.name=dir.name AND entry.child=dir.id)",
-                gone,
+                dirs,
             )
         self.connection.execute("COMMIT")
 

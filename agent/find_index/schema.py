@@ -19,6 +19,9 @@ OPEN: Final = (1 << 63) - 1
 #: `entry.kind` counts from 0 in these.
 LETTERS: Final = "dflhbcps"
 
+#: `entry.size` of a directory that is a volume of a disk or a volume group; of others it is null.
+VOLUME: Final = 1
+
 TABLES: Final = {
     # Facts about the file itself: 'repository' it belongs to, 'encrypted' if names of encrypted archives may be here.
     "about": "CREATE TABLE about(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -31,7 +34,7 @@ TABLES: Final = {
     # mark is a digest of what a listing says; checked the fingerprint of the key the manifest was checked with.
     "snapshot": "CREATE TABLE snapshot(id INTEGER PRIMARY KEY, ns TEXT NOT NULL, grp TEXT NOT NULL, time TEXT NOT NULL,"
     " mark BLOB NOT NULL, checked BLOB NOT NULL, UNIQUE(ns, grp, time))",
-    # A snapshot's archives in order; without a state it must be read itself: why is 'sealed' (encrypted) or 'order'.
+    # A snapshot's archives in order; without a state it must be read itself, see `recording.Part`.
     "part": "CREATE TABLE part(snapshot INTEGER NOT NULL, position INTEGER NOT NULL, archive TEXT NOT NULL,"
     " state INTEGER, encrypted INTEGER NOT NULL, why TEXT NOT NULL, PRIMARY KEY(snapshot, position)) WITHOUT ROWID",
     "dir": "CREATE TABLE dir(id INTEGER PRIMARY KEY, stream INTEGER NOT NULL, parent INTEGER, name TEXT NOT NULL,"

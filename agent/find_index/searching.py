@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from agent.archive_listing import MAX_DEPTH, Found
 from agent.find_index.conditions import condition_of, directories_above
 from agent.find_index.errors import DamagedIndexError, index_errors
-from agent.find_index.schema import LETTERS, OPEN
+from agent.find_index.recording import Place
+from agent.find_index.schema import LETTERS, OPEN, VOLUME
 from datastore.names import Snapshot
 from pxar.patterns import MatchPattern
 
@@ -34,6 +35,11 @@ _OF_DIRECTORY: Final = (
     f" ORDER BY e.name LIMIT {_PAGE}"
 )
 
+_VOLUMES: Final = (
+    f"SELECT child FROM entry WHERE kind={_DIRECTORY} AND size={VOLUME} AND child IS NOT NULL"
+    f" AND (dir=? OR dir IN (SELECT child FROM entry WHERE dir=? AND kind={_DIRECTORY} AND size={VOLUME}))"
+)
+
 _Row = tuple[int, bytes, int, int, int, int | None, int | None, int | None]
 
 
@@ -48,13 +54,22 @@ class _Hit(NamedTuple):
     size: int | None
     mtime_s: int | None
     child: int | None
+    volume: int
+
+
+class _Folder(NamedTuple):
+    """A directory."""
+
+    stream: int
+    prefix: bytes  #: its path and a slash
+    volume: int  #: bytes of the path of the volume that it lies in; 0 without one
 
 
 class _Start(NamedTuple):
     """A directory below which the tree is gone through."""
 
     id: int
-    prefix: bytes
+    folder: _Folder
     first: int
     last: int
 
@@ -64,9 +79,9 @@ class Search:
 
     def __init__(
         self, connection: sqlite3.Connection, path: Path, pattern: MatchPattern, letters: frozenset[str],
-        streams: Mapping[int, tuple[int, int]],
+        streams: Mapping[int, Place],
     ) -> None:  # fmt: skip
-        """Look for `pattern`, kinds `letters`, in the states of `streams`; for each its stream and root directory.
+        """Look for `pattern`, kinds `letters`, in the states of `streams`, each in its place.
 
         Raises:
             IndexFileError: the index `path` cannot be read, or is damaged.
@@ -74,10 +89,11 @@ class Search:
         self._connection, self._path, self._pattern, self._letters = connection, path, pattern, letters
         self._streams: Final = streams
         self._states: dict[int, list[int]] = {}
-        for state, (stream, _) in sorted(streams.items()):
-            self._states.setdefault(stream, []).append(state)
-        self._folders: dict[int, tuple[int, bytes]] = {}
+        for state, place in sorted(streams.items()):
+            self._states.setdefault(place.stream, []).append(state)
+        self._folders: dict[int, _Folder] = {}
         with index_errors(path):
+            self._volumes = self._find_volumes()
             self._hits = self._find(pattern, letters)
             self._starts: dict[int, list[_Start]] | None = None
             above = directories_above(pattern) if self._hits is None else None
@@ -96,24 +112,24 @@ class Search:
         Raises:
             IndexFileError: the index cannot be read, or is damaged.
         """
-        stream, root = self._streams[state]
+        stream, root, _ = self._streams[state]
         if self._hits is not None:
             for one in self._hits.get(stream, ()):
                 if one.first <= state <= one.last:
                     add(Found(snapshot, archive, one.path, one.letter, one.size, one.mtime_s))
             return
         if self._starts is None:
-            starts = [_Start(root, b"/", 0, OPEN)]
+            starts = [_Start(root, _Folder(stream, b"/", 0), 0, OPEN)]
         else:
             starts = [one for one in self._starts.get(stream, ()) if one.first <= state <= one.last]
-        matches, done = self._pattern.matches, None
+        done = None
         for start in starts:
-            if done is not None and start.prefix.startswith(done):
+            if done is not None and start.folder.prefix.startswith(done):
                 continue  # it has been gone through
-            done = start.prefix
-            for row, path in self._below(start, state):
-                if matches(path, row[4] == _DIRECTORY) and (letter := LETTERS[row[4]]) in self._letters:
-                    add(Found(snapshot, archive, path, letter, _size(row[5]), row[6]))
+            done = start.folder.prefix
+            for row, path, volume in self._below(start, state):
+                if (letter := LETTERS[row[4]]) in self._letters and _matches(self._pattern, path, volume, letter):
+                    add(Found(snapshot, archive, path, letter, _size(row), row[6]))
 
     def _find(self, pattern: MatchPattern, letters: frozenset[str]) -> dict[int, list[_Hit]] | None:
         """What matches, by stream; None if the last name says nothing, or too much is found."""
@@ -127,17 +143,18 @@ class Search:
         for row in cursor:
             count += 1
             self._check(row)
-            stream, prefix = self._folder(row[0])
-            length += len(prefix)
+            folder = self._folder(row[0])
+            length += len(folder.prefix)
             if count > MAX_HITS or length > _MAX_BYTES:
                 cursor.close()
                 return None
-            if (letter := LETTERS[row[4]]) not in letters or not self._is_asked_for(stream, row[2], row[3]):
+            if (letter := LETTERS[row[4]]) not in letters or not self._is_asked_for(folder.stream, row[2], row[3]):
                 continue
-            path = prefix + row[1]
-            if pattern.matches(path, row[4] == _DIRECTORY):
-                hit = _Hit(path.replace(b"/", b"\0"), path, row[2], row[3], letter, _size(row[5]), row[6], row[7])
-                hits.setdefault(stream, []).append(hit)
+            path = folder.prefix + row[1]
+            volume = len(path) if row[7] in self._volumes else folder.volume
+            if _matches(pattern, path, volume, letter):
+                hit = _Hit(path.replace(b"/", b"\0"), path, row[2], row[3], letter, _size(row), row[6], row[7], volume)
+                hits.setdefault(folder.stream, []).append(hit)
         for of_stream in hits.values():
             of_stream.sort(key=lambda hit: hit[:3])
         return hits
@@ -147,7 +164,11 @@ class Search:
         if hits is None:
             return None
         return {
-            stream: [_Start(hit.child, hit.path + b"/", hit.first, hit.last) for hit in found if hit.child is not None]
+            stream: [
+                _Start(hit.child, _Folder(stream, hit.path + b"/", hit.volume), hit.first, hit.last)
+                for hit in found
+                if hit.child is not None
+            ]
             for stream, found in hits.items()
         }
 
@@ -156,40 +177,53 @@ class Search:
         at = bisect_left(states, first)
         return at < len(states) and states[at] <= last
 
-    def _folder(self, number: int) -> tuple[int, bytes]:
-        """Stream of a directory, and its path with a slash at the end."""
+    def _find_volumes(self) -> set[int]:
+        """The directories that are volumes of disks, or volume groups: at the top, and one below."""
+        found: set[int] = set()
+        for stream, root in {(place.stream, place.root) for place in self._streams.values() if place.image}:
+            rows = self._connection.execute(_VOLUMES, (root, root)).fetchall()
+            found |= {child for (child,) in rows}
+            self._folders[root] = _Folder(stream, b"/", 0)
+        return found
+
+    def _folder(self, number: int) -> _Folder:
+        """A directory by its number."""
         names: list[tuple[int, bytes]] = []
-        at: int | None = number
-        while (known := self._folders.get(-1 if at is None else at)) is None:
+        at = number
+        while (known := self._folders.get(at)) is None:
             rows = self._connection.execute("SELECT stream, parent, name FROM dir WHERE id=?", (at,)).fetchall()
             stream, parent, name = rows[0] if len(rows) == 1 and len(names) <= MAX_DEPTH else (None, None, None)
             if not isinstance(stream, int) or not isinstance(parent, int | None) or not isinstance(name, bytes):
                 raise DamagedIndexError(self._path, f"the directory {number} leads nowhere")
             if parent is None:
-                known = (stream, b"/")
-                self._folders[number if at is None else at] = known
+                known = self._folders[at] = _Folder(stream, b"/", 0)
                 break
-            names.append((number if at is None else at, name))
+            names.append((at, name))
             at = parent
-        stream, prefix = known
         for one, name in reversed(names):
-            prefix += name + b"/"
-            self._folders[one] = (stream, prefix)
-        return stream, prefix
+            known = self._folders[one] = self._inner(known, one, name)
+        return known
 
-    def _below(self, start: _Start, state: int) -> Iterator[tuple[_Row, bytes]]:
-        """Everything below a directory, in the archive's order."""
-        stack = [(start.prefix, self._entries(start.id, state))]
+    def _inner(self, outer: _Folder, number: int, name: bytes) -> _Folder:
+        """The directory `name` in another."""
+        prefix = outer.prefix + name + b"/"
+        return _Folder(outer.stream, prefix, len(prefix) - 1 if number in self._volumes else outer.volume)
+
+    def _below(self, start: _Start, state: int) -> Iterator[tuple[_Row, bytes, int]]:
+        """Everything below a directory, in the archive's order: entry, path, and `_Folder.volume`."""
+        stack = [(start.folder, self._entries(start.id, state))]
         while stack:
-            prefix, entries = stack[-1]
+            folder, entries = stack[-1]
             for row in entries:
-                path = prefix + row[1]
-                yield row, path
-                if row[4] == _DIRECTORY and row[7] is not None:
-                    if len(stack) > MAX_DEPTH:
-                        raise DamagedIndexError(self._path, "it is deeper than any tree")
-                    stack.append((path + b"/", self._entries(row[7], state)))
-                    break
+                if row[4] != _DIRECTORY or row[7] is None:
+                    yield row, folder.prefix + row[1], folder.volume
+                    continue
+                inner = self._inner(folder, row[7], row[1])
+                yield row, inner.prefix[:-1], inner.volume
+                if len(stack) > MAX_DEPTH:
+                    raise DamagedIndexError(self._path, "it is deeper than any tree")
+                stack.append((inner, self._entries(row[7], state)))
+                break
             else:
                 stack.pop()
 
@@ -216,5 +250,16 @@ class Search:
             raise DamagedIndexError(self._path, "an entry of it has other values")
 
 
-def _size(stored: int | None) -> int | None:
-    return stored if stored is None or stored >= 0 else stored + (1 << 64)
+def _matches(pattern: MatchPattern, path: bytes, volume: int, letter: str) -> bool:
+    """Whether `pattern` matches a path, or what is left of it behind its volume."""
+    if pattern.matches(path, letter == "d"):
+        return True
+    within = path[volume:]
+    return bool(volume and within) and pattern.matches(within, letter == "d")
+
+
+def _size(row: _Row) -> int | None:
+    stored = row[5]
+    if stored is None or row[4] == _DIRECTORY:
+        return None
+    return stored if stored >= 0 else stored + (1 << 64)

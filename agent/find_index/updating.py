@@ -5,14 +5,16 @@ directly by every `find`, which then says what is wrong with it.
 """
 
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
-from agent.archive_listing import found, walk_archive
+from agent.archive_listing import Found, found, walk_archive
 from agent.find_index.errors import IndexFileError, index_errors
 from agent.find_index.files import IndexFile
 from agent.find_index.recording import (
+    NOT_ASKED,
+    NOT_CLEAN,
     SEALED,
     UNUSUAL,
     Known,
@@ -25,12 +27,14 @@ from agent.find_index.recording import (
 )
 from agent.find_index.writing import StateWriter, UnusualOrderError
 from agent.snapshot_archives import OpenSnapshot, in_walk, open_snapshot
-from core.errors import FleeceError
+from core.errors import FleeceError, FormatError
 from core.limits import in_io_thread
 from core.progress import Progress, Task
 from datastore.codec import ChunkCodec, format_fingerprint
-from datastore.names import CATALOG_NAME, Snapshot
+from datastore.errors import KeyNeededError
+from datastore.names import CATALOG_NAME, Snapshot, strip_archive_type
 from repository.archive import ChunkCache
+from repository.disks import disk_files
 from repository.interface import Repository, SnapshotInfo
 from repository.stored_bytes import archive_stream_names
 
@@ -74,10 +78,12 @@ class Updater:
         """The index `file`, opened as `connection`; what is encrypted is read with the key of `codec`."""
         self._path, self._records = file.path, Records(connection)
         self._repository, self._codec, self._cache = repository, codec, cache
-        self._allowed = False
+        self._allowed = self._images = False
         self.done = Updated()
 
-    async def update(self, infos: Sequence[SnapshotInfo], covers: Callable[[str], bool], progress: Progress) -> Updated:
+    async def update(
+        self, infos: Sequence[SnapshotInfo], covers: Callable[[str], bool], progress: Progress, *, images: bool = False
+    ) -> Updated:
         """Make the index agree with `infos`.
 
         Cancelled, what was read so far stays, and is not read again.
@@ -86,10 +92,12 @@ class Updater:
             infos: the snapshots there are, by group and then oldest first.
             covers: whether they are all that there are in a namespace; what else is known there is forgotten.
             progress: is told how far it is.
+            images: disk images, too.
 
         Raises:
             IndexFileError, DamagedIndexError: the index cannot be written, or is not what it should be.
         """
+        self._images = images
         known = await self._in_thread(self._records.snapshots)
         self._allowed = await self._in_thread(lambda: self._records.encrypted_allowed)
         there = {_key(info.snapshot) for info in infos}
@@ -127,6 +135,8 @@ class Updater:
         """Whether a snapshot must be opened."""
         if known is None or known.mark != mark_of(info):
             return True
+        if self._images and any(part.why == NOT_ASKED for part in known.parts):
+            return True
         key = self._codec.key
         if key is None:
             return False
@@ -135,7 +145,7 @@ class Updater:
             return False  # with this key nothing can be learnt about it
         if known.checked != key.fingerprint:
             return True
-        return self._allowed and any(part.why == SEALED for part in known.parts)
+        return self._allowed and any(part.why == SEALED for part in known.parts if self._images or not part.image)
 
     async def _snapshot(self, info: SnapshotInfo, known: Known | None, task: Task) -> None:
         quiet = Progress()
@@ -146,6 +156,8 @@ class Updater:
             parts = [await self._part(opened, name, task) for name in opened.file_archives]
             if quiet.warnings != notes:
                 raise _NotCleanError(info.snapshot, quiet.warnings[-1])
+            before = {} if known is None or known.mark != mark_of(info) else {one.archive: one for one in known.parts}
+            parts += [await self._image(opened, file, before, task) for file in disk_files(opened.manifest)]
         checked = b"" if notes or self._codec.key is None else self._codec.key.fingerprint
         mark = mark_of(info)
         if known is None or (known.mark, known.checked, known.parts) != (mark, checked, tuple(parts)):
@@ -168,6 +180,33 @@ class Updater:
             state = await self._index(opened, name, (stream, root), source, task)
         return Part(name, state, encrypted, UNUSUAL if state is None else "")
 
+    async def _image(self, opened: OpenSnapshot, file: str, before: Mapping[str, Part], task: Task) -> Part:
+        """A disk image; what was known of it `before` stays if nobody asks for images."""
+        name, entry = strip_archive_type(file), opened.manifest.file(file)
+        encrypted = is_encrypted(entry.crypt_mode)
+        if encrypted and (not self._allowed or opened.codec.key is None):
+            return Part(name, None, encrypted, SEALED)
+        if not self._images:
+            known = before.get(name)
+            return known if known is not None and known.why != SEALED else Part(name, None, encrypted, NOT_ASKED)
+        from agent.image_trees import index_entries, open_image_of
+
+        source = source_of("image", entry.csum)
+        stream, root = await self._in_thread(lambda: self._records.stream(opened.snapshot.group, name))
+        state = await self._in_thread(lambda: self._records.state(stream, source))
+        if state is not None:
+            return Part(name, state, encrypted)
+        quiet = Progress()
+        try:
+            async with open_image_of(replace(opened, progress=quiet), name) as accessor:
+                entries = index_entries(accessor, opened.snapshot, name)
+                state = await self._write(f"{opened.snapshot} {name}", (stream, root), source, entries, task)
+        except (FormatError, KeyNeededError):
+            return Part(name, None, encrypted, NOT_CLEAN)
+        if quiet.warnings:
+            return Part(name, None, encrypted, NOT_CLEAN)
+        return Part(name, state, encrypted, UNUSUAL if state is None else "")
+
     async def _index(
         self, opened: OpenSnapshot, name: str, place: tuple[int, int], source: bytes, task: Task
     ) -> int | None:
@@ -176,17 +215,25 @@ class Updater:
         entries = await walk_archive(opened, name)
         if len(opened.progress.warnings) != warnings:
             raise _NotCleanError(opened.snapshot, opened.progress.warnings[-1])
-        snapshot, records = opened.snapshot, self._records
+        snapshot = opened.snapshot
+        everything = (found(snapshot, name, path, item) for path, item, _ in entries)
+        return await self._write(f"{snapshot} {name}", place, source, everything, task)
+
+    async def _write(
+        self, what: str, place: tuple[int, int], source: bytes, entries: Iterator[Found], task: Task
+    ) -> int | None:
+        """Write `entries` as a new state; None if their order is unusual."""
+        records = self._records
 
         def work() -> int | None:
             with index_errors(self._path):
                 state = records.begin_state(place[0], source)
                 writer = StateWriter(records.connection, *place, state)
                 try:
-                    for path, item, _ in entries:
-                        writer.add(found(snapshot, name, path, item))
+                    for one in entries:
+                        writer.add(one)
                         if writer.entries % _TELL == 0:
-                            task.update(note=f"{snapshot} {name}: {writer.entries} entries")
+                            task.update(note=f"{what}: {writer.entries} entries")
                     writer.finish()
                     records.finish_state(state, writer.entries)
                 except UnusualOrderError:
@@ -221,7 +268,14 @@ def covered(namespaces: Sequence[str], *, recursive: bool) -> Callable[[str], bo
     return covers
 
 
-def usable_parts(info: SnapshotInfo, known: Known | None, key: bytes | None, notes: Mapping[Snapshot, object]) -> bool:
+def usable_parts(
+    info: SnapshotInfo,
+    known: Known | None,
+    key: bytes | None,
+    notes: Mapping[Snapshot, object],
+    *,
+    images: bool = False,
+) -> bool:
     """Whether the index answers for a snapshot as its archives would: it is as it was, and its key is the same.
 
     Args:
@@ -229,9 +283,13 @@ def usable_parts(info: SnapshotInfo, known: Known | None, key: bytes | None, not
         known: as the index has it.
         key: fingerprint of the key at hand.
         notes: snapshots that were opened with this key just now.
+        images: whether it does for disk images; else for file archives.
     """
-    if known is None or known.mark != mark_of(info) or any(part.state is None for part in known.parts):
+    if known is None or known.mark != mark_of(info):
         return False
-    if known.encrypted:
+    parts = [part for part in known.parts if part.image is images]
+    if any(part.state is None for part in parts):
+        return False
+    if any(part.encrypted for part in parts):
         return key is not None and known.checked == key
     return key is None or known.checked == key or info.snapshot in notes

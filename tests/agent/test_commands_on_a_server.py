@@ -74,6 +74,9 @@ async def test_looking_into_snapshots(fleece: FleeceCommand, snapshots: list[str
     found = (await fleece.run("find", "changed.txt", "--all-snapshots")).out
     assert first in found
     assert second in found
+    assert len(list((fleece.home / "state" / "find-index").glob("*.sqlite"))) == 1
+    assert (await fleece.run("find", "changed.txt", "--all-snapshots", "--no-index")).out == found
+    assert (await fleece.run("find", "changed.txt", "--all-snapshots")).out == found
     differences = (await fleece.run("diff", first, second)).out
     assert "changed.txt" in differences
     assert "kept.txt" not in differences

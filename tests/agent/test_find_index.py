@@ -1,38 +1,35 @@
 """`fleece find` with the index against `fleece find` without: always the same answer, whatever happened between."""
 
+import json
 import os
+import signal
 import sqlite3
 import stat
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import trio
 
 from agent.archive_listing import Found
 from agent.find_index import answering, files
-from agent.find_index.answering import index_status, remove_index, update_index
+from agent.find_index.answering import index_status, remove_index
 from agent.find_index.errors import DamagedIndexError, IndexFileError, NoIndexError
-from agent.find_index.files import IndexFile, repository_key
+from agent.find_index.files import IndexFile
 from agent.find_index.recording import Records
 from agent.find_index.updating import Updated
-from agent.finding import Query, find_in_selection
-from agent.snapshot_archives import select_snapshots
-from core.progress import Progress
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
-from datastore.names import ROOT, Namespace, Snapshot
-from pxar.patterns import MatchPattern
-from repository.archive import open_cache
-from repository.local import LocalRepository, open_local
-from repository.stored_bytes import CACHE_SIZE
+from datastore.names import Namespace, Snapshot
+from repository.local import open_local
+from tests.agent.conftest import PATIENCE_S, Fleece
 from tests.support.archived_trees import Tree, store_trees
+from tests.support.cache import ROOT
+from tests.support.finder import PATTERNS, Finder
 from tests.support.stores import chunk_files
 
-PATTERNS = [
-    "**", "*.docx", "hosts", "etc/**", "etc/**/*.conf", "/etc/hosts", "*", "s*/", "?osts", "[^x]osts", "*o*s*",
-    "/srv/*", "nothing", "*\xff", "deep/*/[a-c]*", "**/", "/**/etc/",
-]  # fmt: skip
 BEFORE: Tree = {
     b"deep": {b"a": {b"b": {b"c.docx": (b"1", 1)}}},
     b"etc": {b"hosts": (b"127", 5), b"ssh": {b"sshd.conf": (b"22", 6)}},
@@ -45,65 +42,6 @@ AFTER: Tree = {
     b"etc.docx": {b"hosts": (b"a directory now", 11)},
     b"srv": {b"app.conf": (b"x", 8)},
 }
-
-
-class Finder:
-    """Finds in a repository as the command does."""
-
-    def __init__(self, repository: LocalRepository) -> None:
-        self.repository = repository
-
-    async def find(
-        self, pattern: str, *named: str, index: bool = True, key: CryptKey | None = None, ns: Namespace = ROOT,
-        recursive: bool = False, archive: str | None = None, letters: str = "dflhbcps", everything: bool = True,
-    ) -> tuple[list[Found], list[str]]:  # fmt: skip
-        """What is found, and the warnings."""
-        found: list[Found] = []
-        progress = Progress()
-        parsed = MatchPattern.parse(os.fsencode(pattern))
-        async with open_cache(CACHE_SIZE) as cache:
-            selection = await select_snapshots(
-                self.repository, named, ns, everything=everything and not named, recursive=recursive
-            )
-            await find_in_selection(
-                self.repository, selection, Query(parsed, frozenset(letters), archive),
-                ChunkCodec(key, CryptMode.ENCRYPT if key else CryptMode.NONE), cache, progress, found.append,
-                index=index, recursive=recursive,
-            )  # fmt: skip
-        return found, progress.warnings
-
-    async def agrees(self, key: CryptKey | None = None, patterns: list[str] = PATTERNS[:5]) -> int:
-        """Compare with and without the index, everywhere; returns how much there is."""
-        for pattern in patterns:
-            direct = await self.find(pattern, index=False, key=key, recursive=True)
-            assert await self.find(pattern, key=key, recursive=True) == direct, pattern
-        some = [{"archive": "etc"}, {"letters": "d"}, {"ns": Namespace.parse("a")}] if patterns == PATTERNS else []
-        for more in some:
-            direct = await self.find("*o*", index=False, key=key, recursive=True, **more)  # type: ignore[arg-type]
-            assert await self.find("*o*", key=key, recursive=True, **more) == direct  # type: ignore[arg-type]
-        return len((await self.find("**", key=key, recursive=True))[0])
-
-    async def file(self) -> IndexFile:
-        return IndexFile(await repository_key(self.repository))
-
-    async def update(self, key: CryptKey | None = None, **more: bool | None) -> Updated:
-        codec = ChunkCodec(key, CryptMode.ENCRYPT if key else CryptMode.NONE)
-        async with open_cache(CACHE_SIZE) as cache:
-            namespaces = await self.repository.namespaces()
-            infos = [info for ns in namespaces for info in await self.repository.snapshots(ns)]
-            done = await update_index(
-                await self.file(),
-                self.repository,
-                infos,
-                namespaces,
-                codec,
-                cache,
-                Progress(),
-                recursive=True,
-                **more,  # type: ignore[arg-type]
-            )
-        assert done is not None
-        return done
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +123,7 @@ async def test_what_is_indexed_is_not_read_again(finder: Finder) -> None:
     done = await finder.update()
     assert (done.indexed, done.archives) == (1, 0)  # the metadata archive is one that was gone through
     await finder.repository.forget(at(5))
-    for chunk in chunk_files(finder.repository.store.base):
+    for chunk in chunk_files(finder.folder):
         chunk.unlink()
     assert await finder.find("*o*") == direct
     assert len((await finder.find("*o*", index=False))[1]) >= 5
@@ -196,7 +134,7 @@ async def test_what_is_indexed_is_not_read_again(finder: Finder) -> None:
 
 async def test_damaged_snapshots_are_warned_of_each_time_and_not_indexed(finder: Finder) -> None:
     await fill(finder)
-    base = finder.repository.store.base
+    base = finder.folder
     (base / at(3).path / "catalog.pcat1.didx").unlink()
     (base / at(1).path / "etc.mpxar.didx").unlink()
     for _ in range(2):
@@ -321,7 +259,7 @@ async def test_a_file_that_is_none_of_ours_is_made_anew(finder: Finder, hostile:
     assert file.path.is_file()
     assert not file.path.is_symlink()
     # It is right again, and used: without the data the answer is there.
-    for chunk in chunk_files(finder.repository.store.base):
+    for chunk in chunk_files(finder.folder):
         chunk.unlink()
     if hostile != "run":  # entries that are in no snapshot are not seen
         assert await finder.find("hosts") == direct
@@ -386,6 +324,75 @@ async def test_who_cannot_update_it_meanwhile_reads_the_rest_directly(
     assert await finder.find("*o*") == direct
     status = await index_status(finder.repository, await finder.repository.snapshots(), ChunkCodec())
     assert status["not-indexed"] == 0
+
+
+#: Brings an index up to date and is killed at an entry, a row after the other being made durable.
+_KILLED = """
+import os, signal, sys, trio
+from agent.find_index import writing
+from repository.local import open_local
+from tests.support.cache import ROOT
+from tests.support.finder import Finder
+
+writing._BATCH = writing._COMMIT = 1
+add, left = writing.StateWriter.add, int(sys.argv[2])
+
+def dying(self, one):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, one)
+
+writing.StateWriter.add = dying
+
+async def run():
+    await Finder(await open_local(sys.argv[1], name="main")).update()
+
+trio.run(run)
+"""
+
+
+async def test_a_process_that_is_killed_in_the_middle_leaves_an_index_that_is_right(finder: Finder) -> None:
+    await fill(finder)
+    for entries in (2, 14):
+        line = [sys.executable, "-c", _KILLED, str(finder.folder), str(entries)]
+        done = await trio.run_process(line, check=False, cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+        with closing((await finder.file()).open()) as connection:
+            ((unfinished,),) = connection.execute("SELECT count(*) FROM state WHERE complete=0")
+            assert unfinished > 0
+    assert await finder.agrees() > 40
+
+
+def test_processes_at_the_same_time_give_the_same_answer(stored: Fleece, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "hosts").touch()
+    for day in (1, 2, 3):
+        time = f"2026-01-0{day}T00:00:00Z"
+        stored.json("backup", f"etc.pxar:{tmp_path}/etc", "--backup-id", "web", "--backup-time", time)
+    direct = stored.json("find", "hosts", "--all-snapshots", "--no-index")
+    assert len(direct) == 3
+    processes = [stored.start("find", "hosts", "--all-snapshots", "--output", "json") for _ in range(3)]
+    for process in processes:
+        out, err = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, err, json.loads(out)) == (0, "", direct)
+
+
+def test_the_commands_tell_what_is_there(stored: Fleece, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    stored.json("backup", f"etc.pxar:{tmp_path}/etc", "--backup-id", "web")
+    status = stored.json("index", "status")
+    assert (status["state"], status["not-indexed"]) == ("none", 1)
+    built = stored.json("index", "build")
+    assert (built["indexed"], built["removed"], built["entries-read"], built["left-out"]) == (1, 0, 0, [])
+    assert Path(built["path"]).is_file()
+    text = stored("index", "status", "-q").out.splitlines()
+    assert text[0] == built["path"]
+    assert "  not indexed: 0 snapshots" in text
+    assert stored("index", "build", "--encrypted").code == 2
+    assert stored.json("index", "remove") == {"removed": [built["path"]]}
+    assert stored("index", "remove", "--all").out == "there is none\n"
 
 
 async def test_an_index_is_removed_and_made_anew(finder: Finder) -> None:
@@ -453,7 +460,7 @@ async def test_doubts_about_signatures_are_told_as_without_the_index(finder: Fin
     for key in (None, signer, other, None, other, signer):
         await finder.agrees(key)
     assert len((await finder.find("hosts", key=other))[1]) == 1
-    for chunk in chunk_files(finder.repository.store.base):
+    for chunk in chunk_files(finder.folder):
         chunk.unlink()
     assert len((await finder.find("hosts", key=other))[0]) == 4
 

@@ -129,7 +129,7 @@ def opened(folder: Path) -> Iterator[Callable[[], tuple[IndexFile, sqlite3.Conne
 def answer(
     file: IndexFile, connection: sqlite3.Connection, pattern: MatchPattern, states: list[int]
 ) -> list[list[Found]]:
-    streams = Records(connection).streams(states)
+    streams = Records(connection).places(states)
     assert len(streams) == len(set(states))
     search = Search(connection, file.path, pattern, ALL, streams)
     found: list[list[Found]] = []
