@@ -447,7 +447,7 @@ async def _why_ended(running: Worker) -> str:
     with trio.CancelScope(shield=True):
         running.process.kill()
         code = await running.process.wait()
-    if code == -signal.SIGXCPU:
+    if code == -signal.SIGVTALRM:
         return "it takes too much of a processor; it may be damaged"
     return f"the process that reads it ended ({code}); it may be damaged"
 

@@ -106,17 +106,17 @@ class Server:
     def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """The answer to `request`: a document and content."""
         self._fetched = 0
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        spent = used.ru_utime + used.ru_stime
-        # If one long call into C keeps the timer's signal from being heard, the kernel ends it.
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(spent + 3 * CPU_S) + 1, most))
         try:
+            # If one long call into C keeps the first signal from being heard, the second one, which nothing catches,
+            # ends the process. (A limit on its time in all would not do: the kernel counts that by ticks, which after a
+            # while differs by more than this from the time that it says was used.)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 3 * CPU_S)
             signal.setitimer(signal.ITIMER_PROF, CPU_S)
             try:
                 return self._answered(request)
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         except Exhausted as error:
             self._forget()
             return {"error": "disk", "why": f"{error}; it may be damaged"}, b""

@@ -179,6 +179,8 @@ class _Endless:
                     sum(range(1000))
                 except Exception:  # a library may catch what it did not raise
                     continue
+        if self._name == "call":
+            sum(range(1 << 62))  # one call, in which no signal is heard
         if self._name == "memory":
             held = []
             while True:
@@ -192,15 +194,16 @@ class _Endless:
         ("loop", "it takes more than 0 s of a processor; it may be damaged"),
         ("memory", "it takes more than 1024 MiB of memory"),
         ("deep", "it is damaged: it leads to itself"),
+        ("call", ""),
     ],
 )
 def test_what_asks_for_too_much_is_an_error_of_its_own(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        answer = "nothing"
+        answer = ""
         try:
-            monkeypatch.setattr(worker, "CPU_S", 0.3 if name == "loop" else 60.0)
+            monkeypatch.setattr(worker, "CPU_S", 0.3 if name in ("loop", "call") else 60.0)
             signal.signal(signal.SIGPROF, worker.overrun)
             server = worker.Server(None, [1 << 20], 0)  # type: ignore[arg-type]
             server._image._systems[b"raw"] = _Endless(name)  # type: ignore[assignment]
@@ -213,4 +216,5 @@ def test_what_asks_for_too_much_is_an_error_of_its_own(name: str, why: str, monk
     os.close(write)
     with os.fdopen(read) as pipe:
         assert pipe.read() == why
-    os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (-signal.SIGVTALRM if name == "call" else 0)
