@@ -81,6 +81,7 @@ bench: setup-bench
 	$(PYTHON) bench/s3.py
 	$(PYTHON) bench/host.py
 	$(PYTHON) bench/vm.py
+	$(PYTHON) bench/image_files.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
