@@ -18,6 +18,9 @@ tells what happens in a QEMU during a backup, and why.
     rollback.py     `put_aside`: the disks of a running VM, to be written to
     dirty_regions.py  `open_regions`: what to read, for programs that read such a device or file
     stopped.py      `stopped_disks`, `held`: a VM whose QEMU does not run
+    libvirt_host.py  `domain_state`, `monitor`, `define`: domains of libvirt, the only module that uses its bindings
+    domain_address.py  `DomainAddress`: a domain where a QMP socket may be named as well
+    domain_xml.py   `parse_domain`, `without_secrets`: how libvirt describes a domain; domain_rewrite.py: for a restore
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
     pause.py        `paused`: the guest's processors stand still (by `resume_child.py`, of a domain `resume_domain.py`)

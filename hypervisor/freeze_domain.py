@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,8 +67,9 @@ class DomainAgent:
             raise AgentError(f"libvirt says {str(error)[:200]!r}") from error
 
 
-def run(agent: DomainAgent, *, freeze: bool, hold_s: float, mounts: Sequence[str] = ()) -> None:
+def run(make: Callable[[], DomainAgent], *, freeze: bool, hold_s: float, mounts: Sequence[str] = ()) -> None:
     """The whole life of the child."""
+    agent = make()
     if not freeze:
         try:
             return tell("thawed", **({"was-frozen": True} if agent.thaw() > 0 else {}))
@@ -79,12 +79,12 @@ def run(agent: DomainAgent, *, freeze: bool, hold_s: float, mounts: Sequence[str
         return None
     began = time.monotonic()
     earlier: dict[str, object] = {}
-    attempt = _Attempt(agent, mounts)
+    attempt = _Attempt(make, mounts)
     attempt.wait(hold_s)
-    if isinstance(attempt.failure, AgentError) and _thawed_leftover(agent):
+    if attempt.refused and _thawed_leftover(agent):
         earlier = {"was-frozen": True}
         began = time.monotonic()
-        attempt = _Attempt(agent, mounts)
+        attempt = _Attempt(make, mounts)
         attempt.wait(hold_s)
     early = False
     if attempt.count is not None:
@@ -95,6 +95,7 @@ def run(agent: DomainAgent, *, freeze: bool, hold_s: float, mounts: Sequence[str
         why = _thaw(agent, attempt)
     except AgentLostError as error:
         return tell("failed", why=str(attempt.failure or error), **earlier)
+    attempt.look()
     if why and not attempt.refused:
         return tell("stuck", why=why)
     if attempt.count is None:
@@ -103,13 +104,16 @@ def run(agent: DomainAgent, *, freeze: bool, hold_s: float, mounts: Sequence[str
 
 
 class _Attempt:
-    """A freeze under way, in a thread: libvirt may wait for an answer for ever."""
+    """A freeze under way, in a process of its own: libvirt may wait for an answer for ever."""
 
-    def __init__(self, agent: DomainAgent, mounts: Sequence[str]) -> None:
+    def __init__(self, make: Callable[[], DomainAgent], mounts: Sequence[str]) -> None:
         self.count: int | None = None
         self.failure: AgentError | None = None
-        self._reads, self._writes = os.pipe()
-        threading.Thread(target=self._run, args=(agent, mounts), daemon=True).start()
+        self._reads, writes = os.pipe()
+        if not os.fork():
+            os.write(writes, _attempted(make(), mounts))  # with a connection of its own
+            os._exit(0)
+        os.close(writes)
 
     @property
     def refused(self) -> bool:
@@ -118,14 +122,28 @@ class _Attempt:
 
     def wait(self, timeout_s: float) -> None:
         """Until it has ended, the parent lets go, or the time is over."""
-        select.select([self._reads, 0], [], [], max(0.0, timeout_s))
+        if self._reads in select.select([self._reads, 0], [], [], max(0.0, timeout_s))[0]:
+            self._take()
 
-    def _run(self, agent: DomainAgent, mounts: Sequence[str]) -> None:
-        try:
-            self.count = agent.freeze(mounts)
-        except AgentError as error:
-            self.failure = error
-        os.write(self._writes, b".")
+    def look(self) -> None:
+        """See whether it has ended."""
+        if self.count is None and self.failure is None and select.select([self._reads], [], [], 0)[0]:
+            self._take()
+
+    def _take(self) -> None:
+        said = os.read(self._reads, 4096).decode(errors="replace")
+        if said.isdecimal():
+            self.count = int(said)
+        else:
+            self.failure = AgentError(said or "the process that asks libvirt to freeze the guest has ended")
+
+
+def _attempted(agent: DomainAgent, mounts: Sequence[str]) -> bytes:
+    """The number of frozen file systems, or why there are none, in words."""
+    try:
+        return str(agent.freeze(mounts)).encode()
+    except AgentError as error:
+        return str(error).encode()[:4096]
 
 
 def _thawed_leftover(agent: DomainAgent) -> bool:
@@ -150,6 +168,7 @@ def _thaw(agent: DomainAgent, attempt: _Attempt) -> str:
                 return why
         else:
             # A freeze that is still under way comes after this thaw.
+            attempt.look()
             if attempt.count is not None or attempt.refused:
                 return ""
             why = "the agent has not answered the order to freeze"
@@ -175,8 +194,11 @@ def main() -> None:
         lib, _ = bindings()
     except ImportError:
         return tell("failed", why="libvirt's Python bindings are missing")
-    agent = DomainAgent(lambda: lib.open(address.uri), address.domain, lib.libvirtError)
-    return run(agent, freeze=mode == "freeze", hold_s=float(hold_s), mounts=mounts)
+
+    def make() -> DomainAgent:
+        return DomainAgent(lambda: lib.open(address.uri), address.domain, lib.libvirtError)
+
+    return run(make, freeze=mode == "freeze", hold_s=float(hold_s), mounts=mounts)
 
 
 if __name__ == "__main__":
