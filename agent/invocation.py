@@ -41,6 +41,13 @@ T = TypeVar("T")
 DEFAULT_OWNER: Final = "root@pam"
 
 
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # somebody has removed it
+        return Path("/")
+
+
 @dataclass
 class Invocation:
     """What the general options say, and the way out for results, warnings and log lines."""
@@ -55,6 +62,8 @@ class Invocation:
     s3_budget: str | None = None
     key_values: dict[str, Any] = field(default_factory=dict)  #: the options of keys, by name
     warnings: list[str] = field(default_factory=list)
+    #: Where the command was given, which relative paths begin with; a process in the background has left it.
+    folder: Path = field(default_factory=_current_folder)
     _cost_told: bool = False
 
     @property
@@ -129,7 +138,7 @@ class Invocation:
             self.config.default_repository,
         ):
             if spec:
-                return spec
+                return str(self.folder / Path(spec).expanduser()) if "/" in spec else spec
         raise UsageError(
             "find", "the repository", "none is named",
             "give --repo, set FLEECE_REPOSITORY, or write default-repository into the configuration",
