@@ -4,6 +4,7 @@ Everything here is synchronous. Objects also have `seek`, `tell` and `read`, for
 """
 
 import io
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,8 @@ _KEPT: Final = 512
 Fetch = Callable[[int, int, int], Buffer]
 
 
-class Blocks:
-    """Bytes that can be read at any place. Subclasses have `_read` and `places`."""
+class Blocks(ABC):
+    """Bytes that can be read at any place."""
 
     def __init__(self, size: int) -> None:
         self.size: Final = size  #: bytes
@@ -45,12 +46,13 @@ class Blocks:
             raise DiskFsError("read", f"byte {offset}", f"{length} bytes are needed, {len(data)} are there")
         return data
 
+    @abstractmethod
     def _read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError
+        """As `read_at`, of a range that is there."""
 
+    @abstractmethod
     def places(self, offset: int, length: int, at: int) -> Iterator[Run]:
         """Where the bytes from `offset` on lie, as the content of a file from `at` on; zeros lie nowhere."""
-        raise NotImplementedError
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """As of a file."""

@@ -220,7 +220,10 @@ class LookedInto:
                 self._running = await start_worker()
             running = self._running
             try:
-                document, data = await self._exchange(running, request, where)
+                try:
+                    document, data = await self._exchange(running, request, where)
+                except trio.BrokenResourceError:
+                    raise DiskFsError("look into", where, await _why_ended(running)) from None
             except BaseException:
                 # It is in the middle of something that nobody waits for.
                 self._running = None

@@ -6,7 +6,7 @@ Used by `worker.py`, within whose bounds it runs; nothing here protects from an 
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from diskfs.blocks import Blocks, Disk, Fetch, Slice
+from diskfs.blocks import Blocks, Disk, Fetch, Pieces, Slice
 from diskfs.entries import Volume
 from diskfs.errors import DiskFsError, ImageLibraryError
 from diskfs.filesystem import FileSystem
@@ -136,7 +136,7 @@ class DiskImage:
                 folder += "~"  # a group may be called like a partition
                 name = f"{folder}/{lv}".encode()
             if isinstance(opened, DiskFsError):
-                found[name] = _Part(Volume(name, 0, "unknown", "", opened.why), Blocks(0))
+                found[name] = _Part(Volume(name, 0, "unknown", "", opened.why), Pieces(()))
                 continue
             try:
                 kind, label = probe(opened)
@@ -178,7 +178,7 @@ def _opened(part: _Part) -> FileSystem | DiskFsError:
     try:
         return _open(kind, blocks)
     except ModuleNotFoundError as error:
-        raise ImageLibraryError(where, error.name or kind) from error
+        raise ImageLibraryError(where, ".".join((error.name or kind).split(".")[:2])) from error
     except DiskFsError as error:
         return DiskFsError("read", where, f"its file system ({kind}) is damaged: {error.why}")
     except MemoryError:

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final
 
-from diskfs.entries import MAX_NAME, Entry, Id, bytes_of, entry_to_json, text_of
+from diskfs.entries import MAX_NAME, Entry, Id, Run, bytes_of, entry_to_json, text_of
 from diskfs.errors import DiskFsError, ImageLibraryError
 from diskfs.filesystem import MAX_ENTRIES, FileSystem
 from diskfs.frames import HEADER, PAGE_CONTENT, PAGE_ENTRIES, PAGE_RUNS, lengths, pack
@@ -87,6 +87,7 @@ class Server:
         """Know nothing of the image any more."""
         self._image = DiskImage(self._sizes, self._number, self._fetch)
         self._listings: OrderedDict[tuple[bytes, Id], Listing] = OrderedDict()
+        self._last_runs: tuple[bytes, Id, list[Run] | None] = (b"", (0, 0), None)
         self._has_failed = False
 
     def _fetch(self, disk: int, offset: int, length: int) -> bytes:
@@ -153,16 +154,22 @@ class Server:
             case "list":
                 return self._page(system, self._listing(name, system, id), int(request["start"])), b""
             case "runs":
-                runs = system.runs(id)
+                start = int(request["start"])
+                runs = self._runs(name, system, id, again=start > 0)
                 if runs is None:
                     return {"runs": None}, b""
-                start = int(request["start"])
                 return {"runs": runs[start : start + PAGE_RUNS], "more": len(runs) > start + PAGE_RUNS}, b""
             case "read":
                 return {}, system.read(id, int(request["offset"]), min(int(request["length"]), PAGE_CONTENT))
             case "xattrs":
                 return {"xattrs": [[text_of(key), text_of(value)] for key, value in system.xattrs(id)]}, b""
         raise DiskFsError("answer", str(request["op"])[:40], "nobody knows what that is")
+
+    def _runs(self, volume: bytes, system: FileSystem, id: Id, *, again: bool) -> list[Run] | None:
+        """The runs of a file; `again`: a further page of them, so that they need not be put together once more."""
+        if not again or self._last_runs[:2] != (volume, id):
+            self._last_runs = volume, id, system.runs(id)
+        return self._last_runs[2]
 
     def _listing(self, volume: bytes, system: FileSystem, id: Id) -> Listing:
         key = volume, id

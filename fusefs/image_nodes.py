@@ -190,7 +190,7 @@ class ImageLink(Link):
 
 
 class ImageDirectory(Folder):
-    """A directory of a file system. It is never held as a whole: see `ImageCursor`."""
+    """A directory of a file system. It is listed by `ImageCursor`, which does not hold all of it."""
 
     def __init__(self, disk: DiskFolder, volume: bytes, entry: Entry) -> None:
         super().__init__(disk.shared, disk.identity(volume, entry), entry.mtime_ns)
@@ -204,7 +204,15 @@ class ImageDirectory(Folder):
         return None if entry is None else made(self.disk, self.volume, entry)
 
     async def _load(self, old: Mapping[bytes, Node]) -> dict[bytes, Node]:
-        raise NotImplementedError("a cursor lists it")
+        children: dict[bytes, Node] = {}
+        more, seen = True, 0
+        while more:
+            page = await self.disk.ask(lambda image, at=seen: image.page(self.volume, self.entry.id, at))  # type: ignore[misc]
+            for row in page.rows:
+                if row.entry is not None:
+                    children[row.name] = made(self.disk, self.volume, row.entry)
+            more, seen = page.more, seen + len(page.rows)
+        return children
 
 
 #: What has an entry.
