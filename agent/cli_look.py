@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from core.progress import Progress
     from datastore.codec import ChunkCodec
     from datastore.names import Namespace
+    from diskfs.process import Worker
 
 _LETTERS = "dflhbcps"
 _SnapshotText = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="type/id/time or type/id/latest.")]
@@ -96,8 +97,27 @@ def ls(
     a whole, and no contents are. Owners are numbers, as they were stored. Names that are not printable are escaped:
     \\n, \\xff.
     """
+    # If it is a disk, a process will read it, which gets ready while this one does.
+    worker = _early_worker(archive)
+    try:
+        _ls(invocation, snapshot, archive, recursive, directory, worker)
+    finally:
+        if worker is not None:
+            worker.stop()
+
+
+def _early_worker(archive: str) -> "Worker | None":
+    """The process that reads disk images, if `archive` is called like one."""
+    from diskfs.process import Worker
+
+    return Worker() if ".img" in archive.partition("/")[0] else None
+
+
+def _ls(
+    invocation: Invocation, snapshot: str, archive: str, recursive: bool, directory: bool, worker: "Worker | None"
+) -> None:
     from agent.archive_listing import Listed, entry_document, entry_line, list_entry
-    from agent.image_trees import early_worker, image_part, list_image, open_image_of, volume_document, volume_line
+    from agent.image_trees import image_part, list_image, open_image_of, volume_document, volume_line
     from agent.listing_output import listing
     from agent.snapshot_archives import in_walk
     from diskfs.entries import Volume
@@ -114,10 +134,7 @@ def ls(
     with listing(invocation, line, document) as found:
 
         async def work(progress: "Progress") -> None:
-            async with (
-                early_worker(archive) as worker,
-                _opened(invocation, [snapshot], ns, codec, progress) as (opened,),
-            ):
+            async with _opened(invocation, [snapshot], ns, codec, progress) as (opened,):
                 part = image_part(opened.manifest, archive)
                 if part is not None:
                     async with open_image_of(opened, part.name, worker) as image:
@@ -173,6 +190,15 @@ def find(
     index: Annotated[
         bool, typer.Option("--index/--no-index", help="Use the index, and with --all-snapshots keep it up; else not.")
     ] = True,
+    newer: Annotated[
+        str | None,
+        typer.Option("--newer", metavar="WHEN", help="Changed since: 2026-01-02, 2026-01-02T15:04, or 7d (ago)."),
+    ] = None,
+    older: Annotated[str | None, typer.Option("--older", metavar="WHEN", help="Changed before.")] = None,
+    larger: Annotated[
+        str | None, typer.Option("--larger", metavar="SIZE", help="Files of at least 10M, 4096, 2GiB.")
+    ] = None,
+    smaller: Annotated[str | None, typer.Option("--smaller", metavar="SIZE", help="Files of at most so much.")] = None,
     images: Annotated[
         bool, typer.Option("--images", help="Also in the file systems of disk images, whose directories are read.")
     ] = False,
@@ -191,9 +217,10 @@ def find(
     """
     from agent.archive_listing import Found, VersionsOf, versions_document, versions_lines
     from agent.documents import in_namespace
-    from agent.finding import Query, find_in_selection
+    from agent.finding import Bounds, Query, find_in_selection
     from agent.listing_output import listing
     from agent.snapshot_archives import select_snapshots
+    from core.units import parse_size
     from pxar.patterns import MatchPattern
     from repository.archive import open_cache
     from repository.stored_bytes import CACHE_SIZE
@@ -213,7 +240,13 @@ def find(
     # Who looks into many snapshots is not asked for the passphrase of a key that none of them may need.
     codec = invocation.reading_key().codec() if snapshots else invocation.codec()
     gathered = VersionsOf()
-    query = Query(parsed, letters, archive, images)
+    bounds = Bounds(
+        None if newer is None else _moment("--newer", newer),
+        None if older is None else _moment("--older", older),
+        None if larger is None else parse_size(larger),
+        None if smaller is None else parse_size(smaller),
+    )
+    query = Query(parsed, letters, archive, images, bounds)
 
     def line(one: Found) -> str:
         return f"{in_namespace(one.snapshot)}  {one.line}"
@@ -315,6 +348,32 @@ def catalog_dump(invocation: Invocation, snapshot: _SnapshotText) -> None:
                     await dump(opened, name, found.add)
 
         invocation.run(work, what="dump the catalog of", where=snapshot)
+
+
+def _moment(option: str, text: str) -> int:
+    """Unix seconds of a date or time, in this host's time zone unless it names one, or of so long ago.
+
+    Raises:
+        UsageError: neither.
+    """
+    import time
+    from datetime import datetime
+
+    from agent.cli_verify import parse_duration
+
+    try:
+        return int(datetime.fromisoformat(text).timestamp())
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return int(time.time() - parse_duration(text))
+    except (UsageError, OverflowError):
+        raise UsageError(
+            "find",
+            f"{option} {text}",
+            "it is neither a time nor a duration",
+            "write 2026-01-02, 2026-01-02T15:04 or 7d",
+        ) from None
 
 
 def _archive_and_path(text: str) -> tuple[str, bytes]:

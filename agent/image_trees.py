@@ -13,8 +13,9 @@ from agent.snapshot_archives import OpenSnapshot, in_walk
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest
 from datastore.names import Snapshot, strip_archive_type
-from diskfs.client import Worker, look_into, start_worker
+from diskfs.client import look_into
 from diskfs.entries import Volume
+from diskfs.process import Worker
 from pxar.format import escaped
 from pxar.patterns import MatchPattern
 from repository.archive import ChunkCache
@@ -75,19 +76,6 @@ async def open_image_of(opened: OpenSnapshot, name: str, worker: Worker | None =
         opened.reader, opened.codec, opened.manifest, name, opened.cache, opened.progress.warn, worker
     ) as accessor:
         yield accessor
-
-
-@asynccontextmanager
-async def early_worker(archive: str) -> AsyncIterator[Worker | None]:
-    """The process that reads images, if `archive` is called like one: it is ready when the repository is open."""
-    if ".img" not in archive.partition("/")[0]:
-        yield None
-        return
-    worker = await start_worker()
-    try:
-        yield worker
-    finally:
-        await worker.aclose()
 
 
 def walk_image(accessor: ImageAccessor) -> Iterator[tuple[bytes, Any, bool]]:

@@ -6,7 +6,8 @@ the libraries that know file systems trust them. So they run in a process of the
 looked into, with bounds on memory, time and reading, which can open no file (`worker.py`, docs/disk-images.md).
 
 client.py      `look_into`: the asking side, under trio; starts, asks and ends the process
-worker.py      the process: `python -m diskfs.worker`
+process.py     the process, as the asking side has it
+worker.py      the process itself: `python -m diskfs.worker`
 frames.py      what the two say to each other
 entries.py     volumes, entries, runs: plain data
 image.py       partitions and volumes of one disk, within the process

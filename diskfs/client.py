@@ -5,15 +5,10 @@ ended, or was ended because who asked was cancelled, is started again with the n
 """
 
 import json
-import signal
-import socket
-import subprocess
-import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import trio
@@ -23,6 +18,7 @@ from core.errors import FormatError
 from diskfs.entries import MAX_NAME, Entry, Id, Volume, bytes_of, entry_from_json, text_of
 from diskfs.errors import DiskFsError, ImageLibraryError
 from diskfs.frames import HEADER, PAGE_CONTENT, lengths, pack
+from diskfs.process import Worker
 
 #: Seconds without a word from the process, which has 20 s of a processor for a request: it hangs.
 SILENCE_S: Final = 300.0
@@ -83,22 +79,6 @@ class Page(NamedTuple):
     rows: list[Row]
     more: bool  #: it goes on behind them
     dropped: int  #: names in the whole directory that are left out: twice there, or impossible
-
-
-@dataclass(slots=True)
-class Worker:
-    """The process; made by `start_worker`, which may be done before it is known what it is to read."""
-
-    process: trio.Process
-    stream: trio.SocketStream
-    told: bool = False  #: it knows which disks there are
-
-    async def aclose(self) -> None:
-        """End it."""
-        with trio.CancelScope(shield=True):
-            self.process.kill()
-            await self.process.wait()
-            await self.stream.aclose()
 
 
 class LookedInto:
@@ -209,29 +189,29 @@ class LookedInto:
         """End the process, when it has answered; the next question starts another one."""
         with trio.CancelScope(shield=True):
             async with self._lock:
-                running, self._running = self._running, None
-                if running is not None:
-                    await running.aclose()
+                if self._running is not None:
+                    self._running.stop()
+                    self._running = None
 
     async def _ask(self, request: dict[str, Any], volume: bytes) -> tuple[dict[str, Any], bytes]:
         where = f"{self.where}/{volume.decode('utf-8', 'replace')}" if volume else self.where
         async with self._lock:
             if self._running is None:
-                self._running = await start_worker()
+                self._running = Worker()
             running = self._running
             try:
                 try:
                     document, data = await self._exchange(running, request, where)
                 except trio.BrokenResourceError:
-                    raise DiskFsError("look into", where, await _why_ended(running)) from None
+                    raise DiskFsError("look into", where, running.why_ended()) from None
             except BaseException:
                 # It is in the middle of something that nobody waits for.
                 self._running = None
-                await running.aclose()
+                running.stop()
                 raise
             if document.get("error") == "memory":
                 self._running = None
-                await running.aclose()
+                running.stop()
         if "error" not in document:
             return document, data
         if document["error"] == "library":
@@ -252,7 +232,7 @@ class LookedInto:
             if patience.cancelled_caught:
                 raise DiskFsError("look into", where, f"nothing was heard for {SILENCE_S:.0f} s; it may be damaged")
             if found is None:
-                raise DiskFsError("look into", where, await _why_ended(running))
+                raise DiskFsError("look into", where, running.why_ended())
             document, data = found
             if document.get("op") != "fetch":
                 if failure is not None:
@@ -428,31 +408,6 @@ def _entry(data: Any) -> Entry:
     if max(entry.uid, entry.gid) >> 32 or (entry.target is not None and b"\0" in entry.target):
         raise FormatError("read", "entry", "an owner or a target that no entry has")
     return entry
-
-
-async def start_worker() -> Worker:
-    """Start the process; whoever has it ends it, or hands it to `look_into`."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-IB", "-m", "diskfs.worker"],
-                stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-                env={"LC_ALL": "C.UTF-8"},
-            )  # fmt: skip
-        except BaseException:
-            ours.close()
-            raise
-    return Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
-
-
-async def _why_ended(running: Worker) -> str:
-    with trio.CancelScope(shield=True):
-        running.process.kill()
-        code = await running.process.wait()
-    if code == -signal.SIGVTALRM:
-        return "it takes too much of a processor; it may be damaged"
-    return f"the process that reads it ended ({code}); it may be damaged"
 
 
 async def _send(stream: trio.SocketStream, document: Any, data: Buffer = b"") -> None:

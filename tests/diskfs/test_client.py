@@ -128,7 +128,7 @@ async def test_the_process_ends_with_who_asked(made: Callable[[str], MadeImage],
         assert image._running is not None
         process = image._running.process
         # As if this process had been killed: its end of the socket is closed.
-        await image._running.stream.aclose()
+        image._running.stream.socket.close()
         await until(lambda: process.poll() is not None)
         assert process.returncode == 0
 
