@@ -223,7 +223,7 @@ async def try_snapshot(
             progress.warn("the machine was started with a kernel of its host, which no backup has: give --kernel")
         variables = await _variables(machine, files, readers)
         firmware = await _firmware(machine, variables, progress)
-        tpm = await stack.enter_async_context(_tpm(machine, files, progress))
+        tpm = await stack.enter_async_context(emulated_tpm(machine, files, progress))
         disks = {}
         for disk in machine.disks:
             served = ImageDisk(readers[disk.archive])
@@ -295,8 +295,17 @@ async def _firmware(machine: Machine, variables: bytes | None, progress: Progres
 
 
 @asynccontextmanager
-async def _tpm(machine: Machine, files: dict[str, bytes], progress: Progress) -> AsyncIterator[Path | None]:
-    """A TPM with the state of the backup, while the block runs; None without one."""
+async def emulated_tpm(machine: Machine, files: dict[str, bytes], progress: Progress) -> AsyncIterator[Path | None]:
+    """Control socket of a TPM with the state of the backup, while the block runs; None without one.
+
+    Args:
+        machine: the machine.
+        files: the backup's small files by name.
+        progress: warned if it cannot be as it was.
+
+    Raises:
+        BootTrialError: swtpm does not start.
+    """
     import shutil
 
     states = {name: data for name, data in files.items() if STATE_NAME.fullmatch(name)}
@@ -316,7 +325,7 @@ async def _tpm(machine: Machine, files: dict[str, bytes], progress: Progress) ->
         two = ["--tpm2"] if not states or any(name.startswith("tpm2") for name in states) else []
         control = folder / "nbd"  # a name that is known to be short enough
         line = ["swtpm", "socket", *two, "--tpmstate", f"dir={folder}", "--ctrl", f"type=unixio,path={control}"]
-        async with running([*line, "--flags", "not-need-init"], fault=BootTrialError) as child:
+        async with running(line, fault=BootTrialError) as child:
             deadline = trio.current_time() + _TPM_START_S
             while not control.exists():
                 if child.code is not None or trio.current_time() > deadline:

@@ -15,6 +15,7 @@ from core.limits import in_io_thread
 from core.progress import Progress
 from core.units import parse_size
 from datastore.codec import ChunkCodec
+from datastore.errors import SnapshotNotFoundError
 from datastore.filters import GroupFilter, passes
 from datastore.names import BackupType, Namespace, Snapshot
 from repository.interface import Repository
@@ -85,7 +86,13 @@ async def _newest(section: "TestBootJob", ns: Namespace, repository: Repository)
     filters = tuple(map(GroupFilter.parse, section.group_filter))
     found = []
     for namespace in await repository.namespaces(ns, depth=section.max_depth):
-        for info in await repository.groups(namespace):
+        try:
+            groups = await repository.groups(namespace)
+        except SnapshotNotFoundError:
+            if namespace == ns:
+                raise
+            continue  # removed meanwhile
+        for info in groups:
             if info.group.type is BackupType.VM and passes(filters, info.group):
                 newest = await repository.latest(info.group)
                 if newest is not None:

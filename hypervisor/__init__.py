@@ -30,6 +30,7 @@ tells what happens in a QEMU during a backup, and why.
     efi.py          `efi_vars`: the EFI variables of a running VM
     tpm.py          `read_tpm_state`: the state of an emulated TPM
     machine.py      `from_files`, `command_line`, `start_script`: a VM out of what a backup says of it
+    boot_trial.py   `try_boot`: whether a machine of a backup comes to life (by `boot_*.py`, `confined.py`)
     children.py     `running`: programs that end with this process
     qmp.py          `connect`, `Qmp`: QEMU's control socket, under trio
     unix_socket.py  `connect_unix`, `peer_of`: sockets, and who is behind them

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.boot_trials import parse_signs
-from core.errors import UsageError
+from agent.boot_trials import emulated_tpm, parse_signs
+from core.errors import SourceError, UsageError
+from core.progress import Progress
+from hypervisor.boot_trial import Sign, TrialOptions, try_boot
+from hypervisor.boot_watch import Trial
+from hypervisor.machine import Device, Machine, MachineDisk
+from hypervisor.qemu_tools import serve_image
+from hypervisor.qmp import Qmp
 from tests.support.boot_sectors import say, silent
 from tests.support.waiting import until
 
@@ -163,6 +169,37 @@ async def test_an_interrupted_test_cleans_up(stored: Fleece, tmp_path: Path, end
     assert process.returncode == 1
     assert "SIGTERM" in err
     assert not {"nbdkit", "qemu-system-x86"} & programs(below)
+
+
+async def test_a_tpm_starts_with_the_state_that_was_backed_up(tmp_path: Path) -> None:
+    machine = Machine(
+        disks=(MachineDisk(Device("virtio-blk-pci"), "drive-a.img"),), tpm="tpm-crb", display=Device("VGA")
+    )
+    disk = tmp_path / "disk"
+    disk.write_bytes(say(serial="web login: "))
+    models: list[str] = []
+    states: list[bytes] = []
+
+    async def boot(files: dict[str, bytes]) -> list[str]:
+        progress = Progress()
+
+        async def look(qmp: Qmp, trial: Trial) -> None:
+            models.append((await qmp.execute("query-tpm"))[0]["model"])
+
+        async with emulated_tpm(machine, files, progress) as control:
+            assert control is not None
+            async with serve_image(disk, "raw", fault=SourceError) as address:
+                options = TrialOptions([Sign("serial")], 60, memory=64 << 20, accel="tcg")
+                served = {"drive-a.img": (address, disk.stat().st_size)}
+                trial = await try_boot(machine, served, options, tpm=control, linger=look)
+            assert trial.alive
+            states.append((control.parent / "tpm2-00.permall").read_bytes())
+        return progress.warnings
+
+    assert await boot({}) == ["the backup has no state of the machine's TPM: it starts with an empty one"]
+    assert await boot({"tpm2-00.permall": states[0]}) == []
+    assert models == ["tpm-crb", "tpm-crb"]
+    assert states[0]
 
 
 # -- as a job ---------------------------------------------------------------------------------------------------------
