@@ -174,6 +174,32 @@ async def test_a_domain_that_libvirt_is_at_work_on_is_refused_with_the_reason(
     assert not [node for node in host.nodes(domain) if node.startswith("fleece-")]
 
 
+async def test_efi_variables_go_along_whether_the_domain_runs_or_not(
+    host: Libvirtd, fleece: FleeceCommand, pair: tuple[Path, Path]
+) -> None:
+    # Nothing of it is run: the domain stays paused.
+    code, variables = host.disks / "code.fd", host.disks / "vars.fd"
+    code.write_bytes(bytes(4 << 20))
+    variables.write_bytes(b"EFI!" * 32768)
+    system = f"<loader readonly='yes' type='pflash'>{code}</loader><nvram>{variables}</nvram>"
+    xml = host.domain_xml("web", host.disk_xml("vda", pair[0], "qcow2"), system=system)
+    domain = host.define(xml.replace("<devices>", "<features><acpi/></features><devices>"))
+    done = await fleece.run("vm", "backup", "web")
+    assert done.code == 0, done.err
+    assert "efivars.fd" in done.archives
+    words = ("--libvirt", "--connect", host.uri, "--name", "web2", "--trust", "--start")
+    domain.destroy()
+    done = await fleece.run("vm", "restore", "vm/web/latest", host.disks / "y", *words)
+    assert done.code in (0, 3), done.err
+    twin = host.connection.lookupByName("web2")
+    assert f"<nvram>{host.disks}/y/efivars.fd</nvram>" in twin.XMLDesc(0)
+    assert (host.disks / "y/efivars.fd").read_bytes() == b"EFI!" * 32768
+    twin.destroy()
+    off = await fleece.run("vm", "backup", "web")
+    assert off.code == 0, off.err
+    assert "efivars.fd" in off.archives
+
+
 def test_nothing_is_left_of_libvirtd_itself(host: Libvirtd) -> None:
     """The fixture's own promise: everything it starts is below one process."""
     own, its = Path("/proc/self/ns"), Path(f"/proc/{host.pid}/ns")

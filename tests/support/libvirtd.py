@@ -46,11 +46,33 @@ for part in etc var; do
     mkdir $state/own/$part $state/own/$part.work
     mount -t overlay -o lowerdir=/$part,upperdir=$state/own/$part,workdir=$state/own/$part.work $part /$part
 done
+# Without /dev/kvm, which QEMU's user may not use: libvirt would look for QEMU's abilities anew at each start.
+mkdir $state/own/dev $state/own/dev/shm $state/own/dev/pts
+for node in null zero full random urandom tty; do
+    touch $state/own/dev/$node
+    mount --bind /dev/$node $state/own/dev/$node
+done
+mount --rbind /dev/shm $state/own/dev/shm
+mount --rbind /dev/pts $state/own/dev/pts
+ln -s pts/ptmx $state/own/dev/ptmx
+ln -s /proc/self/fd $state/own/dev/fd
+mount --rbind $state/own/dev /dev
 mount -t tmpfs run /run
 mkdir -p /run/lock /etc/libvirt /run/qemu
 cp $state/qemu.conf /etc/libvirt/
 echo "libvirt-qemu:x:{USER}:{USER}::/nonexistent:/usr/sbin/nologin" >>/etc/passwd
 echo "libvirt-qemu:x:{USER}:" >>/etc/group
+# What makes certificates for TPMs needs more packages; any bytes will do here.
+echo "create_certs_tool = /run/certs" >/etc/swtpm_setup.conf
+cat >/run/certs <<'END'
+#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in --type) type=$2;; --dir) folder=$2;; esac
+    shift
+done
+echo certificate >"$folder/$type.cert"
+END
+chmod 755 /run/certs
 if [ -n "$3" ]; then mount --bind "$3" /run/qemu; fi
 exec 3<&0
 timeout --foreground -k 5 {LIFETIME_S} /usr/sbin/libvirtd --config $state/libvirtd.conf </dev/null 3<&- & daemon=$!
