@@ -1,7 +1,7 @@
 """What `fleece find` does: looking for names in many snapshots, in the index or in the archives themselves."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agent.archive_listing import Found, find_in
 from agent.documents import in_namespace
@@ -17,6 +17,28 @@ from repository.archive import ChunkCache
 from repository.interface import Repository
 
 
+class Bounds(NamedTuple):
+    """How new and how large something must be; what has no time or no size is not within such a bound."""
+
+    after_s: int | None = None  #: changed then or later, Unix seconds
+    before_s: int | None = None  #: changed before
+    least: int | None = None  #: bytes
+    most: int | None = None
+
+    def hold(self, one: Found) -> bool:
+        """Whether `one` is within all of them."""
+        time, size = one.mtime_s, one.size
+        return (
+            (self.after_s is None or (time is not None and time >= self.after_s))
+            and (self.before_s is None or (time is not None and time < self.before_s))
+            and (self.least is None or (size is not None and size >= self.least))
+            and (self.most is None or (size is not None and size <= self.most))
+        )
+
+
+NO_BOUNDS: Final = Bounds()
+
+
 class Query(NamedTuple):
     """What is looked for."""
 
@@ -24,6 +46,7 @@ class Query(NamedTuple):
     letters: frozenset[str]  #: kinds, as in catalogs
     archive: str | None  #: only in archives that a person calls so
     images: bool = False  #: also in the file systems of disk images
+    bounds: Bounds = NO_BOUNDS
 
     @property
     def archive_name(self) -> str | None:
@@ -56,6 +79,8 @@ async def find_in_selection(
         FleeceError: a snapshot that was named cannot be read.
         TargetError: what is found cannot be written.
     """
+    if query.bounds != NO_BOUNDS:
+        add = _within(query.bounds, add)
     if not index:
         await _find(repository, selection, Answers(), query, codec, cache, progress, add)
         return
@@ -65,6 +90,14 @@ async def find_in_selection(
         namespaces=selection.namespaces or None, recursive=recursive, images=query.images,
     ) as known:  # fmt: skip
         await _find(repository, selection, known, query, codec, cache, progress, add)
+
+
+def _within(bounds: Bounds, add: Callable[[Found], None]) -> Callable[[Found], None]:
+    def add_some(one: Found) -> None:
+        if bounds.hold(one):
+            add(one)
+
+    return add_some
 
 
 async def _find(

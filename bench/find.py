@@ -55,7 +55,7 @@ def tree(paths: int) -> list[tuple[bytes, list[bytes]]]:
     chance = random.Random(1)
     folders = []
     for folder in range(max(1, paths // (FILES + 1))):
-        names = set()
+        names: set[bytes] = set()
         while len(names) < FILES:
             word = chance.choice((b"report", b"index", b"image", b"mail"))
             ending = b".docx" if chance.randrange(5000) == 0 else chance.choice(ENDINGS)

@@ -14,7 +14,7 @@ from agent.find_index.recording import Known, Records
 from agent.find_index.searching import Search
 from agent.find_index.updating import Updated, Updater, covered, usable_parts
 from agent.snapshot_archives import in_walk
-from core.errors import BusyError
+from core.errors import BusyError, FleeceError
 from core.limits import in_io_thread
 from core.progress import Progress
 from datastore.codec import ChunkCodec
@@ -253,7 +253,10 @@ async def _search(
         one = known.get(_key(snapshot))
         if one is None:
             continue
-        info = await repository.snapshot(snapshot) if listed is None else listed
+        try:
+            info = await repository.snapshot(snapshot) if listed is None else listed
+        except FleeceError:
+            continue  # who opens it will say what is wrong with it
         for asked, states, of_images in ((True, parts, False), (images, disks, True)):
             if asked and usable_parts(info, one, key, notes, images=of_images):
                 states[snapshot] = [

@@ -146,7 +146,7 @@ def wanted(pattern: MatchPattern, entries: list[Found]) -> list[Found]:
 EVERYTHING = MatchPattern.parse(b"**")
 
 
-@settings(max_examples=500 if os.environ.get("FLEECE_TEST_LONG") else 40)
+@settings(max_examples=500 if os.environ.get("FLEECE_TEST_LONG") else 25)
 @given(st.lists(st.tuples(trees, st.none() | st.integers(0, 8)), min_size=1, max_size=5), st.data())
 def test_every_state_is_what_it_was(
     opened: Callable[[], tuple[IndexFile, sqlite3.Connection]],
@@ -168,7 +168,7 @@ def test_every_state_is_what_it_was(
             records.tidy()
         records.finish_indexes()
         if model and data.draw(st.booleans()):
-            gone = data.draw(st.sampled_from(sorted(model)))
+            gone: int = data.draw(st.sampled_from(sorted(model)))
             del model[gone]
             (one,) = [known.id for known in records.snapshots().values() if known.parts[0].state == gone]
             records.forget([one])
@@ -230,7 +230,7 @@ def test_directories_of_many_pages_are_compared_page_by_page(
 
 def test_what_is_equal_is_not_written_again(opened: Callable[[], tuple[IndexFile, sqlite3.Connection]]) -> None:
     _, connection = opened()
-    tree = {b"a": {b"b": ("f", 1, 1), b"c": ("f", 1, 1)}, b"d": ("l", None, None)}
+    tree: dict[bytes, object] = {b"a": {b"b": ("f", 1, 1), b"c": ("f", 1, 1)}, b"d": ("l", None, None)}
     write(connection, list(listed(tree)))
     before = connection.total_changes
     for _ in range(10):

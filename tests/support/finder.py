@@ -7,7 +7,7 @@ from agent.archive_listing import Found
 from agent.find_index.answering import update_index
 from agent.find_index.files import IndexFile, repository_key
 from agent.find_index.updating import Updated
-from agent.finding import Query, find_in_selection
+from agent.finding import NO_BOUNDS, Bounds, Query, find_in_selection
 from agent.snapshot_archives import select_snapshots
 from core.progress import Progress
 from datastore.codec import ChunkCodec, CryptKey
@@ -40,7 +40,7 @@ class Finder:
     async def find(
         self, pattern: str, *named: str, index: bool = True, key: CryptKey | None = None, ns: Namespace = ROOT,
         recursive: bool = False, archive: str | None = None, letters: str = "dflhbcps", everything: bool = True,
-        images: bool = False,
+        images: bool = False, bounds: Bounds = NO_BOUNDS,
     ) -> tuple[list[Found], list[str]]:  # fmt: skip
         """What is found, and the warnings."""
         found: list[Found] = []
@@ -51,7 +51,7 @@ class Finder:
                 self.repository, named, ns, everything=everything and not named, recursive=recursive
             )
             await find_in_selection(
-                self.repository, selection, Query(parsed, frozenset(letters), archive, images),
+                self.repository, selection, Query(parsed, frozenset(letters), archive, images, bounds),
                 ChunkCodec(key, CryptMode.ENCRYPT if key else CryptMode.NONE), cache, progress, found.append,
                 index=index, recursive=recursive,
             )  # fmt: skip
@@ -62,7 +62,9 @@ class Finder:
         for pattern in patterns:
             direct = await self.find(pattern, index=False, key=key, recursive=True)
             assert await self.find(pattern, key=key, recursive=True) == direct, pattern
-        some = [{"archive": "etc"}, {"letters": "d"}, {"ns": Namespace.parse("a")}] if patterns == PATTERNS else []
+        some = [{"archive": "etc"}, {"letters": "d"}, {"ns": Namespace.parse("a")}, {"bounds": Bounds(6, 11, 1, 15)}]
+        if patterns != PATTERNS:
+            some.clear()
         for more in some:
             direct = await self.find("*o*", index=False, key=key, recursive=True, **more)  # type: ignore[arg-type]
             assert await self.find("*o*", key=key, recursive=True, **more) == direct  # type: ignore[arg-type]
