@@ -336,6 +336,9 @@ async def _unusable(disk: Disk, base: BaseInfo, mine: Sequence[Bitmap], situatio
         return "the bitmap is in use by another operation of QEMU"
     if len(mine) > 1 or not bitmap.recording:
         return "an interrupted backup left no usable bitmap"
+    if any(other.name == bitmap.name and other.node != bitmap.node for other in situation.bitmaps):
+        # libvirt gives an overlay the bitmaps of the image below, but empty: what they had stays behind.
+        return "the disk has a new top image since the previous backup (external snapshot)"
     if bitmap.granularity != GRANULARITY:
         return f"the bitmap has a granularity of {format_size(bitmap.granularity)}"
     if bitmap.name.id < base.ctime:

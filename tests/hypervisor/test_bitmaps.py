@@ -174,6 +174,11 @@ async def test_the_one_recording_bitmap_of_the_base_snapshot_is_used() -> None:
         (situation(bitmap(5, archive="drive-old.img")), "the disk had another name at the previous backup"),
         (situation(bitmap(5, node="fmt-d1")), "another disk: the former one is now d1"),
         (
+            # As libvirt makes an overlay.
+            situation(bitmap(5), bitmap(5, node="below"), graph={"fmt-d0": {"backing": "below"}}),
+            "the disk has a new top image since the previous backup (external snapshot)",
+        ),
+        (
             situation(bitmap(5, node="below"), graph={"fmt-d0": {"backing": "between"}, "between": {"file": "below"}}),
             "the disk has a new top image since the previous backup (external snapshot)",
         ),
