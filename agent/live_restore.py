@@ -55,6 +55,8 @@ from repository.restore import restore_disk
 
 #: In the machine's folder: what QEMU has said.
 LOG_NAME: Final = "qemu.log"
+#: Ranges of zeros that are marked before the start; the guest waits for it.
+_MAX_ZEROS: Final = 4096
 #: Seconds for QEMU to start.
 START_TIMEOUT_S: Final = 120.0
 #: Seconds until a server that has ended is started again.
@@ -178,9 +180,25 @@ async def _make_target(
         if disk.kind == "file":
             await in_io_thread(_fresh, path, disk.entry.size)
     await in_io_thread(_empty, image)
-    await prepare_overlay(
-        image, disk.entry.size, f"{opened.snapshot}/{disk.archive} {disk.entry.csum.hex()[:16]}", Path(live.socket)
-    )
+    identity = f"{opened.snapshot}/{disk.archive} {disk.entry.csum.hex()[:16]}"
+    zeros = await _zeros(opened, disk)
+    await prepare_overlay(image, disk.entry.size, identity, Path(live.socket), zeros=zeros)
+
+
+async def _zeros(opened: OpenSnapshot, disk: PlannedDisk) -> list[tuple[int, int]]:
+    """The largest ranges that the index says to be zeros, which then nobody has to ask the server for."""
+    reader = await open_archive_reader(
+        opened.reader, opened.codec, opened.manifest, disk.entry.filename, opened.cache
+    )  # fmt: skip
+    found: list[tuple[int, int]] = []
+    for number in range(reader.archive.index.count):
+        if reader.is_zero(number):
+            start, length = reader.archive.index.span(number)
+            if found and sum(found[-1]) == start:
+                found[-1] = (found[-1][0], found[-1][1] + length)
+            else:
+                found.append((start, length))
+    return sorted(sorted(found, key=lambda one: -one[1])[:_MAX_ZEROS])
 
 
 def _empty(path: Path) -> None:
@@ -311,7 +329,9 @@ async def _serve(
     while True:
         try:
             async with serve_disk(
-                ImageDisk(reader), where=f"{opened.snapshot} {disk.archive}", at=Endpoint(Path(disk.socket))
+                ImageDisk(reader),
+                where=f"{opened.snapshot} {disk.archive}",
+                at=Endpoint(Path(disk.socket), replace=True),
             ):
                 if not told:
                     told = True

@@ -111,19 +111,24 @@ async def running(
     stop_s: float = STOP_TIMEOUT_S,
     kill_s: float = KILL_TIMEOUT_S,
     listener: socket.socket | None = None,
+    on_our_death: signal.Signals = signal.SIGTERM,
     pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[Child]:
     """`command` runs while the block does, or until it ends by itself; messages are in English.
 
     In a session of its own, so that a Ctrl-C at the terminal does not end it under its users. If this process is
-    killed it gets a SIGTERM. `listener` is handed over the way systemd does it; the caller closes its own copy.
+    killed it gets the signal `on_our_death`. `listener` is handed over the way systemd does it; the caller closes its
+    own copy.
     `pass_fds` are inherited under their numbers.
 
     Raises:
         FleeceError: it cannot be run; the class is `fault`.
     """
     guard = await in_io_thread(shutil.which, "setpriv")  # of util-linux, which Debian always has
-    line = [*([guard, "--pdeathsig", "TERM", "--"] if guard is not None else []), *command]
+    line = [
+        *([guard, "--pdeathsig", on_our_death.name.removeprefix("SIG"), "--"] if guard is not None else []),
+        *command,
+    ]
     if listener is not None:
         line = ["sh", "-c", _HAND_OVER, "sh", *line]
     reading, writing = os.pipe2(os.O_CLOEXEC)

@@ -157,9 +157,10 @@ class Streaming:
     async def _under_way(self, qmp: Qmp, disk: LiveDisk, job: dict[str, Any]) -> int:
         where = f"{qmp.where}, job {disk.job}"
         with contextlib.suppress(QmpCommandError):  # it may end in between
-            if checked.field(job, "io-status", str, where) != "ok":
-                self.say(f"{disk.archive}: the job goes on after an error")
+            # Its I/O status says nothing: `cont` makes it "ok", and leaves the job as it is.
+            if checked.field(job, "paused", bool, where):
                 await qmp.execute("block-job-resume", {"device": disk.job})
+                self.say(f"{disk.archive}: the job goes on after an error")
             elif checked.field(job, "ready", bool, where) and checked.field(job, "type", str, where) == "mirror":
                 await qmp.execute("block-job-complete", {"device": disk.job})
         length, offset = checked.field(job, "len", int, where), checked.field(job, "offset", int, where)

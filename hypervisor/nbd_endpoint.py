@@ -28,6 +28,7 @@ class Endpoint:
     host: str = "127.0.0.1"  #: for TCP
     port: int = 0  #: 0: one that is free
     tls_psk: Path | None = None  #: file of users and keys: clients must come with TLS and one of them
+    replace: bool = False  #: who still listens at `path` is a server that is about to end, and has no more clients
 
     @property
     def is_local(self) -> bool:
@@ -76,7 +77,10 @@ def _listen(at: Endpoint) -> Public:
         if at.path is not None:
             path = at.path.absolute()
             NbdAddress.unix(path, "")  # too long a path has an error of its own
-            _remove_stale(path)
+            if at.replace:
+                path.unlink(missing_ok=True)
+            else:
+                _remove_stale(path)
             os.fchmod(listener.fileno(), 0o600)  # which the file gets, too
             listener.bind(str(path))
             address = NbdAddress.unix(path, "")

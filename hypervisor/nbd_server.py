@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import signal
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -97,14 +98,16 @@ async def serve_disk(
             nursery.start_soon(
                 trio.serve_listeners, lambda stream: _serve(stream, disk), [trio.SocketListener(listener)]
             )
-            line = [program, "--foreground", "--exit-with-parent", "--newstyle"]
+            line = [program, "--foreground", "--newstyle"]
             line += ["--filter=cow"] if overlay else ["--readonly"]
             if at is not None and at.tls_psk is not None:
                 line += ["--tls=require", f"--tls-psk={at.tls_psk.absolute()}"]
             elif at is None:
                 line += [f"--unix={folder / 'nbd'}"]
             line += ["python", str(_PLUGIN), f"socket={folder / 'own'}", f"size={disk.size}"]
-            async with listening(at) as public, _served(line, public, folder / "nbd", where) as address:
+            # An orderly end would answer what is asked with errors: who only loses the connection may wait for another.
+            end = signal.SIGKILL
+            async with listening(at) as public, _served(line, public, folder / "nbd", where, end) as address:
                 yield address
             nursery.cancel_scope.cancel()
     finally:
@@ -149,17 +152,20 @@ async def serve_overlay(
             image = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
             line = [program, "--persistent", "--shared=16", "--image-opts"]
             line += [f"--socket={folder / 'nbd'}"] if at is None else []
-            async with listening(at) as public, _served([*line, image], public, folder / "nbd", where) as address:
+            end = signal.SIGTERM  # it has something to write
+            async with listening(at) as public, _served([*line, image], public, folder / "nbd", where, end) as address:
                 yield address
     finally:
         remove_private(folder, claim)
 
 
 @asynccontextmanager
-async def _served(line: Sequence[str], public: Public | None, private: Path, where: str) -> AsyncIterator[NbdAddress]:
+async def _served(
+    line: Sequence[str], public: Public | None, private: Path, where: str, on_our_death: signal.Signals
+) -> AsyncIterator[NbdAddress]:
     """A server with the command line `line` serves while the block runs."""
     listener = None if public is None else public.listener
-    async with running(line, fault=NbdServerError, listener=listener) as child:
+    async with running(line, fault=NbdServerError, listener=listener, on_our_death=on_our_death) as child:
         if public is not None:
             public.listener.close()  # it has its own: if it ends, nobody is to wait for an answer
         address = NbdAddress.unix(private, "") if public is None else public.address

@@ -8,11 +8,10 @@ the clients and its filters. This file runs in the Python that nbdkit brings alo
               type (1: nbdkit's), or words about the error
 """
 
-import errno
 import os
 import socket
 import struct
-from typing import Any
+from typing import Any, NoReturn
 
 import nbdkit
 
@@ -92,11 +91,8 @@ def _ask(kind: bytes, offset: int, length: int, into: "memoryview | None") -> by
             error, answer = None, bytes(_receive(connection, bytearray(size)))
         else:
             raise ConnectionError("an answer of another length than was asked for")
-    except BaseException as failure:
-        connection.close()
-        if isinstance(failure, OSError):
-            nbdkit.set_error(errno.EIO)
-        raise
+    except OSError:
+        _hang_up()
     _idle.append(connection)
     if error is not None:
         nbdkit.set_error(number)
@@ -113,10 +109,17 @@ def _take() -> socket.socket:
     try:
         connection.connect(os.fsencode(_settings["socket"]))
     except OSError:
-        connection.close()
-        nbdkit.set_error(errno.ESHUTDOWN)
-        raise
+        _hang_up()
     return connection
+
+
+def _hang_up() -> NoReturn:
+    """The process that has the disk has ended: so does this one, at once.
+
+    An error in answer would be the client's last word on the matter; of a lost connection many know that it may come
+    back.
+    """
+    os._exit(1)
 
 
 def _receive(connection: socket.socket, into: Any) -> Any:

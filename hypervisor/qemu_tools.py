@@ -38,6 +38,8 @@ _SHARED: Final = 8
 #: Bytes of a program's complaint that go into an error.
 _MAX_COMPLAINT: Final = 2000
 _EXPORT: Final = "image"
+#: Bytes that one command of qemu-io makes zero.
+_ZERO_STEP: Final = 1 << 30
 _FOLDER_PREFIX: Final = "fleece-nbd-"
 _MAX_SOCKET_PATH: Final = 107
 _LOG = logging.getLogger(__name__)
@@ -68,10 +70,20 @@ async def create_qcow2(path: Path, size: int) -> None:
     await _run_tool([tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)], "create", path)
 
 
-async def prepare_overlay(path: Path, size: int, identity: str, server: Path) -> None:
+async def prepare_overlay(
+    path: Path, size: int, identity: str, server: Path, *, zeros: Sequence[tuple[int, int]] = ()
+) -> None:
     """Make `path` a qcow2 image of `size` bytes over what the NBD server at the socket `server` has, or see that it is.
 
     The image's header calls that by `identity`, as the name of an export, so that no other disk is put below it.
+
+    Args:
+        path: the image.
+        size: bytes.
+        identity: tells what the server has from anything else.
+        server: path of its socket; it need not be there yet.
+        zeros: offsets and lengths of what is known to be zeros, whole clusters of 64 KiB: in a new image it is so
+            without looking below. They cost no space.
 
     Raises:
         TargetError: it cannot be made or read, or QEMU is missing.
@@ -82,8 +94,25 @@ async def prepare_overlay(path: Path, size: int, identity: str, server: Path) ->
     named = f"nbd+unix:///{urllib.parse.quote(identity, safe='')}?socket="
     below = ["-u", "-F", "raw", "-b", named + urllib.parse.quote(os.fspath(server))]
     if not await in_io_thread(lambda: path.exists() and path.stat().st_size > 0):
-        await _run_tool([tool, "create", "-q", "-f", "qcow2", *below, _absolute(path), str(size)], "create", path)
-        return
+        if not zeros:
+            await _run_tool([tool, "create", "-q", "-f", "qcow2", *below, _absolute(path), str(size)], "create", path)
+            return
+        await _run_tool([tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)], "create", path)
+        await _mark_zeros(path, zeros)
+    else:
+        await _check_overlay(tool, path, named, identity)
+    await _run_tool([tool, "rebase", "-q", "-f", "qcow2", *below, _absolute(path)], "write to", path)
+
+
+async def _mark_zeros(path: Path, zeros: Sequence[tuple[int, int]]) -> None:
+    """Let ranges of an image without anything below be zeros, as something of its own."""
+    program = await in_io_thread(find_tool, "qemu-io", TargetError)
+    lines = "".join(f"write -q -z {at} {min(_ZERO_STEP, offset + length - at)}\n"
+                    for offset, length in zeros for at in range(offset, offset + length, _ZERO_STEP))  # fmt: skip
+    await _run_tool([program, "-f", "qcow2", _absolute(path)], "write to", path, stdin=lines.encode())
+
+
+async def _check_overlay(tool: str, path: Path, named: str, identity: str) -> None:
     out = await _run_tool([tool, "info", "-U", "-f", "qcow2", "--output=json", _absolute(path)], "read", path)
     try:
         found = checked.of_type(json.loads(out), dict, f"qemu-img info {path}").get("backing-filename")
@@ -94,12 +123,11 @@ async def prepare_overlay(path: Path, size: int, identity: str, server: Path) ->
         raise UsageError(
             "use the overlay", str(path), f"it was made for {checked.printable(other)}", f"this is {identity}"
         )
-    await _run_tool([tool, "rebase", "-q", "-f", "qcow2", *below, _absolute(path)], "write to", path)
 
 
-async def _run_tool(line: Sequence[str], what: str, path: Path) -> bytes:
+async def _run_tool(line: Sequence[str], what: str, path: Path, *, stdin: bytes = b"") -> bytes:
     done = await trio.run_process(
-        line, capture_stdout=True, capture_stderr=True, check=False, env=_environment(), stdin=subprocess.DEVNULL
+        line, capture_stdout=True, capture_stderr=True, check=False, env=_environment(), stdin=stdin
     )
     if done.returncode:
         raise _complaint(done.stderr, what, path, TargetError)

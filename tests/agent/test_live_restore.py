@@ -1,5 +1,6 @@
 """Machines that run while their disks come in: under writes, with servers and processes that are lost on the way."""
 
+import hashlib
 import json
 import os
 import random
@@ -31,11 +32,15 @@ from hypervisor.errors import VmStateError
 from repository.archive import open_cache
 from repository.interface import FIXED_CHUNK_SIZE
 from repository.local import open_local
+from tests.support.guest import GuestControl, SmallGuest
 from tests.support.nbd_servers import NEEDS_NBDKIT_PYTHON
 from tests.support.qemu_binaries import QemuBinary
+from tests.support.ring import BLOCK, Ring
 from tests.support.running import OwnQmp
 from tests.support.snapshots import write_snapshot
 from tests.support.waiting import until
+
+from .conftest import Fleece
 
 pytestmark = NEEDS_NBDKIT_PYTHON
 
@@ -309,3 +314,109 @@ def test_what_is_written_down_is_checked(tmp_path: Path) -> None:
 def test_one_process_fills_a_machine(tmp_path: Path) -> None:
     with held(tmp_path), pytest.raises(BusyError, match="another process"), held(tmp_path):
         raise AssertionError
+
+
+def the_command(
+    stored: Fleece, folder: Path, disk: Path, qemu: QemuBinary, guest: SmallGuest, format: str
+) -> list[str]:
+    """Back `disk` up; the words that restore it live, with a guest on it."""
+    stored.environment["FLEECE_RUN_DIR"] = str(folder / "r")  # a short path
+    command = folder / "qemu-command.json"
+    command.write_text(json.dumps(COMMAND))
+    words = [f"drive-disk0.img:{disk}", f"qemu-command.json:{command}", "--backup-id", "web", "--backup-type", "vm"]
+    stored.json("backup", *words)
+    append = "no_timer_check console=ttyS0 quiet panic=-1"
+    extra = ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", append, "-m", "256"]
+    # The guest's first word waits for somebody who listens.
+    extra += ["-chardev", f"socket,id=ctl,path={folder}/ctl,server=on,wait=off", "-serial", "chardev:ctl", "-S"]
+    line = ["vm", "restore", "vm/web/latest", str(folder / "m"), "--live", "--format", format, "--accel", "tcg"]
+    return [*line, "--qemu", qemu.system, *(f"--qemu-option={word}" for word in extra)]
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for its parent to notice that it is."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@asynccontextmanager
+async def guest_of(folder: Path, *, speed: int | None = None) -> AsyncIterator[tuple[GuestControl, OwnQmp]]:
+    """The machine in `folder / "m"`, which has booted; its disk comes in with `speed` bytes a second at most."""
+    control = await GuestControl.connect(folder / "ctl")
+    qmp = await OwnQmp.connect(folder / "m/run/qmp.sock")
+    try:
+        if speed is not None:
+            await qmp.execute("block-job-set-speed", {"device": "fleece-r0", "speed": speed})
+        await qmp.execute("cont")
+        await control.ready()
+        yield control, qmp
+    finally:
+        await qmp.aclose()
+        await control.aclose()
+        pid = folder / "m/run/qemu.pid"
+        if pid.exists():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+async def test_the_command_returns_when_the_guest_runs(
+    stored: Fleece, tmpfs: Path, distribution: QemuBinary, guest: SmallGuest
+) -> None:
+    disk = tmpfs / "disk.raw"
+    disk.write_bytes(CONTENT)
+    line = await trio.to_thread.run_sync(the_command, stored, tmpfs, disk, distribution, guest, "qcow2")
+    told = await trio.to_thread.run_sync(lambda: stored.json(*line))
+    assert [one["name"] for one in told["disks"]] == ["drive-disk0.img"]
+    async with guest_of(tmpfs) as (control, _):
+        sums = await control.check(f"head -c {SIZE} /dev/vda | sha256sum")
+        assert sums.split()[0] == hashlib.sha256(CONTENT).hexdigest()
+        await until(lambda: not (tmpfs / "m" / STATE_NAME).exists())
+        await until(lambda: ended(told["pid"]))
+    nothing = await trio.to_thread.run_sync(lambda: stored("vm", "restore", "--resume", tmpfs / "m"))
+    assert nothing.code == 1
+    assert "no live restore is under way there" in nothing.err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+async def test_a_guest_notices_nothing_of_a_server_that_is_killed_for_long(
+    stored: Fleece, tmpfs: Path, qemu: QemuBinary, guest: SmallGuest, format: str
+) -> None:
+    size = 400 * CHUNK
+    disk = tmpfs / "disk.raw"
+    with disk.open("wb") as file:
+        for offset in range(0, size, 2 * CHUNK):
+            file.seek(offset)
+            file.write(os.urandom(CHUNK))
+        file.truncate(size)
+    ring = Ring(stride=CHUNK)
+    line = await trio.to_thread.run_sync(the_command, stored, tmpfs, disk, qemu, guest, format)
+    told = await trio.to_thread.run_sync(lambda: stored.json(*line))
+    stops = 0
+    async with guest_of(tmpfs, speed=4 * CHUNK) as (control, qmp):
+        await control.check(f"{ring.command('/dev/vda', told='/tmp/told')} >/tmp/said 2>&1 & echo $! >/tmp/pid")
+        for pause_s in (1.0, 20.0):  # within the time for which QEMU waits, and beyond it
+            assert (tmpfs / "m" / STATE_NAME).exists(), "the disk was too small to be still under way"
+            os.kill(told["pid"], signal.SIGKILL)
+            await trio.sleep(pause_s)
+            stops += (await qmp.execute("query-status"))["status"] == "io-error"
+            told = await trio.to_thread.run_sync(lambda: stored.json("vm", "restore", "--resume", tmpfs / "m"))
+            assert told["was-running"]
+        await qmp.execute("block-job-set-speed", {"device": "fleece-r0", "speed": 0})
+        await until(lambda: not (tmpfs / "m" / STATE_NAME).exists(), 120)
+        await until(lambda: ended(told["pid"]))
+        await control.check("kill $(cat /tmp/pid); while kill -0 $(cat /tmp/pid); do sleep 0.1; done 2>/dev/null; true")
+        newest = int(await control.check("od -An -tu8 /tmp/told"))
+        errors = await control.run("dmesg | grep -i 'i/o error'")
+        assert errors[0] != 0, errors[1]
+        assert (await qmp.execute("query-status"))["status"] == "running"
+        await control.check("sync")
+    machine = Machine(Path(), tmpfs / "m", qemu, format)
+    content = await trio.to_thread.run_sync(machine.content)
+    numbers = ring.numbers(lambda offset, length: content[offset : offset + length])
+    assert max(numbers) in (newest, newest + 1)
+    before = disk.read_bytes()
+    for offset in range(0, size, CHUNK):
+        written = BLOCK if offset < ring.slots * CHUNK else 0
+        assert content[offset + written : offset + CHUNK] == before[offset + written : offset + CHUNK], offset
