@@ -18,11 +18,12 @@ from datastore.names import BackupType, Group
 MAX_LENGTH: Final = 1024
 #: Escaped characters, then what Rust's regular expressions lack: looking around, references to groups, conditions,
 #: atomic groups, and Python's names of the last two anchors.
-_NOT_RUST: Final = re.compile(
-    r"\\(?P<escape>[1-9Z])|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<group>\(\?(?:<?[=!]|P[=>]|\(|>|#))|(?P<possessive>[*+?}]\+)"
+_NOT_RUST: Final = (
+    r"\\(?P<escape>[1-9Z])|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]"
+    r"|(?P<group>\(\?(?:<?[=!]|P[=>]|\(|>|#))|(?P<possessive>[*+?}]\+)"
 )
 #: What both have under different names: `\\z`, and a named group without Python's P.
-_RUST_ONLY: Final = re.compile(r"\\(?P<escaped>.)|\(\?<(?=[A-Za-z_])")
+_RUST_ONLY: Final = r"\\(?P<escaped>.)|\(\?<(?=[A-Za-z_])"
 
 
 class Kind(Enum):
@@ -89,14 +90,14 @@ def passes(filters: Iterable[GroupFilter], group: Group) -> bool:
 
 
 def _compile(text: str, pattern: str) -> re.Pattern[str]:
-    for found in _NOT_RUST.finditer(pattern):
+    for found in re.finditer(_NOT_RUST, pattern):
         if found["escape"] or found["group"] or found["possessive"]:
             raise _error(text, f"PBS does not understand {found[0]!r} in a regular expression")
     try:
         with warnings.catch_warnings():
             # Python warns of what it reads otherwise than others do: [[:alpha:]], [a&&b].
             warnings.simplefilter("error")
-            return re.compile(_RUST_ONLY.sub(_in_python, pattern))
+            return re.compile(re.sub(_RUST_ONLY, _in_python, pattern))
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise _error(text, f"the regular expression cannot be used ({error})") from None
 

@@ -5,10 +5,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from core.errors import FormatError
+from diskfs import worker
 from diskfs.entries import Entry, Id
 from diskfs.filesystem import FileSystem
 from diskfs.image import DiskImage
 from diskfs.worker import Listing
+
+
+def memory_for_this_process() -> int:
+    """The worker's limit on its address space, for a child of a test: on top of what the test's process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE") + worker.MAX_MEMORY
 
 
 class Files:
