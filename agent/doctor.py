@@ -342,7 +342,9 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
             yield Check("hook", State.FAILED, str(error), error.hint)
     yield from _monitoring(config)
     for name, vm in config.vm.items():
-        if vm.qmp is None:
+        if vm.libvirt is not None:
+            yield _domain(name, vm.libvirt, vm.connect)
+        if vm.qmp is None or vm.libvirt is not None:
             continue
         if vm.qmp.is_socket():
             yield Check(f"vm {name}", State.OK, f"QMP socket {vm.qmp} is there")
@@ -363,6 +365,22 @@ def _configuration(invocation: Invocation) -> Iterator[Check]:
             yield from _bucket(invocation, name, buckets[folder])
         else:
             yield from check_datastore(name, folder)
+
+
+def _domain(name: str, domain: str, uri: str | None) -> Check:
+    from hypervisor.domain_address import DomainAddress, default_uri
+    from hypervisor.libvirt_host import domain_names
+
+    uri = uri or default_uri()
+    try:
+        known = domain_names(uri)
+    except FleeceError as error:
+        return Check(f"vm {name}", State.FAILED, str(error), error.hint)
+    if domain in known or DomainAddress.is_uuid(domain):
+        return Check(f"vm {name}", State.OK, f"libvirt at {uri} has the domain {domain}")
+    return Check(
+        f"vm {name}", State.WARNING, f"libvirt at {uri} has no domain {domain}", "'virsh list --all' lists them"
+    )
 
 
 def _monitoring(config: "Config") -> Iterator[Check]:

@@ -45,7 +45,7 @@ DEPENDS: Final = (
     "python3-libnbd (>= 1.14)", "libfuse3-3 (>= 3.10)", "fuse3", "init-system-helpers (>= 1.54)",
 )  # fmt: skip
 RECOMMENDS: Final = ("qemu-utils", "ca-certificates")
-SUGGESTS: Final = ("qemu-system-x86", "libnbd-bin", "nbdkit", "nbdkit-plugin-python")
+SUGGESTS: Final = ("qemu-system-x86", "libnbd-bin", "nbdkit", "nbdkit-plugin-python", "python3-libvirt (>= 8.2)")
 #: Of packages of others: of no use at run time.
 _USELESS: Final = re.compile(
     r"/(tests?|_tests|testing/tests|f2py|_pyinstaller|include|__pycache__|bin)/|/(numpy/typing|numpy/_core/lib)/"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from agent.config import Config
+from agent.doctor import State, _domain
 from agent.vm_choice import Choice, choose_vms
 from agent.vm_settings import VmOptions, resolve_vm
 from core.errors import NotFoundError, UsageError
@@ -78,3 +79,14 @@ async def test_a_libvirt_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(LibvirtError, match="is libvirtd running"):
         async with connected("qemu+unix:///system?socket=/nonexistent/sock"):
             pass
+
+
+def test_doctor_tells_whether_libvirt_has_the_domain() -> None:
+    good, missing, away = (
+        _domain("web", "test", URI),
+        _domain("db", "other", URI),
+        _domain("x", "test", "qemu+unix:///system?socket=/nonexistent/sock"),
+    )
+    assert [check.state for check in (good, missing, away)] == [State.OK, State.WARNING, State.FAILED]
+    assert missing.fix
+    assert "is libvirtd running" in away.fix
