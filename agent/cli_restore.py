@@ -94,8 +94,8 @@ def restore(
         str | None,
         typer.Argument(
             metavar="ARCHIVE",
-            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH or disk.img/part1/PATH for a part; client.log for the "
-            "log of the backup, index.json for the manifest.",
+            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH or disk.img/part1/PATH for a part; "
+            "client.log for the log of the backup, index.json for the manifest.",
         ),
     ] = None,
     target: Annotated[
