@@ -31,6 +31,8 @@ RECONNECT_S: Final = 15
 _OPEN_S: Final = 30
 #: Bytes that a mirror copies at a time: a guest's write to them waits until they are there. A chunk of the backup.
 _MIRROR_BUFFER: Final = 4 << 20
+#: Seconds for QEMU to bring everything to the disk.
+_FLUSH_TIMEOUT_S: Final = 900.0
 #: Seconds between two looks.
 POLL_S: Final = 0.25
 #: Devices that stop the guest at an error if they are told to; NVMe cannot.
@@ -222,7 +224,7 @@ class Streaming:
         return True
 
     async def until_whole(self, qmp: Qmp, told: Callable[[Look], None] = lambda _look: None) -> None:
-        """Return when every disk is whole.
+        """Return when every disk is whole, and durable.
 
         Raises:
             VmStateError, QmpError, QmpAnswerError: as `look`.
@@ -230,4 +232,8 @@ class Streaming:
         while not (found := await self.look(qmp)).whole:
             told(found)
             await trio.sleep(POLL_S)
+        for disk in self.disks:
+            # The end of a job is no flush: tables of a qcow2 image may be in QEMU's memory only. QMP has no other way.
+            line = f'qemu-io {disk.node} "flush"'
+            await qmp.execute("human-monitor-command", {"command-line": line}, timeout_s=_FLUSH_TIMEOUT_S)
         told(found)
