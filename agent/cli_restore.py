@@ -94,7 +94,7 @@ def restore(
         str | None,
         typer.Argument(
             metavar="ARCHIVE",
-            help="As 'fleece show' lists it, with or without its type; root.pxar/PATH or disk.img/part1/PATH for a part; "
+            help="As 'fleece show' lists it, with or without type; root.pxar/PATH or disk.img/part1/PATH for a part, "
             "client.log for the log of the backup, index.json for the manifest.",
         ),
     ] = None,
