@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -304,6 +305,21 @@ def test_the_command_tells_where_everything_is(stored: Fleece, tmpfs: Path) -> N
 # -- the script -------------------------------------------------------------------------------------------------------
 
 
+def without_kvm(folder: Path, qemu: QemuBinary) -> dict[str, str]:
+    """The environment in which `qemu-system-x86_64` never uses KVM: not every machine that has /dev/kvm can."""
+    (folder / "bin").mkdir()
+    program = folder / "bin/qemu-system-x86_64"
+    swap = 'for word; do shift; [ "$word" = kvm ] && word=tcg; set -- "$@" "$word"; done'
+    program.write_text(f'#!/bin/sh\n{swap}\nexec {qemu.system} "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as asking:
+        return asking.connect_ex(str(path)) == 0
+
+
 async def test_the_script_starts_the_machine_with_its_disks(
     store_folder: Path, tmpfs: Path, distribution: QemuBinary
 ) -> None:
@@ -321,23 +337,84 @@ async def test_the_script_starts_the_machine_with_its_disks(
     script = folder / "start.sh"
     assert script.stat().st_mode & 0o777 == 0o755
     assert "From vm/web/1970-01-01T00:16:40Z." in script.read_text()
-    # Not every machine that has /dev/kvm can use it.
-    (tmpfs / "bin").mkdir()
-    program = tmpfs / "bin/qemu-system-x86_64"
-    swap = 'for word; do shift; [ "$word" = kvm ] && word=tcg; set -- "$@" "$word"; done'
-    program.write_text(f'#!/bin/sh\n{swap}\nexec {distribution.system} "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmpfs}/bin:{os.environ['PATH']}"}
+    environment = without_kvm(tmpfs, distribution)
     async with open_nursery() as nursery:
         line = [str(script), "-S"]
         process = await nursery.start(partial(trio.run_process, line, env=environment, check=False))
-        await until((folder / "run/qmp.sock").exists)
+        await until(lambda: listens(folder / "run/qmp.sock"))
         async with connect(folder / "run/qmp.sock") as qmp:
             disks = await list_disks(qmp)
             assert sorted((disk.name, disk.file, disk.driver) for disk in disks) == [
                 ("drive-scsi0.img", f"{folder}/drive-scsi0.qcow2", "qcow2"),
                 ("drive-scsi1.img", f"{folder}/drive-scsi1.qcow2", "qcow2"),
             ]
+            await qmp.execute("quit")
+        with trio.fail_after(60):
+            await process.wait()
+
+
+PROXMOX = b"""\
+bios: ovmf
+boot: order=scsi0
+cores: 2
+efidisk0: local:vm-100-disk-0,efitype=4m,pre-enrolled-keys=1,size=528K
+machine: q35
+memory: 512
+name: web
+net0: virtio=BC:24:11:00:00:01,bridge=vmbr0,firewall=1
+ostype: l26
+scsi0: local:vm-100-disk-1,discard=on,iothread=1,size=32G
+scsihw: virtio-scsi-single
+tpmstate0: local:vm-100-disk-2,size=4M,version=v2.0
+#qmdump#map:scsi0:drive-scsi0:local:raw:
+"""
+
+
+async def test_a_backup_that_proxmox_made_gets_a_script_too(
+    store_folder: Path, tmpfs: Path, distribution: QemuBinary
+) -> None:
+    files = {
+        "drive-efidisk0.img.fidx": os.urandom(540672),
+        "drive-scsi0.img.fidx": DISK0,
+        "drive-tpmstate0-backup.img.fidx": os.urandom(CHUNK),
+        "qemu-server.conf.blob": PROXMOX,
+    }
+    firmware = tmpfs / "code.fd"
+    firmware.write_bytes(bytes(1 << 20))
+    options = ScriptOptions(firmware=firmware, network="user")
+    progress = Progress()
+    repo = await open_local(store_folder, name="test")
+    try:
+        snapshot = await write_snapshot(repo, "vm/100", 1000, files, chunk_size=CHUNK)
+        async with (
+            open_cache(CHUNK) as cache,
+            open_snapshot(repo, snapshot, ChunkCodec(), cache, progress) as found,
+        ):
+            order = RestoreOrder(
+                folder=tmpfs / "w", definers=[lambda vm, progress: write_script(vm, options, progress)]
+            )
+            vm = await restore_vm(found, order, progress)
+    finally:
+        repo.close()
+    assert [disk.archive for disk in vm.disks] == [
+        "drive-efidisk0.img", "drive-scsi0.img", "drive-tpmstate0-backup.img",
+    ]  # fmt: skip
+    script = (tmpfs / "w/start.sh").read_text()
+    assert "guest=web" in script
+    assert f'"filename":"{tmpfs}/w/drive-scsi0.raw"' in script
+    assert f'"filename":"{tmpfs}/w/drive-efidisk0.raw"' in script
+    assert "pflash1=efi-variables" in script
+    assert "user,id=" in script
+    assert "vmbr0" not in script  # the bridge of another host
+    assert any("TPM" in warning for warning in progress.warnings)
+    # QEMU takes it all, but for firmware that is none.
+    environment = without_kvm(tmpfs, distribution)
+    async with open_nursery() as nursery:
+        started = partial(trio.run_process, [str(tmpfs / "w/start.sh"), "-S"], env=environment, check=False)
+        process = await nursery.start(started)
+        await until(lambda: listens(tmpfs / "w/run/qmp.sock"))
+        async with connect(tmpfs / "w/run/qmp.sock") as qmp:
+            assert [disk.file for disk in await list_disks(qmp)] == [f"{tmpfs}/w/drive-scsi0.raw"]
             await qmp.execute("quit")
         with trio.fail_after(60):
             await process.wait()
