@@ -257,14 +257,23 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         BusyError: somebody does.
     """
-    lock = _socket_folder(folder) / "lock"
+    sockets = _socket_folder(folder)
+    lock = sockets / "lock"
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            if not os.path.samestat(os.fstat(descriptor), lock.stat()):
+                raise BlockingIOError  # who had it has just ended, and somebody else has the new one
+        except (BlockingIOError, FileNotFoundError) as error:
             raise BusyError("restore to", str(folder), "another process fills the disks there") from error
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / STATE_NAME).exists():
+                with suppress(OSError):
+                    lock.unlink()
+                    sockets.rmdir()
     finally:
         os.close(descriptor)
 
@@ -427,7 +436,3 @@ def _tidy(state: LiveState) -> None:
         for path in [*paths, folder / LOG_NAME]:
             path.unlink(missing_ok=True)
     (folder / STATE_NAME).unlink(missing_ok=True)
-    with suppress(OSError):
-        sockets = _socket_folder(folder)
-        (sockets / "lock").unlink()
-        sockets.rmdir()

@@ -94,22 +94,21 @@ async def prepare_overlay(
     named = f"nbd+unix:///{urllib.parse.quote(identity, safe='')}?socket="
     below = ["-u", "-F", "raw", "-b", named + urllib.parse.quote(os.fspath(server))]
     if not await in_io_thread(lambda: path.exists() and path.stat().st_size > 0):
-        if not zeros:
-            await _run_tool([tool, "create", "-q", "-f", "qcow2", *below, _absolute(path), str(size)], "create", path)
-            return
-        await _run_tool([tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)], "create", path)
-        await _mark_zeros(path, zeros)
-    else:
-        await _check_overlay(tool, path, named, identity)
+        await _run_tool([tool, "create", "-q", "-f", "qcow2", *below, _absolute(path), str(size)], "create", path)
+        if zeros:
+            await _mark_zeros(path, zeros)
+        return
+    await _check_overlay(tool, path, named, identity)
     await _run_tool([tool, "rebase", "-q", "-f", "qcow2", *below, _absolute(path)], "write to", path)
 
 
 async def _mark_zeros(path: Path, zeros: Sequence[tuple[int, int]]) -> None:
-    """Let ranges of an image without anything below be zeros, as something of its own."""
+    """Let ranges of an image be zeros of its own; what is below is not opened for it."""
     program = await in_io_thread(find_tool, "qemu-io", TargetError)
     lines = "".join(f"write -q -z {at} {min(_ZERO_STEP, offset + length - at)}\n"
                     for offset, length in zeros for at in range(offset, offset + length, _ZERO_STEP))  # fmt: skip
-    await _run_tool([program, "-f", "qcow2", _absolute(path)], "write to", path, stdin=lines.encode())
+    options = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": _absolute(path)}}
+    await _run_tool([program, f"json:{json.dumps(options)}"], "write to", path, stdin=lines.encode())
 
 
 async def _check_overlay(tool: str, path: Path, named: str, identity: str) -> None:

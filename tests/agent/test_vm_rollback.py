@@ -254,7 +254,7 @@ async def test_a_rollback_that_is_killed_at_any_step_of_its_set_up_is_gone_on_wi
 
     async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
         await bench.backup(1000)
-        for last in range(9):
+        for last in (1, 2, 3, 4, 6, 8):  # those between which something is there and something else is not
             left = last
 
             async def until_killed(self: Qmp, command: str, *arguments: Any, **options: Any) -> Any:
