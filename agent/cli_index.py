@@ -87,15 +87,13 @@ def build(
         from agent.find_index.answering import update_index
         from agent.find_index.files import IndexFile, repository_key
         from core.errors import BusyError
-        from repository.archive import open_cache
-        from repository.stored_bytes import CACHE_SIZE
 
-        async with invocation.repository() as repository, open_cache(CACHE_SIZE) as cache:
+        async with invocation.repository() as repository:
             namespaces = await repository.namespaces(ns)
             infos = [info for one in namespaces for info in await repository.snapshots(one)]
             file = IndexFile(await repository_key(repository))
             done = await update_index(
-                file, repository, infos, namespaces, codec, cache, progress, recursive=True, rebuild=rebuild,
+                file, repository, infos, namespaces, codec, progress, recursive=True, rebuild=rebuild,
                 encrypted=encrypted, images=images,
             )  # fmt: skip
             if done is None:

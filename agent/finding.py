@@ -86,7 +86,7 @@ async def find_in_selection(
         return
     infos = {snapshot: one.info for snapshot, one in selection.snapshots.items()}
     async with answers(
-        repository, infos, query.pattern, query.letters, codec, cache, progress,
+        repository, infos, query.pattern, query.letters, codec, progress,
         namespaces=selection.namespaces or None, recursive=recursive, images=query.images,
     ) as known:  # fmt: skip
         await _find(repository, selection, known, query, codec, cache, progress, add)

@@ -118,17 +118,14 @@ def build(store: Path, snapshots: int) -> dict[str, Any]:
     from core.progress import Progress
     from datastore.codec import ChunkCodec
     from datastore.names import ROOT as TOP
-    from repository.archive import open_cache
     from repository.local import open_local
-    from repository.stored_bytes import CACHE_SIZE
 
     async def run() -> dict[str, Any]:
         repo = await open_local(store)
         file = IndexFile(await repository_key(repo))
         infos = (await repo.snapshots())[:snapshots]
         begin, cpu = time.perf_counter(), time.process_time()
-        async with open_cache(CACHE_SIZE) as cache:
-            done = await update_index(file, repo, infos, [TOP], ChunkCodec(), cache, Progress(), recursive=True)
+        done = await update_index(file, repo, infos, [TOP], ChunkCodec(), Progress(), recursive=True)
         assert done is not None
         taken, cpu = time.perf_counter() - begin, time.process_time() - cpu
         repo.close()
@@ -144,33 +141,30 @@ def query(store: Path, patterns: Sequence[str], rounds: int) -> dict[str, dict[s
     from core.progress import Progress
     from datastore.codec import ChunkCodec
     from pxar.patterns import MatchPattern
-    from repository.archive import open_cache
     from repository.local import open_local
-    from repository.stored_bytes import CACHE_SIZE
 
     async def run() -> dict[str, dict[str, float]]:
         repo = await open_local(store)
         infos = {info.snapshot: info for info in await repo.snapshots()}
         result = {}
-        async with open_cache(CACHE_SIZE) as cache:
-            for pattern in patterns:
-                times, cpus = [], []
-                for _ in range(rounds + 1):
-                    found: list[object] = []
-                    begin, cpu = time.perf_counter(), time.process_time()
-                    async with answers(
-                        repo, infos, MatchPattern.parse(pattern.encode()), frozenset("dflhbcps"), ChunkCodec(), cache,
-                        Progress(), namespaces=None, recursive=True,
-                    ) as known:  # fmt: skip
-                        assert len(known.parts) == len(infos)
-                        for snapshot, parts in known.parts.items():
-                            for archive, state in parts:
-                                await known.found(snapshot, archive, state, found.append)
-                    times.append(time.perf_counter() - begin)
-                    cpus.append(time.process_time() - cpu)
-                result[pattern] = {
-                    "s": statistics.median(times[1:]), "cpu_s": statistics.median(cpus[1:]), "found": len(found),
-                }  # fmt: skip
+        for pattern in patterns:
+            times, cpus = [], []
+            for _ in range(rounds + 1):
+                found: list[object] = []
+                begin, cpu = time.perf_counter(), time.process_time()
+                async with answers(
+                    repo, infos, MatchPattern.parse(pattern.encode()), frozenset("dflhbcps"), ChunkCodec(),
+                    Progress(), namespaces=None, recursive=True,
+                ) as known:  # fmt: skip
+                    assert len(known.parts) == len(infos)
+                    for snapshot, parts in known.parts.items():
+                        for archive, state in parts:
+                            await known.found(snapshot, archive, state, found.append)
+                times.append(time.perf_counter() - begin)
+                cpus.append(time.process_time() - cpu)
+            result[pattern] = {
+                "s": statistics.median(times[1:]), "cpu_s": statistics.median(cpus[1:]), "found": len(found),
+            }  # fmt: skip
         repo.close()
         return result
 

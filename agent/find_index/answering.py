@@ -20,7 +20,6 @@ from core.progress import Progress
 from datastore.codec import ChunkCodec
 from datastore.names import Namespace, Snapshot
 from pxar.patterns import MatchPattern
-from repository.archive import ChunkCache
 from repository.interface import Repository, SnapshotInfo
 
 
@@ -52,7 +51,7 @@ class Answers:
 
 async def update_index(
     file: IndexFile, repository: Repository, infos: Sequence[SnapshotInfo], namespaces: Sequence[Namespace],
-    codec: ChunkCodec, cache: ChunkCache, progress: Progress, *, recursive: bool, wait_s: float = LOCK_WAIT_S,
+    codec: ChunkCodec, progress: Progress, *, recursive: bool, wait_s: float = LOCK_WAIT_S,
     rebuild: bool = False, encrypted: bool | None = None, images: bool = False,
 ) -> Updated | None:  # fmt: skip
     """Make the index `file` agree with `repository`; None if somebody else is doing that.
@@ -83,7 +82,7 @@ async def update_index(
                 with closing(await in_io_thread(file.open_anew)) as connection:
                     if allowed is not None:
                         await in_io_thread(_allow_encrypted, file, connection, allowed)
-                    updater = Updater(file, connection, repository, codec, cache)
+                    updater = Updater(file, connection, repository, codec)
                     return await updater.update(infos, covered(names, recursive=recursive), progress, images=images)
             except DamagedIndexError as error:
                 if not again:
@@ -166,8 +165,8 @@ async def remove_index(folder: Path, one: IndexFile | None = None) -> list[Path]
 @asynccontextmanager
 async def answers(
     repository: Repository, infos: Mapping[Snapshot, SnapshotInfo | None], pattern: MatchPattern,
-    letters: frozenset[str], codec: ChunkCodec, cache: ChunkCache, progress: Progress,
-    *, namespaces: Sequence[Namespace] | None, recursive: bool, images: bool = False,
+    letters: frozenset[str], codec: ChunkCodec, progress: Progress, *,
+    namespaces: Sequence[Namespace] | None, recursive: bool, images: bool = False,
 ) -> AsyncIterator[Answers]:  # fmt: skip
     """What the index knows of `pattern`, while the block runs. Where it cannot be used there are no answers.
 
@@ -177,7 +176,6 @@ async def answers(
         pattern: what is looked for.
         letters: of which kinds.
         codec: with the key at hand.
-        cache: for what is read.
         progress: is warned if there should be an index and cannot be.
         namespaces: `infos` are all their snapshots, with `recursive` also of those below the first, and the index shall
             be brought up to date; None: it is used as it is, if there is one.
@@ -185,14 +183,14 @@ async def answers(
     """
     async with AsyncExitStack() as stack:
         yield await _answers(
-            stack, repository, infos, pattern, letters, codec, cache, progress, namespaces,
+            stack, repository, infos, pattern, letters, codec, progress, namespaces,
             recursive=recursive, images=images,
         )  # fmt: skip
 
 
 async def _answers(
     stack: AsyncExitStack, repository: Repository, infos: Mapping[Snapshot, SnapshotInfo | None],
-    pattern: MatchPattern, letters: frozenset[str], codec: ChunkCodec, cache: ChunkCache, progress: Progress,
+    pattern: MatchPattern, letters: frozenset[str], codec: ChunkCodec, progress: Progress,
     namespaces: Sequence[Namespace] | None, *, recursive: bool, images: bool,
 ) -> Answers:  # fmt: skip
     file = IndexFile(await repository_key(repository))
@@ -202,7 +200,7 @@ async def _answers(
             if namespaces is not None:
                 listed = [info for info in infos.values() if info is not None]
                 done = await update_index(
-                    file, repository, listed, namespaces, codec, cache, progress, recursive=recursive, images=images
+                    file, repository, listed, namespaces, codec, progress, recursive=recursive, images=images
                 )
                 notes = {} if done is None else done.notes
                 if done is None:

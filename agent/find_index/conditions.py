@@ -46,9 +46,10 @@ def directories_above(pattern: MatchPattern) -> MatchPattern | None:
     text = pattern.text
     while text.endswith(b"/**"):
         text = text[:-3]
-    if not text or text == pattern.text or text.endswith((b"*", b"\\", b"/")):
+    if not text or text == pattern.text or text.endswith((b"\\", b"/")):
         return None
-    return MatchPattern.parse(text)
+    above = MatchPattern.parse(text)
+    return None if above.last_name is None else above
 
 
 def _literal(parts: tuple[frozenset[int] | None, ...]) -> bytes:

@@ -33,13 +33,15 @@ from core.progress import Progress, Task
 from datastore.codec import ChunkCodec, format_fingerprint
 from datastore.errors import KeyNeededError
 from datastore.names import CATALOG_NAME, Snapshot, strip_archive_type
-from repository.archive import ChunkCache
+from repository.archive import ChunkCache, open_cache
 from repository.disks import disk_files
 from repository.interface import Repository, SnapshotInfo
 from repository.stored_bytes import archive_stream_names
 
 T = TypeVar("T")
 
+#: Bytes of chunks that are kept: an archive is read from its begin to its end, and from one directory's to the next.
+_CACHE: Final = 32 << 20
 #: Entries after which the progress is told of them.
 _TELL: Final = 4096
 
@@ -73,11 +75,10 @@ class Updater:
         connection: sqlite3.Connection,
         repository: Repository,
         codec: ChunkCodec,
-        cache: ChunkCache,
     ) -> None:
         """The index `file`, opened as `connection`; what is encrypted is read with the key of `codec`."""
         self._path, self._records = file.path, Records(connection)
-        self._repository, self._codec, self._cache = repository, codec, cache
+        self._repository, self._codec = repository, codec
         self._allowed = self._images = False
         self.done = Updated()
 
@@ -109,7 +110,8 @@ class Updater:
         if todo:
             with progress.task("index", len(todo), unit="snapshots") as task:
                 for info in todo:
-                    await self._try(info, known.get(_key(info.snapshot)), task)
+                    async with open_cache(_CACHE) as cache:
+                        await self._try(info, known.get(_key(info.snapshot)), cache, task)
                     task.advance(1)
         await self._in_thread(self._records.tidy)
         await self._in_thread(self._records.finish_indexes)
@@ -122,10 +124,10 @@ class Updater:
 
         return await in_io_thread(translated)
 
-    async def _try(self, info: SnapshotInfo, known: Known | None, task: Task) -> None:
+    async def _try(self, info: SnapshotInfo, known: Known | None, cache: ChunkCache, task: Task) -> None:
         """Index one snapshot, or remember why that cannot be."""
         try:
-            await self._snapshot(info, known, task)
+            await self._snapshot(info, known, cache, task)
         except IndexFileError:
             raise
         except FleeceError as error:
@@ -147,9 +149,9 @@ class Updater:
             return True
         return self._allowed and any(part.why == SEALED for part in known.parts if self._images or not part.image)
 
-    async def _snapshot(self, info: SnapshotInfo, known: Known | None, task: Task) -> None:
+    async def _snapshot(self, info: SnapshotInfo, known: Known | None, cache: ChunkCache, task: Task) -> None:
         quiet = Progress()
-        async with open_snapshot(self._repository, info.snapshot, self._codec, self._cache, quiet) as opened:
+        async with open_snapshot(self._repository, info.snapshot, self._codec, cache, quiet) as opened:
             notes = list(quiet.warnings)
             if notes:
                 self.done.notes[info.snapshot] = notes

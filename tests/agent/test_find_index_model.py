@@ -167,7 +167,8 @@ def test_every_state_is_what_it_was(
         if data.draw(st.booleans()):
             records.tidy()
         records.finish_indexes()
-        if model and data.draw(st.booleans()):
+        remove: bool = data.draw(st.booleans())
+        if model and remove:
             gone: int = data.draw(st.sampled_from(sorted(model)))
             del model[gone]
             (one,) = [known.id for known in records.snapshots().values() if known.parts[0].state == gone]
@@ -183,6 +184,7 @@ def test_every_state_is_what_it_was(
 
 
 @given(st.lists(names, min_size=1, max_size=4), patterns())
+@example([b"ab", b"a**", b"x"], MatchPattern.parse(b"a*/**"))
 @example([b"a", b"xb"], MatchPattern.parse(b"[^b]b"))
 @example([b"\xc3\xbc"], MatchPattern.parse(b"??"))
 @example([b"\xbc"], MatchPattern.parse(b"?"))

@@ -75,19 +75,11 @@ class Finder:
 
     async def update(self, key: CryptKey | None = None, **more: bool | None) -> Updated:
         codec = ChunkCodec(key, CryptMode.ENCRYPT if key else CryptMode.NONE)
-        async with open_cache(CACHE_SIZE) as cache:
-            namespaces = await self.repository.namespaces()
-            infos = [info for ns in namespaces for info in await self.repository.snapshots(ns)]
-            done = await update_index(
-                await self.file(),
-                self.repository,
-                infos,
-                namespaces,
-                codec,
-                cache,
-                Progress(),
-                recursive=True,
-                **more,  # type: ignore[arg-type]
-            )
+        namespaces = await self.repository.namespaces()
+        infos = [info for ns in namespaces for info in await self.repository.snapshots(ns)]
+        done = await update_index(
+            await self.file(), self.repository, infos, namespaces, codec, Progress(), recursive=True,
+            **more,  # type: ignore[arg-type]
+        )  # fmt: skip
         assert done is not None
         return done
