@@ -18,6 +18,7 @@ from core.progress import Progress
 from datastore.manifest import Manifest
 from datastore.names import strip_archive_type
 from hypervisor.efi import EFI_VARS_NAME
+from hypervisor.efi_firmware import VARIABLES_SIZES, find_firmware
 from hypervisor.machine import Backing, Firmware, Machine, from_files, start_script
 from hypervisor.machine_model import machine_name
 from hypervisor.nbd_address import NbdAddress
@@ -27,17 +28,6 @@ from hypervisor.tpm import STATE_NAME
 RUN_FOLDER: Final = "run"
 TPM_FOLDER: Final = "tpm"
 SCRIPT_NAME: Final = "start.sh"
-#: EFI firmware of Debian's packages, by architecture, Secure Boot, and bytes of the variables it has.
-_FIRMWARE: Final[Mapping[tuple[str, bool, int], str]] = {
-    ("x86_64", False, 540672): "/usr/share/OVMF/OVMF_CODE_4M.fd",
-    ("x86_64", True, 540672): "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd",
-    ("x86_64", False, 131072): "/usr/share/OVMF/OVMF_CODE.fd",
-    ("x86_64", True, 131072): "/usr/share/OVMF/OVMF_CODE.secboot.fd",
-    ("aarch64", False, 67108864): "/usr/share/AAVMF/AAVMF_CODE.fd",
-    ("aarch64", True, 67108864): "/usr/share/AAVMF/AAVMF_CODE.fd",
-}
-#: Bytes of the variables of usual firmware: Proxmox VE keeps those of 4 MiB in a larger volume.
-_USUAL_VARIABLES: Final[Mapping[str, int]] = {"x86_64": 540672, "i386": 540672, "aarch64": 67108864}
 _VARIABLES_NODE: Final = "efi-variables"
 #: Bytes of a small file that is looked into.
 _MAX_FILE: Final = 4 * 1024 * 1024
@@ -86,18 +76,17 @@ def firmware_for(machine: Machine, vm: RestoredVm, given: Path | None, progress:
     if not machine.efi:
         return None
     kept = next((disk for disk in vm.disks if disk.archive == machine.efi_archive and disk.kind != "nbd"), None)
-    arch = "x86_64" if machine.arch == "i386" else machine.arch
-    variables = None
-    size = _USUAL_VARIABLES[machine.arch]
+    variables, size = None, None
     if EFI_VARS_NAME in vm.files:
         path = vm.files[EFI_VARS_NAME]
         size = path.stat().st_size
         variables = Backing.file(path, _VARIABLES_NODE)
     elif kept is not None:
-        variables = _part(Path(kept.target), kept.format, min(size, kept.size))
-        size = min(size, kept.size)
-    code = given or Path(_FIRMWARE.get((arch, machine.secure_boot, size), ""))
-    if not code.is_file():
+        # Proxmox VE keeps them in a volume that may be larger.
+        size = max([one for one in VARIABLES_SIZES if one <= kept.size], default=kept.size)
+        variables = _part(Path(kept.target), kept.format, size)
+    code = given or find_firmware(machine.arch, variables=size, secure=machine.secure_boot)
+    if code is None or not code.is_file():
         progress.warn(
             "the machine has EFI firmware, and none on this host fits its variables: it would start as with a BIOS; "
             "install the package ovmf (or qemu-efi-aarch64), or give --firmware"
