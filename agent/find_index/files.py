@@ -30,7 +30,7 @@ _POLL_S: Final = 0.05
 #: Seconds SQLite waits where two processes meet for a moment.
 _BUSY_S: Final = 30.0
 #: KiB of pages in memory.
-_CACHE_KIB: Final = 32 << 10
+_CACHE_KIB: Final = 16 << 10
 #: Bytes of a row; the longest name has 4095.
 _MAX_ROW: Final = 1 << 16
 

@@ -41,7 +41,7 @@ from repository.stored_bytes import archive_stream_names
 T = TypeVar("T")
 
 #: Bytes of chunks that are kept: an archive is read from its begin to its end, and from one directory's to the next.
-_CACHE: Final = 32 << 20
+_CACHE: Final = 16 << 20
 #: Entries after which the progress is told of them.
 _TELL: Final = 4096
 
