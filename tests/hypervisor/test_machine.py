@@ -265,8 +265,14 @@ MACHINES: Final[dict[str, tuple[Callable[[str, Sequence[str]], Machine], str, li
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("of", ["distribution", "backports"])
-@pytest.mark.parametrize("name", list(MACHINES))
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        *((name, "distribution") for name in MACHINES),
+        ("stock", "backports"),
+        *(pytest.param(name, "backports", marks=pytest.mark.long) for name in MACHINES if name != "stock"),
+    ],
+)
 def test_qemu_starts_the_machine_with_every_disk_at_its_place(tmp_path: Path, name: str, of: str) -> None:
     read, text, archives = MACHINES[name]
     machine = read(text, archives)
@@ -422,7 +428,7 @@ def check_harmless(machine: Machine) -> None:
         assert text.isprintable()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(WORDS, st.lists(st.sampled_from(["drive-a.img", "drive-b.img", "drive-virtio0.img"]), unique=True))
 def test_no_command_line_brings_anything_of_the_host_along(words: list[str], archives: list[str]) -> None:
     check_harmless(from_command_line(words, archives))
