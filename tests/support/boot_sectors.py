@@ -1,11 +1,11 @@
 """Disks that a BIOS boots: a sector of code of our own, for guests that start in a tenth of a second.
 
-    say(serial=..., screen=...)   writes texts, then rests as an idle system does
-    then="halt"                   ... or stops with interrupts off, as a boot loader that gives up
-    then="spin"                   ... or runs in a circle, as a kernel that panics
-    then="write"                  ... or writes to its disk for ever
-    then="reset"                  ... or starts anew
-    silent()                      a disk that can be booted and does nothing
+say(serial=..., screen=...)   writes texts, then rests as an idle system does
+then="halt"                   ... or stops with interrupts off, as a boot loader that gives up
+then="spin"                   ... or runs in a circle, as a kernel that panics
+then="write"                  ... or writes to its disk for ever
+then="reset"                  ... or starts anew
+silent()                      a disk that can be booted and does nothing
 """
 
 from typing import Final
@@ -26,7 +26,9 @@ _THEN: Final = {
     "spin": bytes.fromhex("fbebfe"),
     "reset": bytes.fromhex("b0fee664f4"),  # mov al,0xfe; out 0x64,al; hlt
     # Sectors from 64 on, each with what lies at 0:0x8000, by the BIOS's extended write; the address counts up.
-    "write": bytes.fromhex("be007bc7041000c7440240 00c74404 0080c744060000c74408 4000c7440a0000c7440c0000c7440e0000".replace(" ", ""))
+    "write": bytes.fromhex(
+        "be007bc7041000c7440240 00c74404 0080c744060000c74408 4000c7440a0000c7440c0000c7440e0000".replace(" ", "")
+    )
     + bytes.fromhex("fbb443b280b000cd138344084083540a00ebee"),
 }
 
