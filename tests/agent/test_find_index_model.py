@@ -241,3 +241,20 @@ def test_what_is_equal_is_not_written_again(opened: Callable[[], tuple[IndexFile
     tree[b"d"] = ("f", 1, 1)
     write(connection, list(listed(tree)))
     assert Records(connection).counts()["entry"] == 5
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_what_only_a_removed_state_had_is_thrown_away(
+    opened: Callable[[], tuple[IndexFile, sqlite3.Connection]], gone: int
+) -> None:
+    _, connection = opened()
+    records = Records(connection)
+    kept = {b"a": {b"b": ("f", 1, 1)}}
+    for number, tree in enumerate([kept, {**kept, b"only": {b"here": ("f", 2, 2)}}, kept][: gone + 1]):
+        state = write(connection, list(listed(tree)))
+        time = f"2026-01-{number + 1:02}T00:00:00Z"
+        records.record(Snapshot.parse(f"host/web/{time}"), b"", b"", [Part("root.pxar", state, False)])
+    records.forget([known.id for key, known in records.snapshots().items() if "-02T" in key[2]])
+    records.tidy()
+    counts = records.counts()
+    assert (counts["entry"], counts["dir"], counts["state"]) == (2, 2, gone)
