@@ -80,6 +80,7 @@ bench: setup-bench
 	$(PYTHON) bench/wire.py
 	$(PYTHON) bench/s3.py
 	$(PYTHON) bench/host.py
+	$(PYTHON) bench/nbd_devices.py
 	$(PYTHON) bench/vm.py
 	$(PYTHON) bench/image_files.py
 
