@@ -312,10 +312,14 @@ async def _over(sock: socket.socket, where: str, timeout_s: float) -> AsyncItera
 
 
 def _hung_up(error: QmpError) -> bool:
-    """Whether the connection was made, and then closed from the other side."""
+    """Whether the connection was made, and then closed from the other side; or not answered by a greeting.
+
+    What QEMU could not send to a client that left in the middle it sends to the next one, before the greeting.
+    """
     cause = error.__cause__
     return isinstance(error, QmpLostError) or (
-        isinstance(cause, ConnectError) and isinstance(cause.exc, ConnectionError | EOFError)
+        isinstance(cause, ConnectError)
+        and not (isinstance(cause.exc, OSError) and not isinstance(cause.exc, ConnectionError))
     )
 
 
