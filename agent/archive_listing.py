@@ -62,9 +62,13 @@ def walk_nodes(directory: Directory, path: bytes) -> Iterator[tuple[bytes, Node,
         ArchiveError: the archive is broken, or deeper than any tree.
         FleeceError: it cannot be read.
     """
-    stack = [(path.rstrip(b"/") + b"/", directory.stream())]
+    # One path for all directories that are open: a prefix for each would be gigabytes in an archive made for that.
+    open_path = bytearray(path.rstrip(b"/") + b"/")
+    stack = [(len(open_path), directory.stream())]
     while stack:
-        prefix, nodes = stack[-1]
+        length, nodes = stack[-1]
+        del open_path[length:]
+        prefix = bytes(open_path)
         for node in nodes:
             below = prefix + node.name
             if not isinstance(node, Directory):
@@ -73,7 +77,8 @@ def walk_nodes(directory: Directory, path: bytes) -> Iterator[tuple[bytes, Node,
             yield below, node, True
             if len(stack) >= MAX_DEPTH:
                 raise too_deep(below)
-            stack.append((below + b"/", node.stream()))
+            open_path += node.name + b"/"
+            stack.append((len(open_path), node.stream()))
             break
         else:
             stack.pop()
@@ -91,14 +96,20 @@ def walk_catalog(catalog: Catalog, directory: CatalogEntry) -> Iterator[tuple[by
         FormatError: the catalog is broken.
         FleeceError: it cannot be read.
     """
-    prefixes = [b"/"]
+    open_path, lengths = bytearray(b"/"), [1]
+    prefix = b"/"
     for depth, entry in catalog.walk(directory):
-        path = prefixes[depth] + entry.name
+        if lengths[depth] != len(prefix):
+            del open_path[lengths[depth] :], lengths[depth + 1 :]
+            prefix = bytes(open_path)
+        path = prefix + entry.name
         if entry.kind != DIRECTORY:
             yield path, entry, False
             continue
-        del prefixes[depth + 1 :]
-        prefixes.append(path + b"/")
+        del lengths[depth + 1 :]
+        open_path += entry.name + b"/"
+        lengths.append(len(open_path))
+        prefix = bytes(open_path)
         yield path, entry, True
 
 
