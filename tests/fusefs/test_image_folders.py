@@ -27,8 +27,8 @@ def test_file_systems_of_an_image_lie_beside_it(fuse: None, store_folder: Path, 
         beginning = file.read(2 << 20)
     starts = partitioned(image, [ext4.path, fat.path, b"unknown" * 1000, beginning])
     # The superblock of the last one says that its blocks are huge.
-    with image.open("r+b") as file:
-        os.pwrite(file.fileno(), b"\xff\xff", starts[3] + 1024 + 24)
+    with image.open("r+b") as changed:
+        os.pwrite(changed.fileno(), b"\xff\xff", starts[3] + 1024 + 24)
 
     async def fill() -> None:
         repo = await open_local(store_folder)
