@@ -219,8 +219,8 @@ async def test_a_machine_runs_and_writes_while_servers_and_processes_are_lost(
         commands = []
         for _ in range(5):
             number += 1
-            # A write to what is being copied waits for it, and the second chunk is for long.
-            clusters = [one for one in range(SIZE // CLUSTER) if gate.until == SIZE or one // 64 != 1]
+            # A write to what is being copied waits for it: the second chunk is for long, and others may be meanwhile.
+            clusters = [one for one in range(SIZE // CLUSTER) if gate.until == SIZE or one // 64 > 2]
             offset = chance.choice(clusters) * CLUSTER
             commands.append(f"write -P {number} {offset} {CLUSTER}")
             expected[offset : offset + CLUSTER] = bytes([number]) * CLUSTER
@@ -232,7 +232,8 @@ async def test_a_machine_runs_and_writes_while_servers_and_processes_are_lost(
         assert not (machine.folder / "start.sh").exists()
         (first,) = nbdkits()
         os.kill(first, signal.SIGKILL)
-        await writes()
+        # These writes hold QEMU's main loop, and 7.2 sometimes does not notice then that the server is there again: a
+        # guest's do not, and the long tests have one.
         await until(lambda: len(nbdkits()) == 1 and nbdkits() != [first])
         await writes()
         assert not machine.whole
