@@ -128,10 +128,15 @@ def main(pipe: str, control: int) -> int:
                     fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIECE)
             with suppress(OSError):  # the session may be gone
                 os.write(1, b"r")
+            rest = b""
             while data := os.read(0, _PIECE):
-                _write(reader, stream.take(data))
+                # Whole blocks only: GNU tar gives up a pipe from which it reads a part of one.
+                ready = rest + stream.take(data)
+                count = len(ready) // _BLOCK * _BLOCK
+                _write(reader, ready[:count])
+                rest = ready[count:]
             whole = os.read(control, 1) == b"1"
-            _write(reader, stream.end if whole else stream.nonsense(), None if whole else PATIENCE_S)
+            _write(reader, rest + (stream.end if whole else stream.nonsense()), None if whole else PATIENCE_S)
     except ValueError:
         assert reader is not None
         _write(reader, NONSENSE, PATIENCE_S)

@@ -95,6 +95,22 @@ def pipe(tmp_path: Path) -> Path:
     return tmp_path / "of-one/root.tar"
 
 
+async def test_a_reader_gets_whole_blocks(pipe: Path) -> None:
+    """GNU tar takes nothing else from a pipe."""
+    async with open_tar_pipe(pipe) as opened:
+        reader = await trio.to_thread.run_sync(os.open, pipe, os.O_RDONLY)
+        await opened.reader()
+        sent = got = b""
+        for start in range(0, END, 1000):
+            await opened.send(ARCHIVE[start : start + 1000])
+            sent += ARCHIVE[start : start + 1000]
+            while len(sent) - len(got) > 2 * BLOCK:
+                got += await trio.to_thread.run_sync(os.read, reader, 10240)
+                assert len(got) % BLOCK == 0
+        assert ARCHIVE.startswith(got)
+        os.close(reader)
+
+
 async def test_the_reader_gets_all_of_it(pipe: Path, tmp_path: Path) -> None:
     async with open_tar_pipe(pipe) as opened, trio.open_nursery() as nursery:
         nursery.start_soon(trio.run_process, ["tar", "xf", str(pipe), "-C", str(tmp_path)])
