@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from tests.support.cache import ROOT, Unavailable
 from tests.support.debian_image import debian_image
 from tests.support.debian_vm import DebianVm
+from tests.support.disk_images import MadeImage, made_image
 from tests.support.golden_store import unpack_golden_store
 from tests.support.guest import SmallGuest, small_guest
 from tests.support.qemu_binaries import QemuBinary, backports_qemu, distribution_qemu
@@ -81,6 +82,12 @@ def _or_skip(get: Callable[[], T]) -> T:
         return get()
     except Unavailable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture
+def made() -> Callable[[str], MadeImage]:
+    """A disk image of a kind; skips where it cannot be made (no root, no loop devices, no packages)."""
+    return lambda kind: _or_skip(lambda: made_image(kind))
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.qemu) for name in _QEMUS])

@@ -10,27 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.agent.conftest import Fleece
-from tests.support.cache import Unavailable
-from tests.support.disk_images import MadeImage, made_image, partitioned
+from tests.support.disk_images import MadeImage, partitioned
 
 
 @pytest.fixture
-def images() -> Callable[[str], MadeImage]:
-    def get(kind: str) -> MadeImage:
-        try:
-            return made_image(kind)
-        except Unavailable as reason:
-            pytest.skip(f"no {kind} to test with: {reason}")
-
-    return get
-
-
-@pytest.fixture
-def disk(stored: Fleece, tmp_path: Path, images: Callable[[str], MadeImage]) -> MadeImage:
+def disk(stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]) -> MadeImage:
     """A snapshot with a disk: FAT, ext4, something unknown. Gives what is in the ext4."""
-    ext4 = images("ext4")
+    ext4 = made("ext4")
     image = tmp_path / "disk.raw"
-    partitioned(image, [images("fat16").path, ext4.path, b"nobody knows what this is" * 4000])
+    partitioned(image, [made("fat16").path, ext4.path, b"nobody knows what this is" * 4000])
     (tmp_path / "note").write_text("note")
     done = stored(
         "backup", f"drive-scsi0.img:{image}", f"note.conf:{tmp_path / 'note'}", "--backup-type", "vm",
@@ -70,10 +58,10 @@ def test_a_disk_is_listed_and_searched_as_archives_are(stored: Fleece, disk: Mad
 
 
 def test_files_of_two_backups_of_a_disk_are_compared(
-    stored: Fleece, tmp_path: Path, images: Callable[[str], MadeImage]
+    stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]
 ) -> None:
     image = tmp_path / "disk.raw"
-    (start,) = partitioned(image, [images("fat12").path])
+    (start,) = partitioned(image, [made("fat12").path])
     snapshots = []
     place = image.read_bytes().index(b"hello", start)
     for day, content in (("01", b"hello"), ("02", b"HELLO")):  # changed by somebody who hides it

@@ -1,6 +1,6 @@
 """Files on disk images in the index: asked for with `--images`, and found as the images themselves have them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -9,8 +9,7 @@ import pytest
 from agent.find_index.recording import Records
 from repository.local import open_local
 from tests.agent.conftest import Fleece
-from tests.support.cache import Unavailable
-from tests.support.disk_images import made_image, partitioned
+from tests.support.disk_images import MadeImage, partitioned
 from tests.support.finder import Finder
 from tests.support.stores import chunk_files
 
@@ -25,12 +24,9 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def finder(stored: Fleece, tmp_path: Path) -> AsyncIterator[Finder]:
+async def finder(stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]) -> AsyncIterator[Finder]:
     """Snapshots with a folder and a disk of FAT and ext4; of the last one a part of the disk is unknown."""
-    try:
-        fat, ext4 = made_image("fat16").path, made_image("ext4").path
-    except Unavailable as reason:
-        pytest.skip(f"no file systems to test with: {reason}")
+    fat, ext4 = made("fat16").path, made("ext4").path
     folder = tmp_path / "etc"
     folder.mkdir()
     (folder / "fstab").write_text("in an archive")

@@ -59,7 +59,7 @@ def group() -> tuple[list[Path], list[dict[str, str]]]:
     """The physical volumes, and the segments as LVM lists them."""
     try:
         folder = cached("lvm-images-1", _made)
-    except Unavailable as reason:
+    except Unavailable as reason:  # not root, or neither packages nor a network to get them by
         pytest.skip(f"no volume group to test with: {reason}")
     segments = json.loads((folder / "segments.json").read_text())["report"][0]["seg"]
     return [folder / "pv0.img", folder / "pv1.img"], segments

@@ -38,7 +38,7 @@ def disk(tmp_path: Path) -> Callable[[str], tuple[bytearray, list[dict[str, int]
         try:
             run_tool(["sfdisk", "-q", path], stdin=_TABLES[kind])
             found = json.loads(run_tool(["sfdisk", "--json", path]))["partitiontable"]["partitions"]
-        except Unavailable as reason:
+        except Unavailable as reason:  # neither the package nor a network to get it by
             pytest.skip(f"no partition tables to test with: {reason}")
         return bytearray(path.read_bytes()), [
             {"number": int(one["node"].removeprefix(str(path)).lstrip("p")), "start": one["start"], "size": one["size"]}

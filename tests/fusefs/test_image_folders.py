@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,17 +12,15 @@ import trio
 
 from repository.local import open_local
 from tests.fusefs.mounts import FIRST, error_of, mounted, names, write
-from tests.support.cache import Unavailable
-from tests.support.disk_images import made_image, partitioned
+from tests.support.disk_images import MadeImage, partitioned
 
 pytestmark = pytest.mark.fuse
 
 
-def test_file_systems_of_an_image_lie_beside_it(fuse: None, store_folder: Path, tmp_path: Path) -> None:
-    try:
-        ext4, fat = made_image("ext4-1k"), made_image("fat12")
-    except Unavailable as reason:
-        pytest.skip(f"no file system to test with: {reason}")
+def test_file_systems_of_an_image_lie_beside_it(
+    fuse: None, store_folder: Path, tmp_path: Path, made: Callable[[str], MadeImage]
+) -> None:
+    ext4, fat = made("ext4-1k"), made("fat12")
     image = tmp_path / "disk.raw"
     with ext4.path.open("rb") as file:
         beginning = file.read(2 << 20)
