@@ -10,6 +10,7 @@ from typing import Any
 from h2.connection import H2Connection
 from h2.events import Event
 from h2.frame_buffer import FrameBuffer
+from h2.windows import WindowManager
 from hyperframe.frame import DataFrame, Frame
 
 from core.buffers import Buffer
@@ -20,6 +21,8 @@ _DATA = 0
 _END_STREAM = 1
 #: Bytes of a body that is worth memory of its own before it is there.
 _LONG = 64 << 10
+#: Bytes for which the other side gets new credit together, on the connection as a whole.
+_CREDIT_STEP = 1 << 20
 
 
 class _Body:
@@ -98,6 +101,19 @@ class _BulkBuffer(FrameBuffer):
         return super().__next__()
 
 
+class _Credit(WindowManager):
+    """h2 waits until half a window is used, and a sender far away then stands still until the news has come."""
+
+    def process_bytes(self, size: int) -> int | None:
+        """See h2."""
+        increment = super().process_bytes(size)
+        if not increment and self._bytes_processed >= _CREDIT_STEP:
+            increment = min(self._bytes_processed, self.max_window_size - self.current_window_size)
+            self._bytes_processed = 0
+            self.current_window_size += increment
+        return increment
+
+
 class BulkConnection(H2Connection):
     """As `h2.connection.H2Connection`."""
 
@@ -105,6 +121,8 @@ class BulkConnection(H2Connection):
         super().__init__(*arguments, **options)
         self.incoming_buffer = self._bulk = _BulkBuffer(server=not self.config.client_side)
         self._parts: list[Buffer] = []  #: to be sent before what h2 keeps
+        window = self._inbound_flow_control_window_manager.max_window_size
+        self._inbound_flow_control_window_manager = _Credit(window)
 
     def place(self) -> memoryview | None:
         """Where the bytes that come next shall go, all of which belong to one long body; None: to `receive_data`."""

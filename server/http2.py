@@ -401,7 +401,11 @@ class Http2Server:
             await self._wake.wait()
 
     def _fill(self) -> None:
-        """Hand h2 one frame of the streams that have something to send, in turn."""
+        """Hand h2 one frame of the streams that have something to send.
+
+        A body goes whole before the next one. In turn, bodies asked for together would all end together, and with the
+        next requests a client far away would wait for nothing for a round trip.
+        """
         for _ in range(len(self._queue)):
             stream = self._queue.popleft()
             if stream.gone:
@@ -435,7 +439,7 @@ class Http2Server:
             if final:
                 stream.complete = False
             if not final and (stream.outgoing or stream.complete) and stream not in self._queue:
-                self._queue.append(stream)
+                self._queue.appendleft(stream)
             stream.room.set()
             return
 

@@ -205,3 +205,27 @@ def test_long_bodies_come_to_where_they_stay(step: int, in_place: bool) -> None:
         *[DataReceived, PingReceived] * 3, DataReceived, StreamEnded, PingReceived,
     ]  # fmt: skip
     assert (placed > 0) is (in_place and step < len(body))
+
+
+def test_credit_comes_back_long_before_half_a_window_is_used() -> None:
+    """A sender at the other end of a long line stands still otherwise, with half of the window unused."""
+    client, server = (BulkConnection(H2Configuration(client_side=side)) for side in (True, False))
+    client.initiate_connection()
+    server.initiate_connection()
+    window = 32 << 20
+    server.increment_flow_control_window(window - 65535)
+    client.receive_data(server.data_to_send())
+    server.receive_data(client.data_to_send())
+    assert client.outbound_flow_control_window == window
+    sent = 0
+    for number in range(1, 2 * 70, 2):
+        client.send_headers(number, [(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/")])
+        for _ in range(3):
+            client.send_data(number, BODY[:16_000])
+            sent += 16_000
+        for event in server.receive_data(client.data_to_send()):
+            if isinstance(event, DataReceived):
+                server.acknowledge_received_data(event.flow_controlled_length, number)
+        client.receive_data(server.data_to_send())
+        assert window - client.outbound_flow_control_window <= 1 << 20
+    assert sent > 2 << 20

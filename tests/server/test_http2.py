@@ -249,3 +249,32 @@ async def test_the_memory_for_bodies_of_32_clients_is_bounded_and_none_waits_for
     assert done == 32
     assert http2._of_all().credited == 0
     assert http2._of_all().connections == 0
+
+
+async def test_an_answer_goes_whole_before_the_next_one_unless_its_own_window_is_closed() -> None:
+    """In turn, answers asked for together would end together, and a client far away would then wait for the next."""
+
+    async def respond(request: H2Request) -> Answer:
+        return Answer(parts=[bytes(200_000), bytes(100_000)])
+
+    order: list[int] = []
+
+    async with connected(respond) as (client, _):
+        client.h2.increment_flow_control_window(8 << 20)
+        numbers = [client.start(end=True) for _ in range(4)]
+        for number in numbers[1:]:
+            client.h2.increment_flow_control_window(1 << 20, number)
+        await client.flush()
+
+        def seen() -> bool:
+            for number in numbers:
+                if len(client.bodies.get(number, b"")) == 300_000 and number not in order:
+                    order.append(number)
+            # All that came is of whole bodies, but for the one that is coming and the one with a small window.
+            parts = [one for one in numbers[1:] if 0 < len(client.bodies.get(one, b"")) < 300_000]
+            assert len(parts) <= 1
+            return len(order) == 4
+
+        await client.until(seen)
+        assert order[-1] == numbers[0]
+        assert sorted(order[:-1]) == numbers[1:]
