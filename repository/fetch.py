@@ -2,11 +2,12 @@
 
     reader  ->  CRC, decrypt, decompress  ->  digests in batches  ->  consumer
 
-Where chunks come by a few quick system calls, the worker that decodes a chunk reads it itself.
-Restore, verify and the mount's read-ahead all read this way. A fixed number of chunks is on its way, so memory is
-bounded whatever the archive's size.
+Where chunks come by a few quick system calls, the worker that decodes a chunk reads it itself. From elsewhere more are
+asked for at a time the longer the way is. Restore, verify and the mount's read-ahead all read this way. The number of
+chunks on their way has a limit, so memory is bounded whatever the archive's size.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -32,9 +33,15 @@ from repository.remote.errors import RemoteUnavailableError
 
 #: Chunks on their way at most. A buffer has 4 MiB, and until it is decoded there is the blob beside it.
 MAX_CHUNKS: Final = 40
-#: Tasks that read, and chunks read by one call of theirs: enough to make a hand-over cheap.
-READERS: Final = 3
-READ_AT_ONCE: Final = 4
+#: Chunks that are asked for at a time at first, and at most.
+READERS: Final = 12
+MAX_READERS: Final = 32
+#: Of the quickest answer's time: as long as answers take less than this on average, nothing of what was asked for waits
+#: for its turn, and more may be.
+UNHURRIED: Final = 1.5
+#: Chunks handed over together to decoders that read: enough to make it cheap; and by how many tasks.
+DEALT_AT_ONCE: Final = 4
+DEALERS: Final = 3
 #: Numbers of chunks that are sorted into disk order together.
 ORDER_WINDOW: Final = 256
 #: Chunks consumed at the same time if the order does not matter.
@@ -115,6 +122,30 @@ class _Wanted:
     result: Buffer | FleeceError = b""
 
 
+class Way:
+    """How many chunks should be on their way here at a time, by the time that answers take.
+
+    As long as the line has room, an answer takes the round trip and its own length, whatever else is asked for; from
+    then on it takes longer with each further question, and nothing is won.
+    """
+
+    def __init__(self) -> None:
+        self.width = READERS  #: chunks
+        self._quickest_s = math.inf
+        self._answers_s: list[float] = []  # since `width` was last thought about
+
+    def answered(self, seconds: float) -> None:
+        """An answer has come, so many seconds after its question."""
+        self._quickest_s = min(self._quickest_s, seconds)
+        self._answers_s.append(seconds)
+        if len(self._answers_s) < self.width:
+            return
+        average_s = sum(self._answers_s) / len(self._answers_s)
+        self._answers_s.clear()
+        if average_s < UNHURRIED * self._quickest_s:
+            self.width = min(MAX_READERS, self.width + self.width // 4)
+
+
 class _Fetch:
     """Three crews with deques between them: readers, decoders, consumers. For one `run`.
 
@@ -144,7 +175,9 @@ class _Fetch:
         if isinstance(reader, BlockingReads) and reader.reads_block_briefly:
             self._blocking = reader
         self._read_s = 0.0  # seconds of a read in a worker thread, an average that forgets
-        self._reading = READERS
+        self._reading = 0  # tasks that read
+        self._dealt = False  # all chunks
+        self._way = Way()
         self._decoding = cpu_count()
         self._read: deque[_Wanted] = deque()
         self._decoders = ParkingLot()
@@ -156,8 +189,7 @@ class _Fetch:
     async def run(self) -> None:
         """Read and consume everything."""
         async with open_nursery() as nursery:
-            for _ in range(READERS):
-                nursery.start_soon(self._read_chunks)
+            self._more_readers(nursery, DEALERS if self._blocking else READERS)
             for _ in range(cpu_count()):
                 nursery.start_soon(self._decode_chunks)
             for _ in range(1 if self._ordered else CONSUMERS):
@@ -165,12 +197,21 @@ class _Fetch:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    async def _read_chunks(self) -> None:
+    def _more_readers(self, nursery: trio.Nursery, count: int) -> None:
+        for _ in range(count):
+            self._reading += 1
+            nursery.start_soon(self._read_chunks, nursery)
+
+    async def _read_chunks(self, nursery: trio.Nursery) -> None:
         while chunks := await self._deal():
             if self._blocking is None:
+                start = trio.current_time()
                 digests = [self._archive.index.digest(chunk.number) for chunk in chunks]
                 for chunk, blob in zip(chunks, await _read_blobs(self._reader, digests), strict=True):
                     chunk.blob = blob
+                self._way.answered(trio.current_time() - start)
+                if not self._dealt:
+                    self._more_readers(nursery, self._way.width - self._reading)
             now = trio.current_time()
             for chunk in chunks:
                 if isinstance(chunk.blob, FleeceError):
@@ -180,6 +221,7 @@ class _Fetch:
                     chunk.since = now
                     self._read.append(chunk)
             self._decoders.unpark()
+        self._dealt = True
         self._reading -= 1
         if not self._reading:
             self._decoders.unpark_all()  # nothing will join what waits for company
@@ -194,7 +236,7 @@ class _Fetch:
                     order = await in_io_thread(self._reader.disk_order, digests)
                     self._window = [self._window[position] for position in order]
             chunks: list[_Wanted] = []
-            for number in self._window[:READ_AT_ONCE]:
+            for number in self._window[: DEALT_AT_ONCE if self._blocking else 1]:
                 # Waits for the first buffer only: what holds some must not wait for more.
                 if chunks and (not self._slots.value or self._lease.pool.exhausted):
                     break

@@ -1,7 +1,7 @@
 """Archives of a snapshot to disks, streams and files, each chunk checked."""
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -9,13 +9,14 @@ import pytest
 import trio
 
 from core.errors import FleeceError, FormatError, NotFoundError, TargetError
+from datastore.blob import Blob
 from datastore.codec import ChunkCodec, CryptKey
 from datastore.crypt_mode import CryptMode
 from datastore.errors import ChunkNotFoundError, CorruptChunkError, KeyNeededError
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import BackupType, Group
 from repository.backup import SnapshotWriter
-from repository.fetch import SLOW_READ_S
+from repository.fetch import MAX_READERS, READERS, SLOW_READ_S, Way
 from repository.interface import FIXED_CHUNK_SIZE as CHUNK
 from repository.local import open_local
 from repository.restore import load_manifest, restore_blob, restore_disk, restore_stream
@@ -289,3 +290,54 @@ async def test_chunks_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         await restore_disk(reader, codec, manifest, FIDX, Slow(len(data), reads_zero=True))
         assert target.data == data
         assert most <= 48
+
+
+def answers(way: Way, count: int, *, round_trip_s: float, chunk_s: float) -> None:
+    """`count` answers over a line that takes `chunk_s` for each chunk, one after the other."""
+    due = [0.0] * way.width  # when the answers under way come
+    free = now = 0.0
+    for _ in range(count):
+        due.sort()
+        now = due.pop(0)
+        while len(due) < way.width:
+            free = max(free, now + round_trip_s) + chunk_s
+            due.append(free)
+            way.answered(free - now)
+
+
+def test_more_chunks_are_asked_for_at_a_time_as_long_as_the_line_has_room() -> None:
+    near, far, thin = Way(), Way(), Way()
+    answers(near, 500, round_trip_s=0.0002, chunk_s=0.003)
+    answers(far, 500, round_trip_s=0.15, chunk_s=0.008)
+    answers(thin, 500, round_trip_s=0.15, chunk_s=1.0)
+    assert near.width == thin.width == READERS
+    assert 0.15 / 0.008 < far.width <= MAX_READERS
+    endless = Way()
+    answers(endless, 2000, round_trip_s=0.6, chunk_s=0.001)
+    assert endless.width == MAX_READERS
+
+
+@pytest.mark.parametrize(("unhurried", "most"), [(0.0, READERS), (float("inf"), MAX_READERS)])
+async def test_chunks_that_are_asked_for_one_by_one_are_under_way_together(
+    unhurried: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repository.fetch.UNHURRIED", unhurried)
+    data = chunks_of("abcdefghijklmnopqrstuvwxyz" * 4)
+    async with stored(data) as (_, reader, codec, manifest):
+        under_way = highest = 0
+        read = reader.read_chunks
+
+        async def counted(digests: Sequence[bytes]) -> list[Blob]:
+            nonlocal under_way, highest
+            assert len(digests) == 1
+            under_way += 1
+            highest = max(highest, under_way)
+            await trio.sleep(0.02)
+            under_way -= 1
+            return await read(digests)
+
+        monkeypatch.setattr(reader, "read_chunks", counted)
+        target = MemoryTarget(len(data))
+        await restore_disk(reader, codec, manifest, FIDX, target)
+        assert target.data == data
+        assert (highest == most) if most == READERS else (READERS < highest <= most)
