@@ -8,10 +8,13 @@ with those of h2 itself, so that a release that changes them is noticed.
 from typing import Any
 
 from h2.connection import H2Connection
-from h2.events import Event
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, Event
+from h2.exceptions import ProtocolError
 from h2.frame_buffer import FrameBuffer
 from h2.windows import WindowManager
-from hyperframe.frame import DataFrame, Frame
+from hpack import Encoder
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame
 
 from core.buffers import Buffer
 
@@ -21,6 +24,10 @@ _DATA = 0
 _END_STREAM = 1
 #: Bytes of a body that is worth memory of its own before it is there.
 _LONG = 64 << 10
+#: Bytes of a header block that comes in several frames; h2 counts those alone, and each may have a megabyte.
+_MAX_HEADER_BLOCK = 256 << 10
+#: Bytes of headers that are remembered for the other side: it may allow gigabytes, which are searched for every answer.
+_MAX_TABLE = 4096
 #: Bytes for which the other side gets new credit together, on the connection as a whole.
 _CREDIT_STEP = 1 << 20
 
@@ -45,6 +52,7 @@ class _BulkBuffer(FrameBuffer):
         self._open: DataFrame | None = None  #: its body is coming
         self._body = bytearray()
         self._filled = 0
+        self._block = 0  #: bytes of the header block that is coming
 
     def place(self) -> memoryview | None:
         """Memory for what comes next; None if that is not known."""
@@ -100,6 +108,13 @@ class _BulkBuffer(FrameBuffer):
                 return frame
         return super().__next__()
 
+    def _update_header_buffer(self, f: Frame | None) -> Frame | None:
+        whole = super()._update_header_buffer(f)
+        self._block = self._block + (0 if f is None else f.body_len) if self._headers_buffer else 0
+        if self._block > _MAX_HEADER_BLOCK:
+            raise ProtocolError(f"a header block of more than {_MAX_HEADER_BLOCK} bytes")
+        return whole
+
 
 class _Credit(WindowManager):
     """h2 waits until half a window is used, and a sender far away then stands still until the news has come."""
@@ -114,11 +129,33 @@ class _Credit(WindowManager):
         return increment
 
 
+class _SmallEncoder(Encoder):
+    """Remembers little, whatever the other side allows."""
+
+    @property
+    def header_table_size(self) -> int:
+        """See hpack."""
+        return self.header_table.maxsize
+
+    @header_table_size.setter
+    def header_table_size(self, value: int) -> None:
+        value = min(value, _MAX_TABLE)
+        if value != self.header_table.maxsize:
+            self.header_table.maxsize = value
+            # Of changes between two header blocks the smallest and the last one count (RFC 7541, 4.2).
+            smallest = min([*self.table_size_changes, value])
+            self.table_size_changes = [value] if smallest == value else [smallest, value]
+
+
 class BulkConnection(H2Connection):
-    """As `h2.connection.H2Connection`."""
+    """As `h2.connection.H2Connection`, but a GOAWAY without an error ends nothing by itself.
+
+    Whoever sends one makes no further requests, and still gets the answers to those that it has made.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.encoder = _SmallEncoder()
         self.incoming_buffer = self._bulk = _BulkBuffer(server=not self.config.client_side)
         self._parts: list[Buffer] = []  #: to be sent before what h2 keeps
         window = self._inbound_flow_control_window_manager.max_window_size
@@ -164,6 +201,14 @@ class BulkConnection(H2Connection):
             self._data_to_send = bytearray()
         else:
             super()._prepare_for_sending(frames)
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        if frame.error_code != ErrorCodes.NO_ERROR or self.config.client_side:
+            return super()._receive_goaway_frame(frame)
+        event = ConnectionTerminated()
+        event.error_code = ErrorCodes.NO_ERROR
+        event.last_stream_id = frame.last_stream_id
+        return [], [event]
 
     def _receive_frame(self, frame: Frame) -> list[Event]:
         if isinstance(frame, DataFrame):

@@ -156,6 +156,7 @@ class Http2Server:
         self._wake = trio.Event()
         self._queue: deque[_Stream] = deque()  #: have something to send
         self._slots = trio.Semaphore(ANSWERS_AT_ONCE)
+        self._leaving = False  #: the client makes no further requests
 
     async def serve(self, first: bytes) -> None:
         """Speak until the client ends the connection or breaks the protocol; requests at work are cancelled then.
@@ -170,7 +171,7 @@ class Http2Server:
         try:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 async with open_nursery() as nursery:
-                    nursery.start_soon(self._send)
+                    nursery.start_soon(self._send, nursery.cancel_scope)
                     await self._receive(nursery, first)
                     nursery.cancel_scope.cancel()
         finally:
@@ -235,7 +236,9 @@ class Http2Server:
                 # What is above the announced limit gets a 431 from us instead of the end of the connection from h2.
                 self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
             case ConnectionTerminated():
-                return False
+                # Requests that it has made are answered all the same; the sender ends the connection after that.
+                self._leaving = event.error_code == ErrorCodes.NO_ERROR
+                return self._leaving and bool(self._streams)
         return True
 
     def _on_request(self, event: RequestReceived) -> bool:
@@ -307,6 +310,8 @@ class Http2Server:
             self._all.credited -= stream.credited
             stream.credited = 0
             stream.parts.clear()
+        if self._leaving:
+            self._wake.set()
 
     async def _answer(self, stream: _Stream) -> None:
         try:
@@ -389,7 +394,7 @@ class Http2Server:
             stream.room = trio.Event()
             await stream.room.wait()
 
-    async def _send(self) -> None:
+    async def _send(self, connection: trio.CancelScope) -> None:
         while True:
             self._wake = trio.Event()
             while True:
@@ -398,6 +403,8 @@ class Http2Server:
                 if not parts:
                     break
                 await send_parts(self._stream, parts)
+            if self._leaving and not self._streams:
+                connection.cancel()
             await self._wake.wait()
 
     def _fill(self) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import DataReceived, Event, PingReceived, StreamEnded
+from h2.events import DataReceived, Event, PingReceived, ResponseReceived, StreamEnded
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes
-from hyperframe.frame import DataFrame
+from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame, SettingsFrame
 
+from core import http2
 from core.http2 import BulkConnection
 
 BODY = os.urandom(100_000)
@@ -229,3 +230,54 @@ def test_credit_comes_back_long_before_half_a_window_is_used() -> None:
         client.receive_data(server.data_to_send())
         assert window - client.outbound_flow_control_window <= 1 << 20
     assert sent > 2 << 20
+
+
+def test_a_header_block_in_many_frames_is_bounded() -> None:
+    server = BulkConnection(H2Configuration(client_side=False))
+    server.initiate_connection()
+    server.max_inbound_frame_size = 1 << 20
+    piece = bytes(64 << 10)
+    start = HeadersFrame(1, data=piece)
+    start.flags.clear()
+    server.receive_data(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize() + start.serialize())
+    for _ in range(3):
+        server.receive_data(ContinuationFrame(1, data=piece).serialize())
+    with pytest.raises(ProtocolError, match="header block of more than 262144 bytes"):
+        server.receive_data(ContinuationFrame(1, data=b"0").serialize())
+
+
+def test_blocks_in_several_frames_one_after_the_other_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "_MAX_HEADER_BLOCK", 40_000)
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    server = BulkConnection(H2Configuration(client_side=False))
+    server.initiate_connection()
+    server.receive_data(client.data_to_send())
+    headers = [(":method", "GET"), (":scheme", "https"), (":authority", "x"), (":path", "/")]
+    for number in range(1, 7, 2):
+        client.send_headers(number, [*headers, ("x", os.urandom(10_000).hex())], end_stream=True)
+        server.decoder.max_header_list_size = 1 << 20
+        assert any(isinstance(event, StreamEnded) for event in server.receive_data(client.data_to_send()))
+
+
+def test_few_headers_are_remembered_whatever_the_other_side_allows() -> None:
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    server = BulkConnection(H2Configuration(client_side=False))
+    server.initiate_connection()
+    server.receive_data(client.data_to_send())
+    client.receive_data(server.data_to_send())
+    for size in (0xFFFF_FFFF, 100, 4096, 2000, 0xFFFF_FFFF) * 100:
+        client.update_settings({SettingCodes.HEADER_TABLE_SIZE: size})
+        server.receive_data(client.data_to_send())
+        client.receive_data(server.data_to_send())
+    assert server.encoder.table_size_changes == [100, 4096]
+    for number in range(1, 1001, 2):
+        pseudo = [(":method", "GET"), (":scheme", "https"), (":authority", "x"), (":path", "/")]
+        client.send_headers(number, pseudo, end_stream=True)
+        server.receive_data(client.data_to_send())
+        server.send_headers(number, [(":status", "200"), ("content-length", str(number))], end_stream=True)
+        events = client.receive_data(server.data_to_send())
+        headers = next(event.headers for event in events if isinstance(event, ResponseReceived))
+        assert dict(headers or [])[b"content-length"] == str(number).encode()
+    assert len(server.encoder.header_table.dynamic_entries) < 100

@@ -8,7 +8,9 @@ import pytest
 import trio
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, StreamEnded, StreamReset
+from hyperframe.frame import GoAwayFrame, PingFrame
 from trio.testing import MockClock, memory_stream_pair
 
 from core.buffers import Buffer
@@ -278,3 +280,41 @@ async def test_an_answer_goes_whole_before_the_next_one_unless_its_own_window_is
         await client.until(seen)
         assert order[-1] == numbers[0]
         assert sorted(order[:-1]) == numbers[1:]
+
+
+async def test_who_makes_no_further_requests_still_gets_the_answers_and_then_the_end() -> None:
+    asked, may = trio.Event(), trio.Event()
+
+    async def respond(request: H2Request) -> Answer:
+        asked.set()
+        await may.wait()
+        return Answer(parts=[b"late"])
+
+    async with connected(respond) as (client, _):
+        slow = client.start(end=True)
+        await client.flush()
+        await asked.wait()
+        # By hand: h2 itself would take nothing after it.
+        await client.stream.send_all(GoAwayFrame(0, last_stream_id=0, error_code=0).serialize())
+        await client.stream.send_all(PingFrame(0, b"12345678").serialize())
+        await client.receive()
+        assert not client.over
+        may.set()
+        await client.until(lambda: False)
+        assert client.bodies == {slow: b"late"}
+        assert client.ended == {slow}
+
+
+@pytest.mark.parametrize("code", [ErrorCodes.NO_ERROR, ErrorCodes.INTERNAL_ERROR])
+async def test_a_goodbye_with_nothing_to_wait_for_or_after_an_error_ends_the_connection(code: ErrorCodes) -> None:
+    async def respond(request: H2Request) -> Answer:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with connected(respond) as (client, _):
+        if code is not ErrorCodes.NO_ERROR:
+            client.start(end=True)
+            await client.flush()
+        await client.stream.send_all(GoAwayFrame(0, last_stream_id=0, error_code=code).serialize())
+        await client.until(lambda: False)
+        assert client.over
