@@ -37,15 +37,18 @@ class Request:
     """The head of a request."""
 
     method: str
-    target: str  #: path and query as sent
+    target: str  #: path and query as sent; before them may stand scheme and server
     headers: Mapping[str, str]  #: names in lower case; of repeated ones the last, but all of `cookie`
     peer: str = ""
     known: Callable[[], object] = lambda: None  #: called when it is clear that a user sent it
 
     @property
     def path(self) -> str:
-        """Without query."""
-        return self.target.partition("?")[0]
+        """Without query, scheme and server."""
+        path = self.target.partition("?")[0]
+        if path.startswith("/") or "://" not in path:
+            return path
+        return "/" + path.partition("://")[2].partition("/")[2]  # as to a proxy, which servers must understand, too
 
     @property
     def query(self) -> str:

@@ -169,6 +169,19 @@ async def test_what_two_programs_could_read_in_two_ways_is_refused(head: bytes, 
     assert answer.count(b"HTTP/1.1") == 1  # what follows is no request any more
 
 
+@pytest.mark.parametrize(("target", "path", "query"), [
+    ("https://127.0.0.1:8007/api2/json/version?a=b", "/api2/json/version", "a=b"),
+    ("HTTPS://[::1]//api2/json/version", "//api2/json/version", ""),
+    ("https://server", "/", ""),
+    ("/a://b/c", "/a://b/c", ""),
+    ("/a?b=c://d/e?f", "/a", "b=c://d/e?f"),
+    ("*", "*", ""),
+])  # fmt: skip
+def test_a_target_may_name_the_server(target: str, path: str, query: str) -> None:
+    request = Request("GET", target, {})
+    assert (request.path, request.query) == (path, query)
+
+
 async def test_the_head_of_an_answer_is_answered_alone(server: Server) -> None:
     answer = await asked(server, b"HEAD /x HTTP/1.1\r\nhost: a\r\n\r\n" + GET)
     first, second = answer.split(b"HTTP/1.1 200 ")[1:]
