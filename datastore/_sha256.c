@@ -337,6 +337,38 @@ sha_two(State *state, const uint8_t *const *lanes, size_t blocks)
     sha_store(state, 1, u, v);
 }
 
+/* ---- registers that others left behind ---- */
+
+/* Code that used the upper halves of vector registers and did not clear them makes every instruction of the older form
+ * wait for the one before it, in this thread and for as long as it lives: SHA extensions (which have no other form) then
+ * run at less than half their rate. ISA-L's CRC leaves a thread like that. */
+__attribute__((target("avx"))) static void
+clear_upper_halves(void)
+{
+    _mm256_zeroupper();
+}
+
+static void
+clear_vectors(void)
+{
+    if (__builtin_cpu_supports("avx")) clear_upper_halves();
+}
+
+__attribute__((target("xsave"))) static uint64_t
+state_in_use(void)
+{
+    return _xgetbv(1);
+}
+
+/* Whether the upper halves are in use: 1, 0, or -1 if this CPU does not tell. */
+static int
+vectors_in_use(void)
+{
+    unsigned a = 0, b, c, d;
+    if (!__builtin_cpu_supports("avx") || !__get_cpuid_count(13, 1, &a, &b, &c, &d) || !(a >> 2 & 1)) return -1;
+    return (int)(state_in_use() >> 2 & 1);
+}
+
 /* ---- what the running CPU can do ---- */
 
 typedef struct {
@@ -439,6 +471,7 @@ run(const Variant *variant, Job *jobs, size_t count, const uint8_t *suffix, size
     /* One lane of a vector does a sixteenth or an eighth of the kernel's rate; below that the rest goes one by one. */
     int few = variant->lanes == 2 ? 1 : sha ? variant->lanes / 2 : 2;
 
+    clear_vectors();
     qsort(jobs, count, sizeof *jobs, longer_first);
     memset(&state, 0, sizeof state);
     for (; active < variant->lanes && taken < count; active++) {
@@ -494,6 +527,8 @@ static const Variant VARIANTS[] = {{"", 0}};
 #define VARIANT_COUNT 0
 #define supported(variant) 0
 #define run(variant, jobs, count, suffix, suffix_length, digests) ((void)(digests))
+#define clear_vectors() ((void)0)
+#define vectors_in_use() (-1)
 
 #endif
 
@@ -555,7 +590,26 @@ done:
     return digests;
 }
 
+static PyObject *
+clear_registers(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    clear_vectors();
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+registers_in_use(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    int in_use = vectors_in_use();
+    if (in_use < 0) Py_RETURN_NONE;
+    return PyBool_FromLong(in_use);
+}
+
 static PyMethodDef methods[] = {
+    {"clear_registers", clear_registers, METH_NOARGS,
+     "clear_registers() clears the upper halves of this thread's vector registers, which slow down what comes next"},
+    {"registers_in_use", registers_in_use, METH_NOARGS,
+     "registers_in_use() -> whether those upper halves are in use; None if the CPU does not tell"},
     {"variants", variants, METH_NOARGS, "variants() -> list of (name, lanes) that this CPU can run"},
     {"digest_many", digest_many, METH_VARARGS,
      "digest_many(variant, buffers, suffix) -> SHA-256 of each buffer + suffix (at most 64 bytes), packed"},

@@ -9,10 +9,9 @@ from enum import Enum
 from struct import Struct
 from typing import Final, Self
 
-from isal import isal_zlib
-
 from core.buffers import Buffer
 from core.errors import FormatError
+from datastore.checksums import crc32
 
 _PLAIN: Final = Struct(
     "<8s"  #  0  magic
@@ -83,7 +82,7 @@ class Blob:
     @classmethod
     def make(cls, kind: BlobKind, payload: Buffer, *, iv: bytes = b"", tag: bytes = b"") -> Self:
         """A blob around `payload`, with its CRC computed."""
-        return cls(kind, isal_zlib.crc32(payload), payload, iv, tag)
+        return cls(kind, crc32(payload), payload, iv, tag)
 
     @classmethod
     def parse(cls, data: Buffer, *, where: str) -> Self:
@@ -114,7 +113,7 @@ class Blob:
         Raises:
             FormatError: they differ.
         """
-        actual = isal_zlib.crc32(self.payload)
+        actual = crc32(self.payload)
         if actual != self.crc:
             raise FormatError("read blob", where, f"CRC is {actual:08x}, the header says {self.crc:08x}")
 

@@ -135,6 +135,8 @@ def _choose(count: int, suffix: bytes) -> str:
 
 
 def _with_hashlib(chunks: Sequence[Buffer], suffix: bytes) -> list[bytes]:
+    if _sha256 is not None:
+        _sha256.clear_registers()  # see `datastore.checksums`
     digests = []
     for chunk in chunks:
         state = hashlib.sha256(chunk)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
-from isal import isal_zlib
 from trio.lowlevel import ParkingLot, RunVar
 
 from core.errors import FleeceError
 from core.limits import cpu_count, in_cpu_thread
 from datastore.blob import Blob
+from datastore.checksums import crc32
 from datastore.codec import ChunkCodec
 from datastore.crypt_mode import CryptMode
 
@@ -101,7 +101,7 @@ class ChunkChecker:
         plain: list[tuple[_Item, Blob]] = []
         for item in batch:
             # PBS repairs a wrong CRC silently, too: the digest is what counts.
-            blob = replace(item.blob, crc=isal_zlib.crc32(item.blob.payload))
+            blob = replace(item.blob, crc=crc32(item.blob.payload))
             if blob.kind.encrypted:
                 item.result = blob
             else:
