@@ -41,6 +41,7 @@ _ABORT_TIMEOUT_S: Final = 60.0
 #: Seconds that the end of a session may go on for when it is cancelled there.
 _FINISH_GRACE_S: Final = 30.0
 _ABORT_HINT: Final = "the next backup of the group removes it"
+_TAKEN: Final = "there is a snapshot of this second already"
 
 
 @dataclass(slots=True)
@@ -358,6 +359,8 @@ async def open_session(
             base = await in_io_thread(store.latest, snapshot.group)
             if not for_client or await in_io_thread(_usable_base, store, base) is not None:
                 _check_newer(snapshot, base)
+            if base == snapshot:  # of no use as one; its shared lock below would stand in our own way
+                raise LockedError("write", str(snapshot), _TAKEN)
             if base is not None:
                 await stack.enter_async_context(store.locks.snapshot(base, shared=True))
             set_aside = await store.chunks.times_set_aside()  # before the base's state, which verify writes first
@@ -365,7 +368,7 @@ async def open_session(
             lock = await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
             # No checkpoint from here to the session, which removes the folder if it fails.
             if not await store.meta.make_folders(snapshot.path):
-                raise LockedError("write", str(snapshot), "there is a snapshot of this second already")
+                raise LockedError("write", str(snapshot), _TAKEN)
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
             session = LocalBackupSession(store, snapshot, usable, warnings, set_aside, cache_chunks=cache_chunks)

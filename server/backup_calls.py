@@ -249,6 +249,8 @@ class BackupCalls:
         digests, offsets = call["digest-list"], call["offset-list"]
         if len(digests) != len(offsets):
             raise ApiError(f"offset list has wrong length ({len(offsets)} != {len(digests)})")
+        if not digests:
+            return None  # whatever the writer, as in PBS
         writer = self._writer(call["wid"], kind)
         refused: ApiError | None = None
         entries: list[tuple[int, bytes]] = []

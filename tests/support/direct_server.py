@@ -140,8 +140,14 @@ class Direct:
     async def refusal(
         self, kind: str, user: str | None, query: Mapping[str, Any], *, protocol: str | None = None
     ) -> Got:
-        """The answer to an upgrade that is refused."""
-        headers = {} if user is None else self.ticket(user)
+        """The answer to an upgrade that is refused to a user with a ticket (None: to nobody)."""
+        return await self.refused(kind, {} if user is None else self.ticket(user), query, protocol=protocol)
+
+    async def refused(
+        self, kind: str, who: Mapping[str, str], query: Mapping[str, Any], *, protocol: str | None = None
+    ) -> Got:
+        """As `refusal`, of whom headers tell."""
+        headers = dict(who)
         if protocol != "-":
             headers["upgrade"] = protocol or PROTOCOLS[kind]
         target = f"/api2/json/{kind}?{query_of(query)}"
@@ -177,5 +183,7 @@ class Session:
             body, content_type = json.dumps(json_body).encode(), "application/json"
         text = query if isinstance(query, str) else query_of(query)
         target = f"/{path.lstrip('/')}" + (f"?{text}" if text else "")
-        answer = await self.opened._respond(H2Request(method, target, content_type, body))
+        too_large = len(body) > self.opened._limit(method, target)
+        request = H2Request(method, target, content_type, b"" if too_large else body, too_large)
+        answer = await self.opened._respond(request)
         return Got(answer.status, await body_of(answer), answer.content_type)
