@@ -20,6 +20,7 @@ from hypervisor.domain_rewrite import NewDisk, NewDomain, Rewritten, new_uuid, r
 from hypervisor.domain_xml import DOMAIN_XML_NAME, LIVE_XML_NAME, DomainDescription, parse_domain
 from hypervisor.efi import EFI_VARS_NAME
 from hypervisor.libvirt_host import define, look_around
+from hypervisor.qemu_tools import qcow2_of
 
 #: libvirt's configuration of QEMU domains, which says as whom swtpm runs.
 _QEMU_CONF: Final = Path("/etc/libvirt/qemu.conf")
@@ -90,13 +91,16 @@ class LibvirtDefiner:
         """Define the domain, with the TPM's state where libvirt looks for it.
 
         Raises:
-            TargetError: that cannot be written.
+            TargetError: that, or EFI variables in the format that the firmware needs, cannot be written.
             FormatError, LibvirtError: libvirt refuses.
         """
         assert self.name is not None
         texts = {name: await in_io_thread(path.read_bytes) for name, path in vm.files.items() if name in _XML}
         disks = [_new(disk.archive, disk.target, disk.kind, disk.format) for disk in vm.disks]
         nvram = vm.files.get(EFI_VARS_NAME)
+        assert self._domain is not None
+        if nvram is not None and self._domain.nvram_format == "qcow2":
+            nvram = await qcow2_of(nvram, force=self.force)
         result = self._rewritten(texts, disks, None if nvram is None else str(nvram), vm.snapshot)
         for warning in result.warnings:
             progress.warn(warning)

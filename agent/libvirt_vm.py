@@ -41,6 +41,7 @@ class LibvirtVm:
     now: DomainDescription  #: as it runs, else as it is defined
     xml: str  #: what it will be when it is started next
     live_xml: str | None
+    saved: bool = False  #: it does not run, and goes on from a managed save
 
     def blobs(self) -> list[tuple[str, bytes]]:
         """The descriptions, without secrets, as blobs of the snapshot; the one that defines it comes first."""
@@ -72,19 +73,23 @@ async def look_up(settings: "VmSettings", address: DomainAddress) -> "VmSettings
     Raises:
         NotFoundError: there is no such domain.
         LibvirtError, FormatError: libvirt cannot be asked, or its answer not be read.
-        VmUnsupportedError: the domain does not run, and a disk of it can be read only while it does.
+        VmUnsupportedError: the domain does not run, and a disk of it can be read only while it does; or another program
+            has the disk.
     """
     state = await domain_state(address)
     now = parse_domain(state.live_xml or state.xml, f"libvirt's description of {state.name}")
-    vm = LibvirtVm(address, state.name, state.active, now, state.xml, state.live_xml)
+    vm = LibvirtVm(address, state.name, state.active, now, state.xml, state.live_xml, state.saved)
     given = settings.section.names
     names = {disk: name for disk in now.disks if (name := _named(disk, given)) is not None}
     include = [*(_devices(settings.include, now.disks, vm.active, given))]
     exclude = [*(_devices(settings.exclude, now.disks, vm.active, given))]
     section = await in_io_thread(_with_places, settings.section, vm)
+    if settings.section.efi_vars is None:
+        settings = replace(settings, efi_format=now.nvram_format)
     agent = settings.guest_agent if now.has_agent or settings.guest_agent != str(address) else None
     settings = replace(settings, libvirt=vm, include=include, exclude=exclude, guest_agent=agent)
     if vm.active:
+        _check_seen(names, include, exclude)
         by_id = {disk.alias or disk.target: name for disk, name in names.items()}
         shared = {disk.alias or disk.target for disk in now.disks if disk.shareable and not disk.read_only}
         section = section.model_copy(update={"names": {**given, **by_id}})
@@ -157,11 +162,30 @@ async def _path_of(disk: DomainDisk, address: DomainAddress) -> tuple[Path, str]
         path = await volume_path(address.uri, pool, volume)
     elif disk.kind not in ("file", "block"):
         raise _only_running(disk, f"its source is of the type {disk.source}")
+    if disk.sliced:
+        raise _only_running(disk, "it is only a part of its file")
     if disk.encrypted:
         raise _only_running(disk, "it is encrypted, and libvirt has the key")
     if disk.format not in ("raw", "qcow2"):
         raise _only_running(disk, f"its format is {disk.format}")
     return Path(path), disk.format
+
+
+def _check_seen(names: Mapping[DomainDisk, str], include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a chosen disk that QEMU knows nothing of: nobody would notice that it is missing.
+
+    Raises:
+        VmUnsupportedError: there is one.
+    """
+    for disk, name in names.items():
+        if disk.source == "vhostuser" and disk.kind == "other" and disk.is_disk:
+            aliases = {name, f"drive-{name}.img", disk.target, disk.alias or disk.target}
+            chosen = not include or any(fnmatchcase(alias, pattern) for alias in aliases for pattern in include)
+            if chosen and not any(fnmatchcase(alias, pattern) for alias in aliases for pattern in exclude):
+                raise VmUnsupportedError(
+                    "back up disk", disk.target, "another program serves it to the guest, past QEMU (vhost-user)",
+                    "exclude it",
+                )  # fmt: skip
 
 
 def _only_running(disk: DomainDisk, why: str) -> VmUnsupportedError:

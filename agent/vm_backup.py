@@ -316,6 +316,11 @@ async def _back_up_stopped(
         await stack.enter_async_context(held(disks))
         if settings.libvirt is not None:
             await check_still_off(settings.libvirt)
+            if settings.libvirt.saved:
+                progress.warn(
+                    f"{settings.libvirt.name} is saved (virsh managedsave): what its guest had in memory is not in the "
+                    "backup, nor are disks that were plugged in only while it ran"
+                )
             files = [*settings.libvirt.blobs(), *files]
         files = [*await _of_stopped(settings), *files]
         for disk in disks:
@@ -368,7 +373,8 @@ async def _of_stopped(settings: VmSettings) -> list[tuple[str, bytes]]:
     """EFI variables and state of the TPM of a VM that does not run, where the configuration says where they are."""
     files = []
     if (path := settings.section.efi_vars) is not None:
-        (image,) = stopped_disks({"efivars": str(path)})
+        known = {} if settings.efi_format is None else {"efivars": settings.efi_format}
+        (image,) = stopped_disks({"efivars": str(path)}, known)
         async with held([image]), open_source(image.path, image.name, format=image.format) as source:
             if source.size > MAX_EFI_VARS:
                 raise SourceError("read the EFI variables in", str(path), f"a flash memory of {source.size} bytes")

@@ -38,6 +38,7 @@ class VmSettings:
     files: Sequence[Specification]
     libvirt: "LibvirtVm | None" = None  #: what libvirt says of the domain; see `looked_up`
     formats: Mapping[str, str] = field(default_factory=dict)  #: of the section's disks, where it is known
+    efi_format: str | None = None  #: of the file with the EFI variables; None: as its name says
     shared: frozenset[str] = frozenset()  #: devices of disks that others write to as well
 
     @property

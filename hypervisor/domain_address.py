@@ -2,6 +2,7 @@
 
 import os
 import re
+import urllib.parse
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -31,6 +32,14 @@ class DomainAddress:
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.uri}#{self.domain}"
+
+
+def is_elsewhere(uri: str) -> bool:
+    """Whether the libvirt at `uri` is reached by the name of a host, so that its paths are none of this host's."""
+    try:
+        return bool(urllib.parse.urlsplit(uri).netloc)
+    except ValueError:
+        return True
 
 
 def default_uri() -> str:

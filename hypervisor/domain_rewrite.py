@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from core.errors import FormatError
 from hypervisor.cmdline import MASK
-from hypervisor.domain_xml import DomainDisk, as_bytes, described, element_of
+from hypervisor.domain_xml import DomainDisk, as_bytes, described, element_of, nvram_format
 
 #: Programs that may be a domain's emulator without trust.
 _EMULATOR: Final = re.compile(r"/usr/(bin/(qemu-system-[a-z0-9_]+|kvm|qemu-kvm)|libexec/qemu-kvm)")
@@ -62,7 +62,7 @@ class NewDomain:
     uuid: str  #: with dashes
     new_identity: bool  #: other MAC addresses and generation id as well
     disks: Sequence[NewDisk]
-    nvram: str | None = None  #: path of the EFI variables
+    nvram: str | None = None  #: path of the EFI variables, in the format that the description names
     trusted: bool = False  #: keep what reaches into the host
     exists: Callable[[str], bool] = field(default=lambda path: Path(path).exists())  #: for media of other drives
 
@@ -307,7 +307,7 @@ def _point_to(element: Element, disk: NewDisk) -> None:
     element.set("type", disk.kind)
     element.set("device", "disk")
     element.attrib.pop("snapshot", None)
-    _drop(element, "source", "backingStore", "mirror", "encryption", "auth", "transient")
+    _drop(element, "source", "backingStore", "mirror", "encryption", "auth")
     alias = element.find("alias")
     if alias is not None and not alias.get("name", "").startswith("ua-"):
         element.remove(alias)
@@ -350,8 +350,11 @@ def _set_firmware(root: Element, wanted: NewDomain, warnings: list[str]) -> None
         if system.find("loader") is None and system.get("firmware") != "efi":
             return
         nvram = SubElement(system, "nvram")
+    format = nvram_format(root)
     for child in list(nvram):
         nvram.remove(child)
-    for name in ("type", "format"):
+    for name in ("type", "format", "templateFormat"):
         nvram.attrib.pop(name, None)
+    if format != "raw":
+        nvram.set("format", format)  # libvirt insists on that of the firmware
     nvram.text = wanted.nvram

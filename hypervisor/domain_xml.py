@@ -47,6 +47,7 @@ class DomainDisk:
     read_only: bool
     shareable: bool  #: another domain may write to it
     encrypted: bool
+    sliced: bool = False  #: it is only a part of its source
 
     @property
     def archive(self) -> str:
@@ -75,6 +76,7 @@ class DomainDescription:
     uuid: str  #: with dashes; empty if it has none
     disks: tuple[DomainDisk, ...]
     nvram: str | None  #: path of the EFI variables
+    nvram_format: str  #: of the file with them: `raw` or `qcow2`
     tpm: Tpm | None
     has_agent: bool  #: there is a channel for the guest agent
     owner: int | None  #: uid of its QEMU, of a domain that runs
@@ -124,8 +126,8 @@ def element_of(text: str | bytes, where: str) -> Element:
 
 def described(root: Element, where: str) -> DomainDescription:
     """What `parse_domain` returns, of its root. Raises as it."""
-    name = _text(root, "name")
-    if not name or "/" in name or len(name) > 255 or not name.isprintable():
+    name = root.findtext("name") or ""
+    if not name.strip() or "/" in name or len(name) > 255 or not name.isprintable():
         raise FormatError("read", where, f"{name[:60]!r} is no name of a domain")
     uuid = _text(root, "uuid")
     if uuid and not _UUID.fullmatch(uuid):
@@ -136,6 +138,7 @@ def described(root: Element, where: str) -> DomainDescription:
         uuid=uuid.lower(),
         disks=tuple(_disks(root, where)),
         nvram=None if nvram is None else _nvram_path(nvram),
+        nvram_format=nvram_format(root),
         tpm=_tpm(root),
         has_agent=any(
             target.get("name") == "org.qemu.guest_agent.0" for target in root.findall("devices/channel/target")
@@ -171,6 +174,7 @@ def _disks(root: Element, where: str) -> Iterator[DomainDisk]:
             read_only=disk.find("readonly") is not None,
             shareable=disk.find("shareable") is not None,
             encrypted=disk.find("encryption") is not None or disk.find("source/encryption") is not None,
+            sliced=disk.find("source/slices/slice") is not None,
         )
 
 
@@ -198,6 +202,12 @@ def _source(disk: Element) -> tuple[SourceKind, str]:
 def _nvram_path(nvram: Element) -> str | None:
     path = nvram.get("type") in (None, "file") and ((nvram.text or "").strip() or _attribute(nvram, "source", "file"))
     return path if path and path.startswith("/") else None
+
+
+def nvram_format(root: Element) -> str:
+    """The format of the file with the EFI variables: its own, else that of the firmware (libvirt 9.2 and newer)."""
+    given = [_attribute(root, path, "format") for path in ("os/nvram", "os/loader")]
+    return "qcow2" if next((one for one in given if one), "raw") == "qcow2" else "raw"
 
 
 def _tpm(root: Element) -> Tpm | None:

@@ -19,7 +19,7 @@ import trio
 from core.errors import FleeceError, NotFoundError
 from core.limits import in_io_thread, io_limiter
 from hypervisor.checked import of_type, printable
-from hypervisor.domain_address import DomainAddress
+from hypervisor.domain_address import DomainAddress, is_elsewhere
 from hypervisor.errors import (
     LibvirtError,
     QmpAnswerError,
@@ -55,6 +55,7 @@ class DomainState:
     persistent: bool  #: its definition outlives its QEMU
     xml: str  #: what it will be when it is started next; without secrets, such as passwords of displays
     live_xml: str | None  #: what it is now; None if it is not active
+    saved: bool = False  #: what it had in memory is kept, and it goes on from there when it is started (managed save)
 
 
 class Libvirt:
@@ -108,6 +109,7 @@ class Libvirt:
             persistent=bool(domain.isPersistent()),
             xml=domain.XMLDesc(self.lib.VIR_DOMAIN_XML_INACTIVE),
             live_xml=live,
+            saved=live is None and bool(domain.hasManagedSaveImage(0)),
         )
 
 
@@ -116,11 +118,11 @@ async def connected(uri: str) -> AsyncIterator[Libvirt]:
     """A connection to the libvirt at `uri` while the block runs.
 
     Raises:
-        LibvirtError: the bindings are missing, nothing answers, or it is no libvirt of QEMU.
+        LibvirtError: the bindings are missing, nothing answers, it is no libvirt of QEMU, or one of another host.
     """
     lib, qemu = await in_io_thread(_bindings_for, uri)
     try:
-        connection = await trio.to_thread.run_sync(lib.open, uri, abandon_on_cancel=True, limiter=io_limiter())
+        connection = await trio.to_thread.run_sync(_opened, lib, uri, abandon_on_cancel=True, limiter=io_limiter())
     except lib.libvirtError as error:
         raise LibvirtError(
             "connect to libvirt at",
@@ -134,6 +136,21 @@ async def connected(uri: str) -> AsyncIterator[Libvirt]:
         # Closing says good-bye on the socket, which does not wait for an answer; calls that were left behind keep it.
         with contextlib.suppress(lib.libvirtError):
             connection.close()
+
+
+def _opened(lib: Any, uri: str) -> Any:
+    """A connection to a libvirt of this host; raises what the bindings raise.
+
+    Raises:
+        LibvirtError: it is one of another host. What runs there is out of reach, and disks of what does not run would
+            be looked for here, where others may have the same paths.
+    """
+    if not is_elsewhere(uri):
+        connection = lib.open(uri)
+        if not is_elsewhere(str(connection.getURI())):  # libvirt.conf may have given it another name
+            return connection
+        connection.close()
+    raise LibvirtError("use the libvirt at", uri, "it is on another host", "run fleece there")
 
 
 def _bindings_for(uri: str) -> tuple[Any, Any]:
@@ -185,7 +202,7 @@ def domain_names(uri: str) -> list[str]:
     """
     lib, _ = _bindings_for(uri)
     try:
-        connection = lib.open(uri)
+        connection = _opened(lib, uri)
         try:
             return sorted(domain.name() for domain in connection.listAllDomains())
         finally:

@@ -21,7 +21,7 @@ from typing import Final
 
 import trio
 
-from core.errors import FleeceError, SourceError, TargetError, UsageError
+from core.errors import FleeceError, SourceError, TargetError, UsageError, os_reason
 from core.limits import in_io_thread
 from hypervisor import checked
 from hypervisor.image_files import in_use
@@ -68,6 +68,31 @@ async def create_qcow2(path: Path, size: int) -> None:
     """
     tool = await in_io_thread(find_tool, "qemu-img", TargetError)
     await _run_tool([tool, "create", "-q", "-f", "qcow2", _absolute(path), str(size)], "create", path)
+
+
+async def qcow2_of(path: Path, *, force: bool = False) -> Path:
+    """Copy the small raw image `path` to a qcow2 image beside it, with the name's end `.qcow2`, which is returned.
+
+    With `force` one that is there is replaced. Cancelled or failed, it is as before.
+
+    Raises:
+        TargetError: there is one, no space, no right, or QEMU is missing.
+    """
+    tool = await in_io_thread(find_tool, "qemu-img", TargetError)
+    target = path.with_suffix(".qcow2")
+    partial = path.with_name(f".{target.name}.fleece")
+    if not force and await in_io_thread(target.exists):
+        raise TargetError("write to", str(target), "it is there already", "--force overwrites it")
+    try:
+        await _run_tool(
+            [tool, "convert", "-f", "raw", "-O", "qcow2", _absolute(path), _absolute(partial)], "write to", target
+        )
+        await in_io_thread(partial.replace, target)
+    except OSError as error:
+        raise TargetError("write to", str(target), os_reason(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 async def prepare_overlay(

@@ -11,7 +11,7 @@ from agent.vm_settings import VmOptions, resolve_vm
 from core.errors import NotFoundError, UsageError
 from hypervisor.domain_address import DomainAddress
 from hypervisor.errors import LibvirtError
-from hypervisor.libvirt_host import connected, domain_state, look_around
+from hypervisor.libvirt_host import connected, domain_names, domain_state, look_around
 
 pytest.importorskip("libvirt", reason="needs python3-libvirt, which `make setup` installs")
 URI = "test:///default"
@@ -79,6 +79,14 @@ async def test_a_libvirt_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(LibvirtError, match="is libvirtd running"):
         async with connected("qemu+unix:///system?socket=/nonexistent/sock"):
             pass
+
+
+async def test_a_libvirt_of_another_host_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(LibvirtError, match="it is on another host"):
+        async with connected("qemu+ssh://other.invalid/system"):
+            pass
+    with pytest.raises(LibvirtError, match="it is on another host"):
+        domain_names("qemu+ssh://other.invalid/system")
 
 
 def test_doctor_tells_whether_libvirt_has_the_domain() -> None:

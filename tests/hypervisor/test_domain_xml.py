@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from core.errors import FormatError
-from hypervisor.domain_address import DomainAddress
+from hypervisor.domain_address import DomainAddress, is_elsewhere
 from hypervisor.domain_rewrite import NewDisk, NewDomain, Rewritten, rewrite
 from hypervisor.domain_xml import MAX_SIZE, parse_domain, without_secrets
 
@@ -88,6 +88,35 @@ def test_firmware_tpm_agent_and_owner_are_found() -> None:
     assert (found.tpm.version, found.tpm.source) == ("2.0", None)
 
 
+FIRMWARE = "<loader readonly='yes' type='pflash' format='qcow2'>/usr/share/OVMF/OVMF_CODE.qcow2</loader>"
+
+
+@pytest.mark.parametrize(
+    ("system", "format"),
+    [
+        ("<loader>/usr/share/OVMF/OVMF_CODE.fd</loader><nvram>/n/web.fd</nvram>", "raw"),
+        (f"{FIRMWARE}<nvram>/n/web.fd</nvram>", "qcow2"),
+        (f"{FIRMWARE}<nvram format='raw'>/n/web.fd</nvram>", "raw"),
+        ("<nvram format='qcow2'>/n/web.fd</nvram>", "qcow2"),
+        ("<nvram format='x&quot; y'>/n/web.fd</nvram>", "raw"),
+        ("", "raw"),
+    ],
+)
+def test_the_format_of_the_efi_variables_is_that_of_the_firmware(system: str, format: str) -> None:
+    assert parse_domain(domain(system=system)).nvram_format == format
+    root, _ = rewritten(domain(DISKS, system=system), nvram="/new/vars")
+    assert [(one.text, one.get("format", "raw")) for one in root.findall("os/nvram")] == (
+        [("/new/vars", format)] if system else []
+    )
+
+
+def test_a_name_is_kept_to_the_letter_and_a_part_of_a_file_is_told() -> None:
+    sliced = "<disk type='file'><source file='/a'><slices><slice type='storage' offset='0' size='9'/></slices></source>"
+    found = parse_domain(domain(sliced + "<target dev='vda'/></disk>", name=" web "))
+    assert found.name == " web "
+    assert found.disks[0].sliced
+
+
 BOMB = "<!DOCTYPE d [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;&a;'>]>" + domain("&b;")
 
 
@@ -103,6 +132,7 @@ BOMB = "<!DOCTYPE d [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;&a;'>]>" + 
         domain(name="../../etc"),
         domain(name="a\nb"),
         domain(name="x" * 300),
+        domain(name="  "),
         domain().replace(UUID, "../x"),
         BOMB,
         "<!DOCTYPE d SYSTEM 'file:///etc/passwd'>" + domain(),
@@ -299,6 +329,12 @@ def test_a_domain_of_another_hypervisor_is_refused() -> None:
 @pytest.mark.parametrize("text", ["/run/vm.qmp", "libvirt", "libvirt+", "libvirt+#web", "libvirt+qemu:///system#"])
 def test_a_path_is_no_address_of_a_domain(text: str) -> None:
     assert DomainAddress.parse(text) is None
+
+
+def test_libvirt_of_another_host_is_known_by_its_address() -> None:
+    here = ("qemu:///system", "qemu:///session", "qemu+unix:///system?socket=/run/x", "test:///default")
+    there = ("qemu+ssh://other/system", "qemu+tcp://127.0.0.1/system", "qemu://[::1]:16509/system", "qemu+ssh://[x/s")
+    assert [is_elsewhere(uri) for uri in (*here, *there)] == [False] * len(here) + [True] * len(there)
 
 
 def test_an_address_goes_round() -> None:
