@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from hypervisor.domain_address import DomainAddress
 from hypervisor.freeze_child import (
@@ -25,6 +25,8 @@ from hypervisor.freeze_child import (
     parent_lets_go,
     tell,
 )
+
+UNANSWERED: Final = "the agent has not answered the order to freeze"
 
 
 class DomainAgent:
@@ -87,6 +89,9 @@ def run(make: Callable[[], DomainAgent], *, freeze: bool, hold_s: float, mounts:
         attempt = _Attempt(make, mounts)
         attempt.wait(hold_s)
     early = False
+    if attempt.count is None and not attempt.refused and not parent_lets_go(0):
+        # The parent need not wait until libvirt gives up waiting for the agent.
+        tell("stuck", why=UNANSWERED)
     if attempt.count is not None:
         tell("frozen", **{"file-systems": attempt.count}, **earlier)
         early = not parent_lets_go(began + hold_s - time.monotonic())
@@ -98,22 +103,32 @@ def run(make: Callable[[], DomainAgent], *, freeze: bool, hold_s: float, mounts:
     attempt.look()
     if why and not attempt.refused:
         return tell("stuck", why=why)
+    attempt.settle()
     if attempt.count is None:
         return tell("failed", why=str(attempt.failure or "no answer from the agent in time"), **earlier)
     return tell("thawed", **{"frozen-s": time.monotonic() - began}, early=early, at=thawing)
 
 
 class _Attempt:
-    """A freeze under way, in a process of its own: libvirt may wait for an answer for ever."""
+    """A freeze under way, in a process of its own: libvirt may wait for an answer for ever.
+
+    If the guest is frozen after all when nobody is left here to thaw it, that process does it.
+    """
 
     def __init__(self, make: Callable[[], DomainAgent], mounts: Sequence[str]) -> None:
         self.count: int | None = None
         self.failure: AgentError | None = None
         self._reads, writes = os.pipe()
+        waits, self._settles = os.pipe()
         if not os.fork():
-            os.write(writes, _attempted(make(), mounts))  # with a connection of its own
-            os._exit(0)
+            try:
+                os.close(self._reads)
+                os.close(self._settles)
+                _attempt(make(), mounts, writes, waits)  # with a connection of its own
+            finally:
+                os._exit(0)
         os.close(writes)
+        os.close(waits)
 
     @property
     def refused(self) -> bool:
@@ -130,12 +145,36 @@ class _Attempt:
         if self.count is None and self.failure is None and select.select([self._reads], [], [], 0)[0]:
             self._take()
 
+    def settle(self) -> None:
+        """The guest is not frozen any more: whoever freezes it from now on is somebody else."""
+        with contextlib.suppress(OSError):  # that process may have ended
+            os.write(self._settles, b"!")
+
     def _take(self) -> None:
         said = os.read(self._reads, 4096).decode(errors="replace")
         if said.isdecimal():
             self.count = int(said)
         else:
             self.failure = AgentError(said or "the process that asks libvirt to freeze the guest has ended")
+
+
+def _attempt(agent: DomainAgent, mounts: Sequence[str], writes: int, waits: int) -> None:
+    """The life of the process that asks for the freeze; `waits` ends without a byte if nobody has thawed the guest."""
+    said = _attempted(agent, mounts)
+    with contextlib.suppress(OSError):
+        os.write(writes, said)
+    os.close(writes)
+    if not said.isdigit() or os.read(waits, 1):
+        return
+    for _ in range(THAW_TRIES):
+        try:
+            agent.thaw()
+        except AgentLostError:
+            return
+        except AgentError:
+            time.sleep(THAW_TIMEOUT_S)
+        else:
+            return
 
 
 def _attempted(agent: DomainAgent, mounts: Sequence[str]) -> bytes:
@@ -171,7 +210,7 @@ def _thaw(agent: DomainAgent, attempt: _Attempt) -> str:
             attempt.look()
             if attempt.count is not None or attempt.refused:
                 return ""
-            why = "the agent has not answered the order to freeze"
+            why = UNANSWERED
         if number + 1 == TRIES_BEFORE_TELLING:
             tell("stuck", why=why)
         time.sleep(max(0.0, began + THAW_TIMEOUT_S - time.monotonic()) if number else 0)

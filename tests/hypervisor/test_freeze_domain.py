@@ -3,6 +3,8 @@
 import json
 import os
 import select
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ class Domain:
 
     def fsFreeze(self, mounts: list[str] | None, flags: int) -> int:  # noqa: N802
         self._note(f"freeze {mounts}")
+        while (self._folder / "silent").exists():
+            time.sleep(0.01)
         if (self._folder / "refuse").exists():
             raise VirtError("QEMU guest agent is not connected")
         if (self._folder / "frozen").exists():
@@ -49,6 +53,8 @@ class Domain:
 
     def fsThaw(self, mounts: list[str] | None, flags: int) -> int:  # noqa: N802
         self._note("thaw")
+        if (self._folder / "silent").exists():
+            raise VirtError("cannot acquire state change lock")
         if (self._folder / "off").exists() or (self._folder / "refuse").exists():
             raise VirtError("QEMU guest agent is not connected")
         frozen = (self._folder / "frozen").exists()
@@ -62,8 +68,8 @@ class Child:
     def __init__(self, folder: Path, *, freeze: bool = True, hold_s: float = 60, mounts: tuple[str, ...] = ()) -> None:
         stdin, self._let_go = os.pipe()
         self._out, stdout = os.pipe()
-        self._pid = os.fork()
-        if not self._pid:
+        self.pid = os.fork()
+        if not self.pid:
             try:
                 os.close(self._let_go)
                 os.dup2(stdin, 0)
@@ -93,7 +99,7 @@ class Child:
 
     def end(self) -> None:
         self.let_go()
-        os.waitpid(self._pid, 0)
+        os.waitpid(self.pid, 0)
         self._lines.close()
 
 
@@ -177,6 +183,37 @@ def test_a_leftover_freeze_is_ended(child: Callable[..., Child], tmp_path: Path,
     if frozen:
         (tmp_path / "frozen").touch()
     assert child(freeze=False).event() == {"event": "thawed", **({"was-frozen": True} if frozen else {})}
+
+
+def test_an_agent_that_freezes_too_late_is_told_at_once_and_thawed_when_it_does(
+    child: Callable[..., Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeze_domain, "THAW_TRIES", 3)
+    (tmp_path / "silent").touch()
+    freeze = child(hold_s=0.05)
+    while (event := freeze.event()) and event["event"] != "stuck":
+        pass
+    assert event["why"] == "the agent has not answered the order to freeze"
+    assert freeze.event()["event"] == "stuck", "it has given up"
+    while not os.waitid(os.P_PID, freeze.pid, os.WEXITED | os.WNOWAIT):
+        pass
+    assert "freeze None" in told(tmp_path)
+    (tmp_path / "silent").unlink()
+    until(lambda: told(tmp_path)[-1] == "thaw" and not (tmp_path / "frozen").exists())
+
+
+def test_a_freeze_whose_keeper_is_killed_is_ended(child: Callable[..., Child], tmp_path: Path) -> None:
+    freeze = child()
+    assert freeze.event()["event"] == "frozen"
+    os.kill(freeze.pid, signal.SIGKILL)
+    until(lambda: not (tmp_path / "frozen").exists())
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_parent_that_is_gone_already_freezes_nothing(child: Callable[..., Child], tmp_path: Path) -> None:
