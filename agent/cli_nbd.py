@@ -9,10 +9,13 @@ import typer
 
 from agent.cli_vm import (
     AgentOption,
+    ConnectOption,
     ExcludeOption,
     FlavourOption,
     IdOption,
     IncludeOption,
+    LibvirtOption,
+    PauseOption,
     QmpOption,
     ScratchOption,
 )
@@ -22,7 +25,7 @@ from core.errors import BusyError, FleeceError, NotFoundError, UsageError
 if TYPE_CHECKING:
     from agent.nbd_holder import HoldOrder, Offer
     from agent.nbd_records import Holding, Records
-    from agent.vm_settings import VmSettings
+    from agent.vm_settings import VmOptions, VmSettings
     from core.progress import Progress
     from hypervisor.nbd_devices import DeviceUse, NbdHost
 
@@ -45,6 +48,7 @@ def add_to(application: typer.Typer) -> None:
 fleece nbd connect vm/100/latest drive-scsi0.img         a disk of a backup as /dev/nbdX
 fleece nbd connect vm/100/latest                         all disks of it
 fleece nbd connect web --time-limit 30m                  the disks of a running VM as they are now
+fleece nbd connect --libvirt web                         those of a domain of libvirt
 fleece nbd connect --qmp /run/web.qmp --id web --include scsi0
 fleece nbd connect web --changed                         'fleece nbd regions' then tells what changed since the backup
 fleece nbd connect vm/100/latest --files /mnt/disks      as files there, without the kernel module nbd
@@ -97,6 +101,9 @@ def connect(
     flavour: FlavourOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
+    libvirt: LibvirtOption = None,
+    connect: ConnectOption = None,
+    pause: PauseOption = None,
     changed: Annotated[
         bool, typer.Option("--changed", help="Of a VM: also find out what changed since its newest backup.")
     ] = False,
@@ -122,6 +129,7 @@ def connect(
     """
     from agent.cli_verify import parse_duration
     from agent.nbd_holder import HoldOrder
+    from agent.vm_settings import VmOptions
 
     words = what or []
     of_backup = bool(words) and "/" in words[0]
@@ -131,7 +139,7 @@ def connect(
             {
                 "--qmp": qmp, "--id": id, "--guest-agent": guest_agent, "--no-freeze": no_freeze, "--scratch": scratch,
                 "--flavour": flavour, "--include": include, "--exclude": exclude, "--changed": changed,
-                "--discard": discard,
+                "--discard": discard, "--libvirt": libvirt, "--connect": connect, "--pause": pause,
             },
         )  # fmt: skip
     elif len(words) > 1:
@@ -144,14 +152,33 @@ def connect(
         if not files.is_dir():
             raise UsageError("make files in", str(files), "it is no folder")
     records, host = place(invocation)
-    settings = None if of_backup else _settings(
-        invocation, words, qmp, id, guest_agent, no_freeze, scratch, flavour, include, exclude
-    )  # fmt: skip
+    settings = (
+        None
+        if of_backup
+        else _settings(
+            invocation,
+            VmOptions(
+                words[0] if words else None,
+                qmp,
+                id or ("unnamed" if not words and qmp is not None else None),
+                guest_agent,
+                scratch,
+                None,
+                flavour,
+                include or (),
+                exclude or (),
+                no_freeze,
+                libvirt,
+                connect,
+                pause=pause,
+            ),
+        )
+    )
     order = HoldOrder(
         records,
         host,
         source={"type": "backup", "snapshot": words[0]} if settings is None else {
-            "type": "vm", "vm": settings.label, "qmp": str(settings.qmp)
+            "type": "vm", "vm": settings.label, "qmp": settings.monitor
         },
         files=files,
         discard=discard,
@@ -183,28 +210,14 @@ def place(invocation: Invocation) -> "tuple[Records, NbdHost]":
     return Records(folder), NbdHost(reservations, section.lock or Path(f"{reservations}.lock"))
 
 
-def _settings(
-    invocation: Invocation,
-    words: list[str],
-    qmp: Path | None,
-    id: str | None,
-    guest_agent: Path | None,
-    no_freeze: bool,
-    scratch: Path | None,
-    flavour: str | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-) -> "VmSettings":
-    from agent.vm_settings import VmOptions, resolve_vm
+def _settings(invocation: Invocation, options: "VmOptions") -> "VmSettings":
+    from agent.vm_settings import resolve_vm
 
-    name = words[0] if words else None
-    id = id or ("unnamed" if name is None and qmp is not None else None)
-    options = VmOptions(
-        name, qmp, id, guest_agent, scratch, None, flavour, include or (), exclude or (), no_freeze
-    )  # fmt: skip
     settings = resolve_vm(invocation.config, options)
-    if settings.qmp is None:
-        raise UsageError("connect the disks of", settings.label, "no QMP socket is named", "give --qmp SOCKET")
+    if settings.monitor is None:
+        raise UsageError(
+            "connect the disks of", settings.label, "no QMP socket is named", "give --qmp SOCKET or --libvirt DOMAIN"
+        )
     return settings
 
 

@@ -10,6 +10,7 @@ from typing import Final, TypeAlias
 import trio
 
 from agent.documents import find_snapshot
+from agent.libvirt_vm import check_idle
 from agent.nbd_holder import Offer, OfferedDisk
 from agent.places import private_run_dir
 from agent.snapshot_archives import OpenSnapshot, open_snapshot
@@ -27,6 +28,7 @@ from hypervisor.errors import VmUnsupportedError
 from hypervisor.live_source import LiveSource
 from hypervisor.nbd_address import NbdAddress
 from hypervisor.nbd_server import serve_disk
+from hypervisor.pause import Pause
 from hypervisor.qmp import connect
 from hypervisor.unix_socket import Peer
 from hypervisor.vm import frozen_view
@@ -196,8 +198,11 @@ async def vm_offer(
 
     Raises:
         VmUnsupportedError: its QEMU is too old for it.
+        VmStateError: libvirt is at work on it.
         FleeceError: as `hypervisor.vm.frozen_view`.
     """
+    settings = await settings.looked_up()
+    await check_idle(settings)
     peer = await _check(settings, discard=discard)
     target = target_id("nbd", os.urandom(8).hex())
     base_of: BaseOf = _nothing
@@ -214,7 +219,7 @@ async def vm_offer(
             mode, number = BitmapMode(settings.bitmap), max(number, newest + 1)
         view = await stack.enter_async_context(
             frozen_view(
-                str(settings.qmp),
+                str(settings.monitor),
                 target=target,
                 new_id=number,
                 base_of=base_of,
@@ -224,6 +229,8 @@ async def vm_offer(
                 disks=settings.selection,
                 bitmap_mode=mode,
                 guest_agent=settings.guest_agent,
+                mount_points=settings.freeze_mounts,
+                pause=Pause(settings.pause),
                 flavour=wanted_flavour(settings),
                 tpm_state=settings.section.tpm_state,
                 on_step=say,
@@ -233,7 +240,7 @@ async def vm_offer(
         source = {
             "type": "vm",
             "vm": settings.label,
-            "qmp": str(settings.qmp),
+            "qmp": settings.monitor,
             "instant": round(view.instant, 3),
             "flavour": view.flavour.value,
         }
@@ -249,7 +256,7 @@ def _offered(source: LiveSource) -> OfferedDisk:
 
 async def _check(settings: VmSettings, *, discard: bool) -> Peer:
     """Who QEMU is; refuses what would read garbage, or end it."""
-    async with connect(str(settings.qmp)) as qmp:
+    async with connect(str(settings.monitor)) as qmp:
         able = await capabilities(qmp)
         version = ".".join(map(str, able.version))
         if able.compat:
