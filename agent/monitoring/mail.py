@@ -8,6 +8,7 @@ from contextlib import suppress
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import formatdate, make_msgid
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 #: Where distributions have it.
 DEFAULT_SENDMAIL: Final = "/usr/sbin/sendmail"
 _MAX_PASSWORD: Final = 4096
+#: Says whether this process, and what it starts, can come to more rights than it has.
+_OWN_STATUS: Final = Path("/proc/self/status")
 _GREETING: Final = 220
 #: Answers of an SMTP server that mean: later perhaps (RFC 5321, 4.2.1).
 _TRANSIENT: Final = range(400, 500)
@@ -81,15 +84,24 @@ def _host_name() -> str:
 async def _by_sendmail(
     section: "MailSection", mail: EmailMessage, timeout_s: float, log: "Callable[[str], None]"
 ) -> None:
-    from pathlib import Path
-
     program = section.sendmail or Path(DEFAULT_SENDMAIL)
     # -i: a dot alone on a line does not end the mail. Recipients are those of the configuration, not of the text.
     arguments = ("-i", "-f", _sender(section), "--", *section.to)
     try:
         await Hook(program, timeout_s).call(arguments, {}, log, mail.as_bytes().replace(b"\r\n", b"\n"))
     except HookError as error:
-        raise DeliveryError("send a mail by", str(program), error.why, error.hint) from error
+        raise DeliveryError("send a mail by", str(program), error.why, error.hint or _hint()) from error
+
+
+def _hint() -> str:
+    """What a sendmail may have met: Exim becomes a user of its own, others belong to a group (setgid)."""
+    try:
+        confined = "\nNoNewPrivs:\t1\n" in _OWN_STATUS.read_text()
+    except OSError:
+        confined = False
+    return (
+        'smtp = "127.0.0.1:25" reaches mailers that change their user, which this service may not' if confined else ""
+    )
 
 
 class _Connection:

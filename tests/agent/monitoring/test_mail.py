@@ -72,6 +72,18 @@ async def test_a_sendmail_that_fails_hangs_or_is_anybodys_is_an_error(tmp_path: 
         await send_mail(section, a_message(), 60, quiet)
 
 
+@pytest.mark.parametrize(("bit", "told"), [("0", False), ("1", True)])
+async def test_who_may_come_to_no_more_rights_is_told_of_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bit: str, told: bool
+) -> None:
+    (tmp_path / "status").write_text(f"Name:\tfleece\nNoNewPrivs:\t{bit}\nSeccomp:\t2\n")
+    monkeypatch.setattr("agent.monitoring.mail._OWN_STATUS", tmp_path / "status")
+    program = script(tmp_path / "sendmail", "exit 1")
+    with pytest.raises(DeliveryError) as caught:
+        await send_mail(mail(f'sendmail = "{program}"'), a_message(), 60, quiet)
+    assert ('smtp = "127.0.0.1:25"' in str(caught.value)) is told
+
+
 async def test_smtp_in_plain_text_to_this_host_and_a_line_with_a_dot() -> None:
     peer = MailPeer()
     async with listening(peer):
