@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.cache import ROOT
+from tests.support.apt import AptRoot, codename
+from tests.support.cache import ROOT, Unavailable
 from tests.support.debian_vm import DebianVm
 
 #: Waits where a test says so: `hold` lets the next backup stop behind its instant, with QEMU's nodes in place.
@@ -72,6 +74,31 @@ class HypervisorHost:
 
     vm: DebianVm
     package: Path  #: the package, on this machine
+
+    def add(self, *packages: str, settings: str = "") -> None:
+        """Install packages of the distribution; `settings` answer their questions (debconf-set-selections).
+
+        Skips the test where they cannot be fetched.
+        """
+        with tempfile.TemporaryDirectory(prefix="fleece-debs-") as name:
+            status, target = Path(name, "status"), Path(name, "archives")
+            status.write_bytes(self.vm.read("/var/lib/dpkg/status"))
+            target.mkdir()
+            try:
+                apt = AptRoot.open("apt-release", (codename(),))
+                found = apt.download_for(status, packages, codename(), target)
+            except Unavailable as reason:
+                pytest.skip(str(reason))
+            self.vm.check("rm -rf /var/tmp/debs")
+            self.vm.unpack({path.name: path for path in found}, "/var/tmp/debs")
+        if settings:
+            self.vm.check("debconf-set-selections", given=settings.encode())
+        line = "apt-get -o Dpkg::Options::=--force-unsafe-io -y --no-install-recommends install /var/tmp/debs/*.deb"
+        self.vm.check(f"DEBIAN_FRONTEND=noninteractive {line}", timeout_s=900)
+
+    def run_job(self, job: str = "night") -> None:
+        """Run a job once by its unit, which has the rights of the agent; returns when it is over, however it ended."""
+        self.vm.run(f"systemctl start fleece-job@{job}", timeout_s=900)
 
     def qemu(self) -> dict[str, Any]:
         """Block nodes with names, roots, exports and bitmaps of the virtual machine `web`."""

@@ -159,7 +159,23 @@ class AptRoot:
         for archive in archives.glob("*.deb"):
             archive.unlink()
 
-    def _apt(self, command: str, *arguments: str, what: str, cwd: Path | None = None) -> str:
+    def download_for(self, status: Path, packages: Sequence[str], suite: str, target: Path) -> list[Path]:
+        """Download `packages` of `suite`, and everything they need beyond what another machine has, into `target`.
+
+        `status` is that machine's /var/lib/dpkg/status, and `target` an empty folder.
+
+        Raises:
+            Unavailable: one cannot be fetched.
+        """
+        (target / "partial").mkdir()
+        arguments = ("-q", "-y", "--download-only", "--no-install-recommends", "-t", suite, "install")
+        own = {"Dir::State::Status": status, "Dir::Cache::Archives": target}
+        self._apt("apt-get", *arguments, *packages, what=f"cannot download {' '.join(packages)}", own=own)
+        return sorted(target.glob("*.deb"))
+
+    def _apt(
+        self, command: str, *arguments: str, what: str, cwd: Path | None = None, own: Mapping[str, Path] | None = None
+    ) -> str:
         options = {
             "Dir::Etc::SourceList": self.folder / "fleece.sources",
             "Dir::Etc::SourceParts": "-",
@@ -172,6 +188,7 @@ class AptRoot:
             "Acquire::http::Timeout": "20",
             "Acquire::https::Timeout": "20",
             "APT::Update::Error-Mode": "any",
+            **(own or {}),
         }
         line = [command, *(part for name, value in options.items() for part in ("-o", f"{name}={value}")), *arguments]
         try:
