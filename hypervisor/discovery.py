@@ -87,7 +87,9 @@ class Disk:
     driver: str  #: of the root: `raw`, `qcow2`, ...
     file: str | None  #: path of the image, as QEMU knows it (it may be relative to QEMU's folder)
     device_type: str  #: `virtio-blk`, `scsi-hd`, `ide-hd`, `nvme`, `usb-storage`, else the QOM type
-    persistent_bitmaps_possible: bool  #: the root is qcow2 of version 3
+    persistent_bitmaps_possible: bool
+    """The root is qcow2 of version 3, and has no internal snapshots: a bitmap in the image would keep them from being
+    loaded, and libvirt ends the VM before it finds that out."""
     bitmaps: Sequence[dict[str, Any]] = field(default=(), repr=False)
     """Named dirty bitmaps of the root: `name`, `count`, `granularity`, `recording`, `busy`, `persistent`, and
     `inconsistent`, which is False where QEMU leaves it out."""
@@ -123,12 +125,6 @@ class Capabilities:
     compat: bool
     """Before 8.2: reads of the frozen view must lie inside one cluster of 64 KiB, and its allocation map is that of the
     live disk."""
-
-    @property
-    def shared_memory(self) -> bool:
-        """Whether views may be read through shared memory (vhost-user-blk): from the oldest version it was tried with,
-        as its earlier ones have known faults."""
-        return self.version >= (10, 0, 0)
 
     @property
     def allocation_map(self) -> bool:
@@ -407,7 +403,9 @@ class _BlockDevice:
             driver=driver,
             file=image_path(self.image_name),
             device_type="usb-storage" if "/legacy[" in self.qdev else _DEVICE_TYPES.get(kind, kind),
-            persistent_bitmaps_possible=driver == "qcow2" and _qcow2_compat(image) not in (None, "0.10"),
+            persistent_bitmaps_possible=driver == "qcow2"
+            and _qcow2_compat(image) not in (None, "0.10")
+            and not image.get("snapshots"),
             bitmaps=tuple(_bitmaps(inserted, self.where)),
             backend=self.backend,
             aliases=aliases,

@@ -7,7 +7,6 @@ at QEMU alone (`leftovers.py`).
 """
 
 import contextlib
-import logging
 import os
 import socket
 import time
@@ -36,12 +35,8 @@ from hypervisor.pause import Pause, Paused, paused
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, hanging
 from hypervisor.state import DiskState, Run, RunState
-from hypervisor.vhost_user import Shared, queues_for
-from hypervisor.vhost_user import usable as shared_memory_usable
 
 T = TypeVar("T")
-
-_LOG = logging.getLogger(__name__)
 
 #: Seconds for the whole end of a backup: a hanging fleecing image holds QEMU up to 45 s, exports 30 s.
 TEARDOWN_TIMEOUT_S: Final = 240.0
@@ -69,7 +64,6 @@ class FleecedDisk:
     view: str  #: the node that shows the disk as it was; empty as long as QEMU has not named it
     changed: list[Extent] | None = None  #: what the old bitmap says, None for a full read
     persistent: bool = False  #: the new bitmap is kept in the image
-    shared: Shared | None = None  #: the export through shared memory, None without one
 
     @property
     def plan(self) -> ReadPlan:
@@ -307,27 +301,6 @@ class Fleecing(ABC):
     ) -> None:
         options = {"type": "nbd", "id": export, "node-name": disk.view, "name": name, "writable": writable, **more}
         await qmp.execute("block-export-add", options)
-
-    async def _share(self, qmp: Qmp, disk: FleecedDisk) -> None:
-        """Export the view of `disk` once more, for reading through shared memory; without that it is read over NBD."""
-        queues = queues_for(len(self.disks))
-        if not queues or not self.able.shared_memory or not shared_memory_usable():
-            return
-        path = self.run.shared(disk.number)
-        options = {
-            "type": "vhost-user-blk",
-            "id": f"fleece-v{disk.number}",
-            "node-name": disk.view,
-            "addr": {"type": "unix", "path": str(path)},
-            "num-queues": queues,
-            "writable": False,
-        }
-        try:
-            await qmp.execute("block-export-add", options)
-        except QmpCommandError as error:
-            _LOG.info("%s: no export through shared memory: %s", disk.disk.device, error.desc)
-        else:
-            disk.shared = Shared(str(path), queues)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ docs/hypervisor.md, "Reading the frozen view".
 import bisect
 import contextlib
 import errno
-import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,9 +16,6 @@ from hypervisor.discovery import Capabilities
 from hypervisor.errors import FleecingError, SnapshotBrokenError
 from hypervisor.extents import ExtentBuilder
 from hypervisor.nbd_client import NbdAddress, NbdPool, NbdSourceError, open_nbd
-from hypervisor.vhost_user import SECTOR, VhostUserError, VhostUserPool
-
-_LOG = logging.getLogger(__name__)
 
 #: Bytes of a cluster of the copy-before-write filter. Before QEMU 9.1 a TRIM that cuts one aborts QEMU.
 CBW_CLUSTER: Final = 64 * 1024
@@ -67,20 +63,15 @@ class LiveSource:
         changed: Sequence[Extent] | None,
         pool: NbdPool,
         able: Capabilities,
-        shared: VhostUserPool | None = None,
         only_changed: bool = False,
     ) -> None:
-        """`shared`: the same through shared memory, used for what it can read as long as it works.
-
-        `only_changed`: of an incremental view nothing but what `changed` calls DATA can be read.
-        """
+        """`only_changed`: of an incremental view nothing but what `changed` calls DATA can be read."""
         _check_size(pool, size, name)
         self.name: Final = name  #: the archive's, without its type extension
         self.size: Final = size  #: bytes; does not change, even if the guest's disk is resized
         self.plan: Final = plan  #: what `extents` is based on
         self._changed = changed
         self._pool = pool
-        self._shared = shared if shared is not None and shared.size == size // SECTOR * SECTOR else None
         self._able = able
         self._only_changed = only_changed and changed is not None
         #: All of the disk was wanted, and could not be had.
@@ -174,16 +165,6 @@ class LiveSource:
         return (min(end, self._zeros[index].offset) if index < len(self._zeros) else end), False
 
     async def _read(self, offset: int, buffer: memoryview) -> None:
-        shared = self._shared
-        if shared is not None and not (offset | len(buffer)) % SECTOR:
-            try:
-                await shared.read_into(offset, buffer)
-            except VhostUserError as error:
-                # It does not say what is wrong. NBD does, or reads it.
-                _LOG.info("%s: reading over NBD from now on: %s", self.name, error)
-                self._shared = None
-            else:
-                return
         try:
             if self._able.compat:
                 await self._pool.pread_pieces(offset, buffer)

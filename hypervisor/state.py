@@ -109,10 +109,6 @@ class Run:
     def _state(self) -> Path:
         return self.folder / "state.json"
 
-    def shared(self, number: int) -> Path:
-        """Where QEMU's export of disk `number` through shared memory listens."""
-        return self.folder / f"v{number}"
-
     async def load(self) -> RunState | None:
         """What a killed run on this QEMU wrote down; None if there was none, or it is unreadable."""
         return await in_io_thread(_load, self._state)
@@ -134,8 +130,8 @@ class Run:
         temporary.replace(self._state)
 
     def forget(self) -> None:
-        """Remove state and sockets: nothing of ours is left in QEMU."""
-        for path in (self._state, self._state.with_suffix(".tmp"), self.folder / "nbd", *self.folder.glob("v*")):
+        """Remove state and socket: nothing of ours is left in QEMU."""
+        for path in (self._state, self._state.with_suffix(".tmp"), self.folder / "nbd"):
             path.unlink(missing_ok=True)
 
 

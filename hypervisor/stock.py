@@ -73,7 +73,6 @@ class StockFleecing(Fleecing):
             await self._step("export the frozen views")
             for disk in self.disks:
                 await self._export(qmp, disk, f"fleece-e{disk.number}", disk.export, writable=True)
-                await self._share(qmp, disk)
             await self._step("read")
         except QmpCommandError as error:
             raise FleecingError("freeze the disks of", self.qmp_path, str(error)) from error

@@ -3,7 +3,6 @@
 docs/hypervisor.md describes what happens in QEMU.
 """
 
-import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -45,7 +44,6 @@ from hypervisor.scratch import Scratch, remove_stale
 from hypervisor.size_marks import remove_marks
 from hypervisor.state import Run, clean_dead, exclusive, started
 from hypervisor.stock import Stock
-from hypervisor.vhost_user import Shared, VhostUserError, VhostUserPool, open_vhost_user
 from hypervisor.view import FrozenView
 
 __all__ = [
@@ -62,8 +60,6 @@ __all__ = [
     "preview",
     "target_id",
 ]
-
-_LOG = logging.getLogger(__name__)
 
 _CLEANUP_HINT: Final = "'fleece vm cleanup' removes it, and so does the next backup"
 
@@ -188,7 +184,6 @@ async def frozen_view(
         for disk in fleecing.disks:
             with fleecing.telling_of_a_crash():
                 pool = await stack.enter_async_context(open_nbd(fleecing.address(disk), sparse=False))
-            shared = await stack.enter_async_context(_shared_memory(disk.shared))
             source = LiveSource(
                 disk.disk.name,
                 disk.disk.size,
@@ -196,7 +191,6 @@ async def frozen_view(
                 changed=disk.changed,
                 pool=pool,
                 able=able,
-                shared=shared,
                 only_changed=kind.name is FlavourName.PROXMOX,
             )
             view.sources.append(source)
@@ -204,19 +198,6 @@ async def frozen_view(
             nursery.start_soon(scratch.watch)
             yield view
             nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def _shared_memory(export: Shared | None) -> AsyncIterator[VhostUserPool | None]:
-    """The export for reading through shared memory; None if there is none, or it cannot be used: NBD can."""
-    async with AsyncExitStack() as stack:
-        pool = None
-        if export is not None:
-            try:
-                pool = await stack.enter_async_context(open_vhost_user(export))
-            except VhostUserError as error:
-                _LOG.info("no reading through shared memory: %s", error)
-        yield pool
 
 
 class _Teardown:
