@@ -26,6 +26,8 @@ from tests.support.qemu_binaries import QemuBinary
 
 #: Seconds after which a QEMU is killed, whatever it is doing.
 LIFETIME_S: Final = 300
+#: Signals by which a program ends itself when it finds a fault of its own.
+_CRASHES: Final = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 #: Seconds for a start, a QMP answer or an orderly end on a busy machine.
 PATIENCE_S: Final = 60.0
 
@@ -184,7 +186,12 @@ class RunningProcess:
             return await self.own_qmp.execute(command, arguments)
         except EOFError as error:
             await trio.sleep(0.2)
-            raise EOFError(f"{error}; alive: {self.alive()}, printed: {self.log()[-2000:]!r}") from error
+            raise EOFError(f"{error}; {self.state()}") from error
+
+    def state(self) -> str:
+        """Whether it runs, or how it has ended, and what it printed."""
+        status = self.process.poll()
+        return f"{'it runs' if status is None else f'ended with {status}'}, printed: {self.log()[-2000:]!r}"
 
     def log(self) -> str:
         """All that the process has printed."""
@@ -361,7 +368,7 @@ async def _started(
     bounded = ["timeout", "-k", "5", f"{lifetime_s}s", "stdbuf", "-oL", *line]
     with (folder / "log").open("wb") as log:
         process = await trio.lowlevel.open_process(bounded, stdin=DEVNULL, stdout=log, stderr=STDOUT)
-    stack.push_async_callback(_end, process)
+    stack.push_async_callback(_end, process, folder / "log")
     with trio.move_on_after(PATIENCE_S):
         while process.poll() is None:
             try:
@@ -376,9 +383,16 @@ async def _started(
     raise AssertionError(f"{line[0]} did not start: {said}\ncommand: {' '.join(line)}")
 
 
-async def _end(process: trio.Process) -> None:
-    """End `timeout`, which passes SIGTERM on; QEMU ends in order then. Killed if that takes too long."""
+async def _end(process: trio.Process, log: Path) -> None:
+    """End `timeout`, which passes SIGTERM on; QEMU ends in order then. Killed if that takes too long.
+
+    Raises:
+        AssertionError: it has crashed, which no test may bring about.
+    """
     with trio.CancelScope(shield=True):
+        status = process.poll()
+        if status in _CRASHES:
+            raise AssertionError(f"it crashed, status {status}: {log.read_text(errors='replace')[-2000:]}")
         process.terminate()
         with trio.move_on_after(PATIENCE_S):
             await process.wait()

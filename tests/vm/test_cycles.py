@@ -66,10 +66,15 @@ class Night:
                 self.seen[ctime] = position(self.disks[0].path)
         return len(self.seen)
 
-    async def further(self, count: int = 1) -> None:
+    async def further(self, vm: RunningQemu, count: int = 1) -> None:
         """Wait for so many further snapshots."""
         wanted = self.look() + count
-        await until(lambda: self.look() >= wanted, 180)
+
+        def there() -> bool:
+            assert vm.alive(), vm.state()
+            return self.look() >= wanted
+
+        await until(there, 180)
 
     async def start_writing(self, vm: RunningQemu) -> None:
         """The guest goes on where the one before it ended: the last number may not be on the second disk."""
@@ -113,7 +118,7 @@ class Night:
                 before: tuple[int, int] | None = None
                 while events:
                     event = events.pop(0)
-                    await self.further(2)
+                    await self.further(vm, 2)
                     if grown_from is None and len(self.seen) > 4:
                         grown_from = resident(vm.pid), descriptors(vm.pid)
                     if before is None:
