@@ -6,8 +6,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
+import trio
+
 from core.buffers import Buffer
 from core.errors import FleeceError, UsageError
+from core.nursery import open_nursery
 from core.progress import Progress
 from datastore.blob import MAX_ENCODED_CHUNK, Blob
 from datastore.changes import MAX_NOTES, NamespaceMove, NamespaceRemoval
@@ -38,6 +41,8 @@ from repository.verify import VerifyOptions, VerifyResult
 _DELETE_STATISTICS: Final = (3, 2, 11)
 #: First version of servers that know namespaces.
 _NAMESPACES: Final = (2, 2, 0)
+#: Notes that are asked for at a time.
+_AT_ONCE: Final = 8
 _VERSION_PART: Final = re.compile(r"[0-9]{1,5}")
 
 
@@ -101,11 +106,18 @@ class RemoteRepository:
         """See `Repository.groups`."""
         data = await self._call("GET", "/groups", self._of_groups(ns), "list the groups of", self._where(ns))
         infos = parse_groups(data, ns, self._name)
-        # A line end behind the comment means that there is more of it.
-        return [
-            replace(info, comment=await self._group_notes(info.group)) if info.comment.endswith("\n") else info
-            for info in infos
-        ]
+        slots = trio.Semaphore(_AT_ONCE)
+
+        async def complete(number: int) -> None:
+            async with slots:
+                infos[number] = replace(infos[number], comment=await self._group_notes(infos[number].group))
+
+        async with open_nursery() as nursery:
+            for number, info in enumerate(infos):
+                # A line end behind the comment means that there may be more of it; nothing but the notes tell.
+                if info.comment.endswith("\n"):
+                    nursery.start_soon(complete, number)
+        return infos
 
     async def _group_notes(self, group: Group) -> str:
         data = await self._call("GET", "/group-notes", group_parameters(group), "read the notes of", str(group))

@@ -50,6 +50,33 @@ async def test_small_changes_and_their_refusals() -> None:
         assert await repo.snapshots() == []
 
 
+async def test_long_notes_of_many_groups_are_asked_for_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        {"backup-type": "vm", "backup-id": str(number), "last-backup": 1000, "backup-count": 1, "files": [],
+         "comment": "short" if number == 105 else f"{number}\n"}
+        for number in range(100, 112)
+    ]  # fmt: skip
+    asked, together = 0, trio.Event()
+
+    async def call(method: str, path: str, parameters: dict[str, str], what: str, where: str) -> object:
+        nonlocal asked
+        if path == "/groups":
+            return entries
+        assert (method, path) == ("GET", "/group-notes")
+        asked += 1
+        if asked == 4:
+            together.set()
+        with trio.fail_after(60):
+            await together.wait()  # never, if one is asked for after the other
+        return f"{parameters['backup-id']}\nmore"
+
+    async with remote(PbsDouble()) as repo:
+        monkeypatch.setattr(repo, "_call", call)
+        found = {info.group.id: info.comment for info in await repo.groups()}
+    assert found == {str(number): "short" if number == 105 else f"{number}\nmore" for number in range(100, 112)}
+    assert asked == 11
+
+
 async def test_backups_that_a_server_refuses_say_why_in_our_words() -> None:
     double = PbsDouble()
     async with remote(double) as repo:
