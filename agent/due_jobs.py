@@ -18,6 +18,10 @@ from core.errors import FleeceError, os_reason
 if TYPE_CHECKING:
     from agent.job_sections import RunnableJob
 
+#: Seconds by which the clock may be set back without a time of a schedule that is done coming again.
+_SET_BACK_S: Final = 3600.0
+#: Seconds after which a time counts as missed; the agent looks more often, unless the host slept.
+_MISSED_S: Final = 300.0
 #: Bytes of the file.
 _MAX_SIZE: Final = 4 << 20
 
@@ -30,6 +34,7 @@ class Known:
     since: float  #: Unix seconds: everything due up to then is done
     begun: bool = False  #: the agent began a run and has not seen its end
     due: float | None = None  #: Unix seconds
+    catch_up: bool = True  #: a time that was missed is made up for
 
 
 class DueJobs:
@@ -67,17 +72,27 @@ class DueJobs:
             times = CalendarTimes.parse(section.schedule)
             begin = max(known.since, min(last_start(name) or 0.0, now))
             known.due = times.after(begin)
-            catch_up = getattr(section, "catch_up", True)
-            if known.begun and catch_up and name not in running:  # it was cut off
+            known.catch_up = getattr(section, "catch_up", True)
+            if known.begun and known.catch_up and name not in running:  # it was cut off
                 known.due = now
-            elif known.due is not None and known.due < now and not catch_up:
+            elif known.due is not None and known.due < now and not known.catch_up:
                 known.due = times.after(now)
         self._jobs = taken
         self._write()
 
     def due(self) -> list[str]:
-        """Names of the jobs whose time has come, the one that waits longest first."""
+        """Names of the jobs whose time has come, the one that waits longest first.
+
+        The clock may have been set, or the host have slept, since this was asked last.
+        """
         now = self._now()
+        for known in self._jobs.values():
+            if known.since > now + _SET_BACK_S:
+                # It was ahead when the job was begun: the next time by that clock may be years away.
+                known.since = now
+                known.due = CalendarTimes.parse(known.schedule).after(now)
+            elif known.due is not None and known.due < now - _MISSED_S and not known.catch_up:
+                known.due = CalendarTimes.parse(known.schedule).after(now)
         found = [(known.due, name) for name, known in self._jobs.items() if known.due is not None and known.due <= now]
         return [name for _, name in sorted(found)]
 

@@ -117,6 +117,41 @@ def test_a_run_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
     assert due_at(tmp_path, START + 60, jobs(DAILY + "catch-up = false\n")) == (START + 14 * HOUR, "sweep")
 
 
+def test_a_clock_that_is_set_while_the_agent_runs_stops_no_schedule(tmp_path: Path) -> None:
+    clock = [START + 10 * 365 * 24 * HOUR]
+    found = DueJobs(tmp_path, lambda: clock[0])
+    found.take(jobs(DAILY).job, lambda _: None)
+    ahead = found.next()
+    assert ahead is not None
+    clock[0] = ahead[0]
+    assert found.due() == ["sweep"]
+    found.begin("sweep")
+    found.end("sweep")
+    # Right again: not in ten years, but at the next time there is.
+    clock[0] = START
+    assert found.due() == []
+    assert found.next() == (START + 14 * HOUR, "sweep")
+    clock[0] = START + 14 * HOUR
+    assert found.due() == ["sweep"]
+    found.begin("sweep")
+    # A little back, as time servers do it: what was done at two o'clock is not done again.
+    clock[0] -= 5
+    assert found.due() == []
+    assert found.next() == (START + 38 * HOUR, "sweep")
+
+
+@pytest.mark.parametrize("catch_up", [True, False])
+def test_a_time_that_the_host_slept_through_is_missed(catch_up: bool, tmp_path: Path) -> None:
+    clock = [float(START)]
+    found = DueJobs(tmp_path, lambda: clock[0])
+    found.take(jobs(DAILY + f"catch-up = {str(catch_up).lower()}\n").job, lambda _: None)
+    clock[0] = START + 14 * HOUR + 100
+    assert found.due() == ["sweep"]
+    clock[0] = START + 20 * HOUR
+    assert found.due() == (["sweep"] if catch_up else [])
+    assert found.next() == (START + (14 if catch_up else 38) * HOUR, "sweep")
+
+
 def test_a_damaged_state_and_a_clock_that_was_set_back_count_from_now(tmp_path: Path) -> None:
     for text in (b"", b"{", b"[]", b'{"sweep": 1}', b'{"sweep": {"schedule": "02:00 UTC", "since": "x", "begun": 0}}'):
         (tmp_path / "schedule.json").write_bytes(text)
