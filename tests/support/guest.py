@@ -40,7 +40,7 @@ _DONE: Final = re.compile(rb"(?:^|\n)##RC (\d+)\r?\n")
 #: First line the guest says.
 READY: Final = b"##READY"
 #: Seconds until a started guest must be ready; TCG on a busy machine takes ten times the two seconds it should.
-BOOT_TIMEOUT_S: Final = 60.0
+BOOT_TIMEOUT_S: Final = 180.0
 #: Raised when what is built changes.
 _REVISION: Final = 2
 
