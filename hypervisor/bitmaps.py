@@ -341,6 +341,9 @@ async def _unusable(disk: Disk, base: BaseInfo, mine: Sequence[Bitmap], situatio
         return "the disk has a new top image since the previous backup (external snapshot)"
     if bitmap.granularity != GRANULARITY:
         return f"the bitmap has a granularity of {format_size(bitmap.granularity)}"
+    kept_in_image = {entry.get("name") for entry in disk.bitmaps if entry.get("persistent")}
+    if str(bitmap.name) in kept_in_image and not disk.persistent_bitmaps_possible:
+        return "the disk has internal snapshots now, which a dirty bitmap in the image would keep from being loaded"
     if bitmap.name.id < base.ctime:
         return "a newer snapshot was made without the dirty bitmap"
     if bitmap.name.id > base.ctime:
