@@ -1,14 +1,16 @@
 """A QEMU that runs what nobody has checked: with as few rights as this host lets us take from it.
 
 It never opens files of the host by name but its own firmware: disks, sockets and pictures are descriptors it inherits.
-As root it runs as nobody, without capabilities, in a network of its own that has nothing but loopback; QEMU's own
-system-call filter, and limits for memory and files, come on top. docs/test-boot.md, "Confinement".
+As root it runs as nobody, without capabilities, in a network of its own that has nothing but loopback; in a service
+that may not change users it stays root, but without capabilities, too. QEMU's own system-call filter, and limits for
+memory and files, come on top. docs/test-boot.md, "Confinement".
 """
 
 import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,15 @@ from hypervisor.errors import BootTrialError
 _NOBODY: Final = 65534
 #: Capabilities, as bits.
 _SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = (1 << number for number in (6, 7, 8, 21))
+#: Gives all capabilities up and becomes another program, which gets none back: setpriv cannot, where the bounding set
+#: must stay. Version 3 of capset(2): 64 bits each of what is effective, permitted and inheritable.
+_DROP: Final = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()):
+    sys.exit(f"capset: {os.strerror(ctypes.get_errno())}")
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 #: How TCG is asked for: its code is never writable where it is executed, which hardened services forbid.
 TCG: Final = "tcg,split-wx=on,tb-size=128"
 #: Options of QEMU for its system-call filter: no new programs, no other rights, no other scheduling.
@@ -65,13 +76,17 @@ def _confined(command: Sequence[str], limits: Limits) -> list[str]:
         line += ["unshare", "--net", "--"]
     if capable & _SETPCAP:
         rights += ["--inh-caps=-all", "--bounding-set=-all"]
-    # Binaries in somebody's home cannot be run by nobody.
-    if capable & _SETUID and capable & _SETGID and os.geteuid() == 0 and _for_all(command[0]):
+    # Binaries in somebody's home cannot be run by nobody, nor by a root that may not overrule their permissions.
+    open_to_all = _for_all(command[0])
+    becomes_nobody = bool(capable & _SETUID and capable & _SETGID and os.geteuid() == 0 and open_to_all)
+    if becomes_nobody:
         group = _kvm_group()
         rights += [f"--reuid={_NOBODY}", f"--regid={_NOBODY}"]
         rights += ["--clear-groups"] if group is None else [f"--groups={group}"]
     # The kernel forgets the former one, of `running`, when the user changes.
     line += [*rights, "--pdeathsig", "KILL", "--"]
+    if capable and open_to_all and not becomes_nobody:
+        line += [sys.executable, "-I", "-S", "-c", _DROP]
     line += ["prlimit", "--core=0", f"--fsize={limits.file}", f"--as={limits.memory + _OWN_MEMORY}"]
     return [*line, f"--nofile={_MAX_DESCRIPTORS}", "--", *command]
 
