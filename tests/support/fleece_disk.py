@@ -21,7 +21,7 @@ from tests.support.running import VmDisk
 
 #: Seconds for a command in the VM, a limit for what hangs: on a busy machine without acceleration it takes minutes.
 COMMAND_S: Final = 600
-_ROOMS: Final = ("agent", "core", "datastore", "fusefs", "hypervisor", "pxar", "repository", "server")
+_ROOMS: Final = ("agent", "core", "datastore", "diskfs", "fusefs", "hypervisor", "pxar", "repository", "server")
 #: What a QEMU without firmware of its own kind of machine needs none of.
 _LEFT_OUT: Final = ("doc", "*openbios*", "*u-boot*", "skiboot*", "slof*", "edk2*", "*.dtb", "keymaps")
 

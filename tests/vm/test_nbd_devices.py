@@ -261,8 +261,8 @@ def _disk_of_a_backup(qemu: QemuBinary, disk: VmDisk, source: Path) -> None:
         connect = "/mnt/fleece nbd connect vm/100/latest drive-scsi0.img --repo /srv/ --output json"
         document = json.loads(vm.check(connect, timeout_s=COMMAND_S))
         assert document["disks"][0] == {
-            "name": "drive-scsi0.img", "device": "/dev/nbd0", "file": None, "size": 24 << 20, "read-only": True,
-            "changed": None,
+            "name": "drive-scsi0.img", "device": "/dev/nbd0", "file": None, "uri": None, "size": 24 << 20,
+            "read-only": True, "changed": None,
         }  # fmt: skip
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
         assert vm.check("sha256sum /dev/nbd0").split()[0] == digest
@@ -306,8 +306,8 @@ def test_the_disk_of_a_running_vm_is_a_block_device(
         instant = vm.check(f"sha256sum {DISK}").split()[0]
         held = fleece(f"nbd connect {given} --changed --time-limit 20m")
         assert (held["source"]["flavour"], held["disks"][0]) == ("stock", {
-            "name": "drive-disk0.img", "device": "/dev/nbd0", "file": None, "size": 24 << 20, "read-only": True,
-            "changed": 4 << 20,
+            "name": "drive-disk0.img", "device": "/dev/nbd0", "file": None, "uri": None, "size": 24 << 20,
+            "read-only": True, "changed": 4 << 20,
         })  # fmt: skip
         # Whatever the guest does to its disk from here on, before or after a part of it is read, the device keeps.
         vm_in_debian.write(vm, 0x22, 0, 12 << 20)
