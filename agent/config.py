@@ -6,6 +6,7 @@ Reference for people: docs/configuration.md. An error names the file and the lin
 import difflib
 import re
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -37,7 +38,8 @@ from agent.monitoring.sections import (
 from agent.s3_budget import Budget
 from agent.toml_lines import find_line
 from agent.vzdump_hook import VzdumpHookSection
-from core.errors import UsageError, os_reason
+from core.errors import FleeceError, UsageError, os_reason
+from datastore.names import BackupType, Group
 
 #: Bytes; a configuration is read whole.
 MAX_CONFIG_SIZE: Final = 1 << 20
@@ -228,6 +230,21 @@ def _words(error: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}"
 
 
+def _cross_faults(config: Config) -> Iterator[tuple[Sequence[str], str]]:
+    """What sections say of each other that is not so: path of keys, and the fault in words."""
+    for phase, names in config.vzdump_hook.jobs.items():
+        for name in names:
+            if name not in config.job:
+                keys = ("vzdump-hook", "jobs", phase)
+                yield keys, f"{'.'.join(keys)} names the job {name!r}, but there is no [job.{name}]"
+    for name, section in config.vm.items():
+        if section.id is None:
+            try:
+                Group.parse(f"{BackupType.VM.value}/{name}")
+            except FleeceError:
+                yield ("vm", name), f"vm.{name}: its name is no backup id; give it one with id"
+
+
 def parse_config(text: str, where: str) -> Config:
     """The configuration that `text` says; `where` is its file, for errors.
 
@@ -242,9 +259,13 @@ def parse_config(text: str, where: str) -> Config:
         line = position[1] if position and position[1] else str(text.count("\n") + 1)
         raise UsageError("read the configuration", f"{where}:{line}", f"no valid TOML: {why}") from None
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         faults = sorted((find_line(text, _location(fault)) or 1, _words(fault)) for fault in error.errors())
+    else:
+        faults = sorted((find_line(text, keys) or 1, words) for keys, words in _cross_faults(config))
+        if not faults:
+            return config
     (line, why), *more = faults
     why += "".join(f"; line {number}: {words}" for number, words in more)
     raise UsageError("use the configuration", f"{where}:{line}", why, "docs/configuration.md has all options")

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from agent.config_types import AbsolutePath, NamespaceText, Owner, Section, checked
 from agent.errors import InterruptedBySignalError
+from agent.job_sections import Duration
 from core.errors import FleeceError, NotFoundError, UsageError, os_reason
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class VzdumpHookSection(Section):
     ns: NamespaceText | None = None
     owner: Owner | None = None
     scripts: list[AbsolutePath] = Field(default_factory=list)  #: called at every phase, in order
-    timeout: str = "10m"  #: of each script
+    timeout: Duration = "10m"  #: of each script
     jobs: dict[Phase, list[str]] = Field(default_factory=dict)  #: jobs of this configuration that are run at a phase
 
 

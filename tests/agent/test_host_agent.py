@@ -118,7 +118,7 @@ def test_a_run_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_is_set_while_the_agent_runs_stops_no_schedule(tmp_path: Path) -> None:
-    clock = [START + 10 * 365 * 24 * HOUR]
+    clock = [float(START + 10 * 365 * 24 * HOUR)]
     found = DueJobs(tmp_path, lambda: clock[0])
     found.take(jobs(DAILY).job, lambda _: None)
     ahead = found.next()

@@ -46,6 +46,10 @@ scripts = ["/a/one", "/a/two"]
 [vzdump-hook.jobs]
 job-end = ["offsite"]
 backup-end = ["check"]
+[job.offsite]
+type = "gc"
+[job.check]
+type = "verify"
 """
 
 
