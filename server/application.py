@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 from urllib.parse import unquote
 
@@ -9,6 +10,7 @@ from core.errors import FleeceError
 from server.access.auth_ids import AuthId
 from server.answers import Answer, refusal
 from server.api import access, browse, contents, remotes, snapshots, stores, sync, sync_jobs, tasks, upkeep
+from server.api.access import DROP_COOKIE
 from server.backup_protocol import PROTOCOL as BACKUP
 from server.backup_protocol import backup
 from server.errors import ApiError, UnauthorizedError
@@ -83,7 +85,7 @@ class Application:
                 caller = await self.caller(request)
         except UnauthorizedError as error:
             refused = error
-            return await answer(lambda: _raise(refused), what)
+            return replace(await answer(lambda: _raise(refused), what), headers=[("set-cookie", DROP_COOKIE)])
         except FleeceError as error:
             # Where the files lie is nobody's business who has not shown who it is.
             _LOG.error("%s", error)

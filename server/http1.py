@@ -118,9 +118,14 @@ class Http1Connection:
         handle: Handle,
         closing: trio.Event | None = None,
         known: Callable[[], object] = lambda: None,
+        resting: Callable[[bool], object] = lambda rests: None,
     ) -> None:
-        """`closing`: no further request is waited for; `known` is called once a user has shown who it is."""
+        """`closing`: no further request is waited for.
+
+        `known` is called once a user has shown who it is, `resting` when a request is waited for, and when it is there.
+        """
         self._known = known
+        self._resting = resting
         self._stream = stream
         self._peer = peer
         self._handle = handle
@@ -148,7 +153,11 @@ class Http1Connection:
 
     async def _one(self) -> bool:
         """Answer one request; False if it was the last one."""
-        event = await self._next_request()
+        self._resting(True)
+        try:
+            event = await self._next_request()
+        finally:
+            self._resting(False)
         if not isinstance(event, h11.Request):
             return False
         headers = _headers(event)

@@ -362,11 +362,14 @@ class Http2Server:
         if length is not None:
             headers.append(("content-length", str(length)))
         try:
-            self._h2.send_headers(stream.number, headers, end_stream=length == 0)
+            without_body = length == 0 or stream.method == "HEAD"
+            self._h2.send_headers(stream.number, headers, end_stream=without_body)
         except (StreamClosedError, NoSuchStreamError, ProtocolError):
             return
         self._wake.set()
-        if length == 0:
+        if without_body:
+            if answer.stream is not None:
+                await answer.stream.aclose()
             return
         for part in answer.parts:
             await self._put(stream, part)

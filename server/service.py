@@ -59,6 +59,7 @@ class Service:
         self._closing: Final = trio.Event()
         self._slots: Final = trio.Semaphore(MAX_CONNECTIONS)
         self._unknown: dict[trio.CancelScope, None] = {}  #: connections of nobody yet, the oldest first
+        self._resting: dict[trio.CancelScope, None] = {}  #: that wait for a further request, the longest ones first
         self._connections = 0
         self._idle = trio.Event()
         self.ended: Final = trio.Event()  #: `run` is over
@@ -111,22 +112,39 @@ class Service:
                 continue
             failing = None
             try:
-                # Who has shown no credentials must not keep those out who have some.
-                if self._slots.value == 0 and self._unknown:
-                    next(iter(self._unknown)).cancel()
+                self._make_room()
                 await self._slots.acquire()
             except BaseException:
                 await trio.aclose_forcefully(stream)
                 raise
             nursery.start_soon(self._guarded, stream)
 
+    def _make_room(self) -> None:
+        """If all places are taken, end a connection of nobody, or else one that is only kept for further requests.
+
+        Who has shown no credentials must not keep those out who have some, nor those who have nothing to do now.
+        """
+        for ones in (self._unknown, self._resting):
+            if self._slots.value == 0 and ones:
+                scope = next(iter(ones))
+                del ones[scope]
+                scope.cancel()
+                return
+
     async def _guarded(self, stream: trio.SocketStream) -> None:
         self._connections += 1
         scope = trio.CancelScope()
         self._unknown[scope] = None
+
+        def resting(rests: bool) -> None:
+            if not rests:
+                self._resting.pop(scope, None)
+            elif scope not in self._unknown:
+                self._resting[scope] = None
+
         try:
             with scope:
-                await self._connection(stream, lambda: self._unknown.pop(scope, None))
+                await self._connection(stream, lambda: self._unknown.pop(scope, None), resting)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ssl.SSLError) as error:
             _LOG.debug("connection lost: %s", error)
         except FleeceError as error:
@@ -136,6 +154,7 @@ class Service:
             _LOG.exception("a connection failed unexpectedly")
         finally:
             self._unknown.pop(scope, None)
+            self._resting.pop(scope, None)
             self._connections -= 1
             self._idle.set()
             self._idle = trio.Event()
@@ -143,7 +162,9 @@ class Service:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
 
-    async def _connection(self, stream: trio.SocketStream, known: Callable[[], object]) -> None:
+    async def _connection(
+        self, stream: trio.SocketStream, known: Callable[[], object], resting: Callable[[bool], object]
+    ) -> None:
         with suppress(OSError):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -156,7 +177,8 @@ class Service:
             await tls.do_handshake()
         if scope.cancelled_caught or not first:
             return None
-        connection = Http1Connection(tls, _peer(stream), compressing(self._application.handle), self._closing, known)
+        handle = compressing(self._application.handle)
+        connection = Http1Connection(tls, _peer(stream), handle, self._closing, known, resting)
         await connection.serve()
         return None
 

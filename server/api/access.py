@@ -21,6 +21,8 @@ _PATH: Final = Text(ACL_PATH, 1, 128)
 _PASSWORD: Final = Text(longest=1024)
 _GROUP: Final = Text(SAFE, 3, 64)
 _COOKIE: Final = "__Host-PBSAuthCookie"
+#: Makes a browser forget the ticket: after a logout, and with every refusal of credentials (spec 2.3).
+DROP_COOKIE: Final = f"{_COOKIE}=; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Secure; SameSite=Lax; HttpOnly; Path=/;"
 
 
 async def ping(call: Call) -> object:
@@ -69,8 +71,7 @@ async def _is_right(call: Call, user: AuthId, password: str) -> bool:
 async def logout(call: Call) -> object:
     """`DELETE /access/ticket`: makes the client forget its cookie."""
     document = {"data": {}, "status": 200, "success": True}
-    gone = f"{_COOKIE}=; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Secure; SameSite=Lax; HttpOnly; Path=/;"
-    return Answer(content_type=None, parts=[as_json(document)], headers=[("set-cookie", gone)])
+    return Answer(content_type=None, parts=[as_json(document)], headers=[("set-cookie", DROP_COOKIE)])
 
 
 async def permissions(call: Call) -> object:

@@ -318,3 +318,15 @@ async def test_a_goodbye_with_nothing_to_wait_for_or_after_an_error_ends_the_con
         await client.stream.send_all(GoAwayFrame(0, last_stream_id=0, error_code=code).serialize())
         await client.until(lambda: False)
         assert client.over
+
+
+async def test_an_answer_to_head_has_no_body() -> None:
+    async with connected() as (client, _):
+        number = client.start(method="HEAD", end=True)
+        await client.flush()
+        await client.until(lambda: number in client.ended)
+        assert (client.status[number], client.bodies) == (200, {})
+        other = client.start(end=True)
+        await client.flush()
+        await client.until(lambda: other in client.ended)
+        assert client.bodies == {other: b"/x"}

@@ -82,6 +82,39 @@ async def test_who_shows_nothing_does_not_keep_out_who_has_credentials(
         assert not server.service._unknown
 
 
+async def test_connections_that_are_only_kept_do_not_keep_others_out(
+    local: LocalRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "MAX_CONNECTIONS", 4)
+    headers = [("connection", "upgrade"), ("upgrade", "proxmox-backup-protocol-v1")]
+    target = "/api2/json/backup?store=main&backup-type=host&backup-id=a&backup-time=1000"
+    async with wire_server(tmp_path / "served", {"main": local}) as server:
+        server.right("/datastore/main", "u@pbs", "DatastoreAdmin")
+        server.right("/datastore/main", TOKEN, "DatastoreAdmin")
+        with trio.fail_after(60):
+            at_work = await server.connect()
+            assert (await server.request("GET", target, TOKEN, headers=headers, stream=at_work)).status == 101
+            kept = []
+            for _ in range(9):
+                kept.append(await server.connect())
+                assert (await server.request("GET", "/api2/json/version", TOKEN, stream=kept[-1])).status == 200
+            await until(lambda: len(server.service._resting) == 3)
+            assert not await kept[0].receive_some()  # the oldest ones ended
+            assert (await server.request("GET", "/api2/json/version", TOKEN, stream=kept[-1])).status == 200
+            assert server.state.tasks.busy == 1
+            for stream in [at_work, *kept]:
+                await trio.aclose_forcefully(stream)
+            await until(lambda: server.service._connections == 0)
+        assert not server.service._resting
+
+
+async def test_refused_credentials_make_a_browser_forget_them(server: WireServer, no_delays: None) -> None:
+    cookie = [("cookie", "__Host-PBSAuthCookie=PBS:u@pbs:00000000::x")]
+    got = await server.request("GET", "/api2/json/version", headers=cookie)
+    assert got.status == 401
+    assert got.headers["set-cookie"].startswith("__Host-PBSAuthCookie=; Expires=Thu, 01 Jan 1970")
+
+
 async def test_an_answer_that_comes_before_the_body_arrives(server: WireServer, no_delays: None) -> None:
     server.secrets["u@pbs!x"] = "wrong"
     target = "/api2/json/admin/datastore/main/prune"
