@@ -1,33 +1,28 @@
 """ext2, ext3 and ext4, by the structures of dissect.extfs.
 
-Directories, extents and block lists are read here: the library (3.15) drops the last inode of a file system, puts
-extents that were allocated but never written where holes before them were not counted, and follows extents that lead
-to themselves. What the journal holds and was not written to its place yet is read from there (`ext_journal.py`), as a
-disk is backed up while its file system is mounted.
+Directories, extents and block lists are read here, inodes in `ext_inodes.py`: the library (3.15) drops the last inode
+of a file system, puts extents that were allocated but never written where holes before them were not counted, and
+follows extents that lead to themselves. What the journal holds and was not written to its place yet is read from there
+(`ext_journal.py`), as a disk is backed up while its file system is mounted.
 """
 
 import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from struct import Struct, pack, unpack_from
-from typing import Any, Final
-
-from dissect.extfs.c_ext import c_ext
-from dissect.extfs.extfs import ExtFS, INode
+from typing import Final
 
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
+from diskfs.ext_inodes import Inode, Super, value_of
 from diskfs.ext_journal import with_journal
 from diskfs.filesystem import MAX_DIRECTORY, RunList, content
 
-_S: Final = 1_000_000_000
 _ROOT: Final = 2
 _EXTENTS: Final = 0x80000
 _INLINE: Final = 0x10000000
-#: Features that change where things lie, and that are not known here: compression, external journal, meta_bg.
-_UNSUPPORTED: Final = {0x1: "compression", 0x8: "being the journal of another one", 0x10: "meta_bg"}
-_META_BG: Final = 0x10
+_ENCRYPTED: Final = 0x800
 _MAX_TARGET: Final = 4096
 _EXTENT_HEADER: Final = Struct("<HHHHI")  # magic, entries, room, depth, generation
 _EXTENT: Final = Struct("<IHHI")  # first block, length, place: high, low
@@ -38,30 +33,28 @@ _MAX_DEPTH: Final = 5
 _WRITTEN: Final = 0x8000
 _DIRENT: Final = Struct("<IHBB")  # inode, length, length of the name, type
 _DIRENT_OLD: Final = Struct("<IHH")
-_MAX_XATTRS: Final = 64 << 10
 
 
 class ExtFileSystem:
     """See `filesystem.FileSystem`."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self._fs = _checked(blocks)
-        if self._fs.sb.s_feature_incompat & 0x4:
-            blocks = with_journal(blocks, self._fs, self._journal_extents(blocks))
-            self._fs = _checked(blocks)
+        self._super = Super(blocks)
+        if self._super.needs_recovery:
+            size = self._super.block_size
+            blocks = with_journal(blocks, size, self._journal_extents(blocks))
+            self._super = Super(blocks)
         self._blocks = blocks
-        self.kind: Final = f"ext{self._fs.type}"
-        self.label: Final[str] = self._fs.volume_name
+        self.kind: Final = self._super.kind
+        self.label: Final[str] = self._super.label
         self.root: Final[Id] = (_ROOT, 0)
-        self._size: int = self._fs.block_size
-        self._inode = lru_cache(4096)(self._read_inode)
+        self._size: int = self._super.block_size
+        self._inode = lru_cache(4096)(self._super.inode)
 
     def entry(self, id: Id) -> Entry:
         """See `FileSystem.entry`."""
         found = self._inode(id[0])
-        inode = found.inode
-        mode = int(inode.i_mode)
-        kind = stat.S_IFMT(mode)
+        kind = stat.S_IFMT(found.mode)
         size, target, rdev = 0, None, None
         if kind == stat.S_IFREG:
             size = found.size
@@ -69,19 +62,20 @@ class ExtFileSystem:
             target = self._target(found)
             size = len(target)
         elif kind in (stat.S_IFBLK, stat.S_IFCHR):
-            rdev = _device(bytes(inode.i_block))
-        extra = inode.i_mtime_extra if self._fs.sb.s_inode_size > 128 and inode.i_extra_isize >= 12 else 0
+            rdev = _device(found.block)
         return Entry(
-            id, mode, inode.i_uid | inode.i_uid_high << 16, inode.i_gid | inode.i_gid_high << 16, size,
-            _time(inode.i_mtime, extra), inode.i_links_count, rdev, target, self._has_xattrs(found),
+            id, found.mode, found.uid, found.gid, size, found.mtime_ns, found.links, rdev, target,
+            bool(found.attributes_at or found.attributes),
         )  # fmt: skip
 
     def names(self, id: Id) -> Iterator[tuple[bytes, Id]]:
         """See `FileSystem.names`."""
         found = self._inode(id[0])
-        if stat.S_IFMT(found.inode.i_mode) != stat.S_IFDIR:
+        if stat.S_IFMT(found.mode) != stat.S_IFDIR:
             raise DiskFsError("list", f"inode {id[0]}", "it is no directory")
-        if found.inode.i_flags & _INLINE:
+        if found.flags & _ENCRYPTED:
+            raise DiskFsError("list", f"inode {id[0]}", "its names are encrypted by the guest")
+        if found.flags & _INLINE:
             data = self._inline(found)
             yield from self._entries(data[4:60])
             yield from self._entries(data[60:])
@@ -95,7 +89,9 @@ class ExtFileSystem:
     def runs(self, id: Id) -> list[Run] | None:
         """See `FileSystem.runs`."""
         found = self._inode(id[0])
-        if found.inode.i_flags & _INLINE:
+        if found.flags & _ENCRYPTED:
+            raise DiskFsError("read", f"inode {id[0]}", "it is encrypted by the guest")
+        if found.flags & _INLINE:
             return None
         runs = RunList(self._blocks, found.size)
         for offset, length, position in self._extents(found):
@@ -110,43 +106,42 @@ class ExtFileSystem:
 
     def xattrs(self, id: Id) -> Iterator[tuple[bytes, bytes]]:
         """See `FileSystem.xattrs`."""
-        for one in self._inode(id[0]).xattr:
-            name = f"{one.name}".encode("utf-8", "surrogateescape")
-            value = bytes(one.value)[:_MAX_XATTRS]
-            if name.startswith(b"system.posix_acl_"):
-                yield name, _acl(value)
-            elif name != b"system.data" and not name.startswith(b"unknown_prefix"):
-                yield name, value
+        found = self._inode(id[0])
+        for one in self._super.attributes(found):
+            value = value_of(one, self._inode, self._whole)
+            if one.name.startswith(b"system.posix_acl_"):
+                yield one.name, _acl(value)
+            elif one.name != b"system.data":
+                yield one.name, value
 
-    def _read_inode(self, number: int) -> Any:
-        if not 1 <= number <= self._fs.sb.s_inodes_count:
-            raise DiskFsError("read", f"inode {number}", f"there are {self._fs.sb.s_inodes_count}")
-        return INode(self._fs, number)
-
-    def _has_xattrs(self, found: Any) -> bool:
-        inode = found.inode
-        return bool(inode.i_file_acl_lo or inode.i_file_acl_high or bytes(inode.i_extra).strip(b"\0"))
-
-    def _target(self, found: Any) -> bytes:
+    def _target(self, found: Inode) -> bytes:
         size = found.size
         if size > _MAX_TARGET:
-            raise DiskFsError("read", f"inode {found.inum}", f"a symlink of {size} bytes")
-        if found.inode.i_flags & _INLINE:
+            raise DiskFsError("read", f"inode {found.number}", f"a symlink of {size} bytes")
+        if found.flags & _ENCRYPTED:
+            raise DiskFsError("read", f"inode {found.number}", "it is encrypted by the guest")
+        if found.flags & _INLINE:
             return self._inline(found)[:size]
         # One that fits in has no block of its own, or only that of its attributes.
-        if size < 60 and not found.inode.i_flags & _EXTENTS:
-            return bytes(found.inode.i_block)[:size]
+        if size < 60 and not found.flags & _EXTENTS:
+            return found.block[:size]
+        return self._whole(found, size)
+
+    def _whole(self, found: Inode, size: int) -> bytes:
+        """The first `size` bytes of something small."""
+        if found.flags & _INLINE:
+            return self._inline(found)[:size]
         return b"".join(content(self._blocks, self._filled(found), size))
 
-    def _inline(self, found: Any) -> bytes:
+    def _inline(self, found: Inode) -> bytes:
         """Content that lies in the inode: the first 60 bytes in place of its extents, the rest among its attributes."""
-        data = bytes(found.inode.i_block)[:60]
-        for one in found.xattr:
-            if one.name == "system.data":
-                data += bytes(one.value)
+        data = found.block
+        for one in self._super.attributes(found):
+            if one.name == b"system.data":
+                data += one.value
         return data
 
-    def _mapped(self, found: Any) -> Iterator[tuple[int, int | None]]:
+    def _mapped(self, found: Inode) -> Iterator[tuple[int, int | None]]:
         """Number and position of each block of a directory."""
         count = -(-found.size // self._size)
         for offset, length, position in self._extents(found):
@@ -154,7 +149,7 @@ class ExtFileSystem:
             for number in range(min(length // self._size, count - first)):
                 yield first + number, None if position is None else position + number * self._size
 
-    def _filled(self, found: Any) -> Iterator[tuple[int, int, int | None]]:
+    def _filled(self, found: Inode) -> Iterator[tuple[int, int, int | None]]:
         end = 0
         for offset, length, position in self._extents(found):
             if offset > end:
@@ -162,19 +157,18 @@ class ExtFileSystem:
             yield offset, length, position
             end = offset + length
 
-    def _extents(self, found: Any) -> Iterator[tuple[int, int, int | None]]:
+    def _extents(self, found: Inode) -> Iterator[tuple[int, int, int | None]]:
         """Offset, length and position of what is allocated, in order; position None: never written."""
-        if found.inode.i_flags & _EXTENTS:
-            yield from self._tree(bytes(found.inode.i_block), None)
+        if found.flags & _EXTENTS:
+            yield from self._tree(found.block, None)
         else:
             yield from self._listed(found)
 
     def _journal_extents(self, blocks: Blocks) -> list[tuple[int, int, int]]:
-        self._blocks, self._size = blocks, self._fs.block_size
-        number = self._fs.sb.s_journal_inum
-        if not number:
+        self._blocks, self._size = blocks, self._super.block_size
+        if not self._super.journal:
             raise DiskFsError("read", "journal", "it lies on another disk")
-        found = self._read_inode(number)
+        found = self._super.inode(self._super.journal)
         return [(offset, length, position) for offset, length, position in self._extents(found) if position is not None]
 
     def _tree(self, node: bytes, above: int | None) -> Iterator[tuple[int, int, int | None]]:
@@ -195,7 +189,7 @@ class ExtFileSystem:
             else:
                 yield first * size, length * size, (low | high << 32) * size
 
-    def _listed(self, found: Any) -> Iterator[tuple[int, int, int | None]]:
+    def _listed(self, found: Inode) -> Iterator[tuple[int, int, int | None]]:
         """The older form: twelve blocks, then blocks with the numbers of blocks."""
         size = self._size
         count = -(-found.size // size)
@@ -210,9 +204,9 @@ class ExtFileSystem:
         if length:
             yield start * size, length * size, place * size
 
-    def _numbers(self, found: Any, count: int) -> Iterator[tuple[int, int]]:
+    def _numbers(self, found: Inode, count: int) -> Iterator[tuple[int, int]]:
         """Number in the file and on the volume of each block that there is."""
-        blocks = unpack_from("<15I", bytes(found.inode.i_block))
+        blocks = unpack_from("<15I", found.block)
         for number, block in enumerate(blocks[:12]):
             if number < count and block:
                 yield number, block
@@ -240,8 +234,8 @@ class ExtFileSystem:
 
     def _entries(self, data: bytes, where: str = "directory") -> Iterator[tuple[bytes, Id]]:
         """The entries in one block of a directory."""
-        at, old = 0, self._fs._dirtype is not c_ext.ext2_dir_entry_2
-        inodes = self._fs.sb.s_inodes_count
+        at, old = 0, not self._super.has_types
+        inodes = self._super.inodes
         while at + 8 <= len(data):
             if old:
                 inode, length, name_length = _DIRENT_OLD.unpack_from(data, at)
@@ -256,23 +250,6 @@ class ExtFileSystem:
             if inode and name_length:
                 yield data[at + 8 : at + 8 + name_length], (inode, 0)
             at += length
-
-
-def _checked(blocks: Blocks) -> Any:
-    fs = ExtFS(blocks)
-    unknown = [name for bit, name in _UNSUPPORTED.items() if fs.sb.s_feature_incompat & bit]
-    if unknown:
-        raise DiskFsError("read", "ext4", f"a feature that is not known here: {', '.join(unknown)}")
-    if fs.block_size > 1 << 16 or not 128 <= fs.sb.s_inode_size <= fs.block_size:
-        raise DiskFsError("read", "ext4", f"blocks of {fs.block_size} bytes, inodes of {fs.sb.s_inode_size}")
-    return fs
-
-
-def _time(seconds: int, extra: int) -> int:
-    """Signed 32 bits; of larger inodes two more above them, and nanoseconds."""
-    seconds = seconds - (1 << 32) if seconds & 1 << 31 else seconds
-    nanoseconds = extra >> 2
-    return (seconds + ((extra & 3) << 32)) * _S + (nanoseconds if nanoseconds < _S else 0)
 
 
 def _acl(value: bytes) -> bytes:

@@ -10,7 +10,7 @@ taken over: what they say is missing then. Source: Linux fs/jbd2/recovery.c (beh
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from struct import Struct, unpack_from
-from typing import Any, Final
+from typing import Final
 
 from diskfs.blocks import Blocks
 from diskfs.entries import Run
@@ -75,13 +75,12 @@ class Replayed(Blocks):
             yield from self._below.places(position, part, at + start - offset)
 
 
-def with_journal(blocks: Blocks, fs: Any, extents: Sequence[tuple[int, int, int]]) -> Blocks:
-    """The volume `blocks` of the ext file system `fs` as it is with what its journal holds, which lies in `extents`.
+def with_journal(blocks: Blocks, size: int, extents: Sequence[tuple[int, int, int]]) -> Blocks:
+    """The volume `blocks`, with blocks of `size` bytes, as it is with what its journal holds, which lies in `extents`.
 
     Raises:
         DiskFsError: the journal is damaged.
     """
-    size: int = fs.block_size
     places: dict[int, int] = {}
     for offset, length, position in extents:
         if len(places) + length // size > _MAX_BLOCKS:

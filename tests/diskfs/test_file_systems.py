@@ -5,13 +5,28 @@ from collections.abc import Callable
 import pytest
 
 from diskfs import ext
+from diskfs.errors import DiskFsError
 from diskfs.image import RAW
 from tests.diskfs.reading import Files, content, walk
 from tests.support.disk_images import FAT_KINDS, KERNEL_KINDS, MadeImage, differences
 
-_QUICK = ["ext4", "ext4-1k", "ext2", "xfs", "btrfs", "btrfs-zstd", "ntfs", "fat12", "fat16", "fat32"]
+_QUICK = [
+    "ext4",
+    "ext4-1k",
+    "ext4-meta-bg",
+    "ext4-bigalloc",
+    "ext2",
+    "xfs",
+    "btrfs",
+    "btrfs-zstd",
+    "ntfs",
+    "fat12",
+    "fat16",
+    "fat32",
+]
 _KINDS = {
-    "ext4": ("ext4", "root"), "ext4-1k": ("ext4", ""), "ext3": ("ext3", ""), "ext2": ("ext2", ""),
+    "ext4": ("ext4", "root"), "ext4-1k": ("ext4", ""), "ext4-meta-bg": ("ext4", ""),
+    "ext4-bigalloc": ("ext4", ""), "ext3": ("ext3", ""), "ext2": ("ext2", ""),
     "xfs": ("xfs", "data"), "xfs-16k": ("xfs", ""), "btrfs": ("btrfs", "pool"), "btrfs-zstd": ("btrfs", ""),
     "btrfs-lzo": ("btrfs", ""), "btrfs-zlib": ("btrfs", ""), "ntfs": ("ntfs", "Windows"), "fat12": ("fat12", "ESP"),
     "fat16": ("fat16", "ESP"), "fat32": ("fat32", "ESP"),
@@ -62,6 +77,20 @@ def test_what_is_in_the_journal_only_is_read_from_there(
     # Without it, it would not be.
     monkeypatch.setattr(ext, "with_journal", lambda blocks, *_: blocks)
     assert sorted(name for name, _ in walk(files(image.path).image().file_system(RAW))) != sorted(found)
+
+
+def test_what_the_guest_encrypts_is_said_to_be_so_and_is_no_content(
+    made: Callable[[str], MadeImage], files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = files(made("ext4").path).image().file_system(RAW)
+    assert isinstance(system, ext.ExtFileSystem)
+    found = dict(walk(system))
+    honest = system._inode
+    monkeypatch.setattr(system, "_inode", lambda number: honest(number)._replace(flags=honest(number).flags | 0x800))
+    for ask, path in ((system.names, b"/deep"), (system.runs, b"/deep/big"), (system.entry, b"/etc/link200")):
+        with pytest.raises(DiskFsError, match="encrypted by the guest"):
+            list(ask(found[path].id) or ())
+    assert system.entry(found[b"/deep/big"].id) == found[b"/deep/big"]
 
 
 def test_holes_and_what_was_never_written_take_no_place(

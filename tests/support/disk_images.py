@@ -28,6 +28,14 @@ _MIB: Final = 1 << 20
 KERNEL_KINDS: Final = {
     "ext4": (["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "root"], 64 * _MIB, ""),
     "ext4-1k": (["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-O", "inline_data"], 48 * _MIB, ""),
+    "ext4-meta-bg": (
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-g", "256", "-I", "512", "-O",
+         "meta_bg,^resize_inode,^flex_bg,inline_data,ea_inode"], 48 * _MIB, "",
+    ),
+    "ext4-bigalloc": (
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-I", "1024", "-O", "bigalloc", "-C", "16384"],
+        48 * _MIB, "",
+    ),
     "ext3": (["mke2fs", "-q", "-F", "-t", "ext3", "-b", "1024"], 48 * _MIB, ""),
     "ext2": (["mke2fs", "-q", "-F", "-t", "ext2", "-b", "1024"], 48 * _MIB, ""),
     "xfs": (["mkfs.xfs", "-q", "-f", "-L", "data"], 320 * _MIB, ""),
@@ -36,7 +44,7 @@ KERNEL_KINDS: Final = {
     "btrfs-zstd": (["mkfs.btrfs", "-q", "-f"], 128 * _MIB, "compress-force=zstd"),
     "btrfs-lzo": (["mkfs.btrfs", "-q", "-f"], 128 * _MIB, "compress-force=lzo"),
     "btrfs-zlib": (["mkfs.btrfs", "-q", "-f"], 128 * _MIB, "compress-force=zlib"),
-}
+}  # fmt: skip
 #: Bytes and width of the table.
 FAT_KINDS: Final = {"fat12": (2 * _MIB, 12), "fat16": (20 * _MIB, 16), "fat32": (40 * _MIB, 32)}
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 1, 2, 4, 0x10, 0x20
@@ -128,6 +136,9 @@ def _by_kernel(kind: str, image: Path, point: Path) -> dict[str, Any]:
             fill(point)
             if kind == "btrfs":
                 _subvolumes(point)
+            if kind == "ext4-meta-bg":  # attributes with inodes of their own
+                os.setxattr(point / "etc/tiny", "user.huge", random.Random(6).randbytes(60_000))
+                os.setxattr(point / "etc/small", "user.huge", random.Random(7).randbytes(3_000))
             os.sync()
             # What the kernel shows of it once it is all on the disk.
             subprocess.run(["mount", "-o", "remount,ro", point], check=True, timeout=60)
