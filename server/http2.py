@@ -6,9 +6,10 @@ that is made at a time, answers to control frames by their bytes, and unfinished
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +20,7 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
+    RemoteSettingsChanged,
     RequestReceived,
     SettingsAcknowledged,
     StreamEnded,
@@ -62,9 +64,16 @@ ANSWERS_AT_ONCE: Final = 12
 #: that reads ahead resets some all its life.
 _MAX_RESETS: Final = 2000
 _RESETS_PER_S: Final = 50
+#: Settings likewise: each looks through all streams, and clients send them once.
+_MAX_SETTINGS: Final = 200
+_SETTINGS_PER_S: Final = 2
 _MAX_AT_WORK: Final = 512
 _MAX_CONTROL: Final = 1 << 20
 _PIECE: Final = 256 << 10
+#: Bytes that are understood at a time, as thousands of small frames take long, and seconds after which others have
+#: their turn.
+_SLICE: Final = 32 << 10
+_TURN_S: Final = 0.02
 #: Seconds that the sender has for the last frame.
 _GOODBYE_S: Final = 0.2
 #: Bytes of a frame's data that are put together with those before it: an object for each would weigh more than they do.
@@ -121,6 +130,21 @@ class _Stream:
     room: trio.Event = field(default_factory=trio.Event)  #: `outgoing` is empty
 
 
+class _Flood:
+    """Counts what a client may do for ever at some rate, and more of it now and then."""
+
+    def __init__(self, most: int, per_s: float) -> None:
+        self._most, self._per_s = most, per_s
+        self._count = self._last = 0.0
+
+    def one_more(self) -> bool:
+        """False if it is too many."""
+        now = trio.current_time()
+        self._count = max(0.0, self._count - self._per_s * (now - self._last)) + 1
+        self._last = now
+        return self._count <= self._most
+
+
 Respond = Callable[[H2Request], Awaitable[Answer]]
 #: Method and target -> bytes that the body may have.
 Limit = Callable[[str, str], int]
@@ -151,8 +175,8 @@ class Http2Server:
         self._credited = 0  #: bytes of all streams
         self._all: Final = _of_all()
         self._at_work = 0
-        self._resets = 0.0
-        self._last_reset = 0.0
+        self._resets: Final = _Flood(_MAX_RESETS, _RESETS_PER_S)
+        self._settings: Final = _Flood(_MAX_SETTINGS, _SETTINGS_PER_S)
         self._wake = trio.Event()
         self._queue: deque[_Stream] = deque()  #: have something to send
         self._slots = trio.Semaphore(ANSWERS_AT_ONCE)
@@ -182,9 +206,8 @@ class Http2Server:
     async def _receive(self, nursery: trio.Nursery, data: bytes) -> None:
         while True:
             try:
-                for event in self._h2.receive_data(data):
-                    if not self._on(nursery, event):
-                        return None
+                if not await self._understand(nursery, data):
+                    return None
                 self._settle()
             except ProtocolError as error:
                 _LOG.debug("the client broke HTTP/2: %s", error)
@@ -205,6 +228,18 @@ class Http2Server:
             self._h2.filled(count)
             data = b""
 
+    async def _understand(self, nursery: trio.Nursery, data: bytes) -> bool:
+        """Take what came; False if the connection is over."""
+        began = time.perf_counter()
+        for start in range(0, max(1, len(data)), _SLICE):
+            for event in self._h2.receive_data(data[start : start + _SLICE]):
+                if not self._on(nursery, event):
+                    return False
+            if time.perf_counter() - began > _TURN_S:
+                await trio.lowlevel.checkpoint()
+                began = time.perf_counter()
+        return True
+
     def _on(self, nursery: trio.Nursery, event: Event) -> bool:
         """Take note of an event; False if the connection is over."""
         match event:
@@ -221,9 +256,6 @@ class Http2Server:
                         return False
                     nursery.start_soon(self._answer, stream)
             case StreamReset():
-                now = trio.current_time()
-                self._resets = max(0.0, self._resets - _RESETS_PER_S * (now - self._last_reset)) + 1
-                self._last_reset = now
                 stream = self._streams.get(event.stream_id or 0)
                 if stream is not None:
                     stream.gone = True
@@ -231,7 +263,9 @@ class Http2Server:
                     stream.room.set()
                     if not stream.ended:
                         self._forget(stream)
-                return self._resets <= _MAX_RESETS
+                return self._resets.one_more()
+            case RemoteSettingsChanged():
+                return self._settings.one_more()
             case SettingsAcknowledged():
                 # What is above the announced limit gets a 431 from us instead of the end of the connection from h2.
                 self._h2.decoder.max_header_list_size = _MAX_HEADER_BLOCK
@@ -319,7 +353,7 @@ class Http2Server:
                 answer = Answer(431, None)
             else:
                 # A read of the store for each of 200 streams at once would be gigabytes.
-                async with self._slots if stream.method == "GET" else _Nothing():
+                async with self._slots if stream.method == "GET" else nullcontext():
                     body = b"".join(stream.parts)
                     stream.parts.clear()
                     request = H2Request(stream.method, stream.target, stream.content_type, body, stream.too_large)
@@ -459,14 +493,6 @@ class Http2Server:
             self._h2.close_connection(ErrorCodes.PROTOCOL_ERROR)
         self._wake.set()
         await trio.sleep(_GOODBYE_S)
-
-
-class _Nothing:
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
 
 
 def _text(value: str | bytes) -> str:

@@ -9,7 +9,8 @@ import trio
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, StreamEnded, StreamReset
+from h2.events import ConnectionTerminated, DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
+from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame, PingFrame
 from trio.testing import MockClock, memory_stream_pair
 
@@ -160,6 +161,47 @@ async def test_resets_are_free_in_the_long_run_but_not_all_at_once(autojump_cloc
             await trio.testing.wait_all_tasks_blocked()
         await client.until(lambda: False)
         assert client.over
+
+
+async def test_settings_without_end_end_the_connection() -> None:
+    async with connected() as (client, _):
+        for size in range(100):
+            client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 70_000 + size})
+        number = client.start(end=True)
+        await client.flush()
+        await client.until(lambda: number in client.ended)
+        assert not client.over
+        for size in range(300):
+            client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 70_000 + size})
+        await client.flush()
+        await client.until(lambda: False)
+        assert client.over
+
+
+async def test_many_small_frames_leave_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "_TURN_S", 0.0)
+    turns, at = 0, []
+    async with connected() as (client, server), trio.open_nursery() as nursery:
+        understand = server._h2.receive_data
+
+        def noted(data: bytes) -> list[Event]:
+            at.append(turns)
+            return understand(data)
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        monkeypatch.setattr(server._h2, "receive_data", noted)
+        number = client.start(end=True)
+        pings = PingFrame(0, b"12345678").serialize() * 12_000  # 204 kB, read at once
+        await client.stream.send_all(pings + client.h2.data_to_send())
+        nursery.start_soon(others)
+        await client.until(lambda: number in client.ended)
+        nursery.cancel_scope.cancel()
+    assert len(set(at)) >= 6
 
 
 async def test_a_path_that_is_no_text_is_answered_like_any_other() -> None:
