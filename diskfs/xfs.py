@@ -1,6 +1,6 @@
 """XFS, by the structures of dissect.xfs.
 
-Directories and runs are read here: the library (3.13) takes a directory's blocks for those of the file system, where
+Directories and extents are read here: the library (3.13) takes a directory's blocks for those of the file system, where
 they may be larger, and shows what lay on the disk before where an extent was allocated and never written. The log is
 not replayed: what it holds and was not written to its place is as it was before. A guest agent that freezes the file
 system, and an unmount, write all of it.
@@ -20,6 +20,7 @@ from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
 from diskfs.filesystem import MAX_DIRECTORY, RunList, content
 from diskfs.xfs_attributes import AttributeBlocks, short_attributes
+from diskfs.xfs_extents import Extent, ExtentTree, listed
 
 _S: Final = 1_000_000_000
 _DEVICE, _LOCAL, _EXTENTS, _TREE = 0, 1, 2, 3
@@ -59,6 +60,7 @@ class XfsFileSystem:
         self._size: int = size
         self._directory_size: int = size << dirblklog
         self._has_types = bool(self._fs._has_ftype)
+        self._trees = ExtentTree(blocks, size, self._position, has_crc=bool(self._fs._has_crc))
         self._inode = lru_cache(4096)(self._read_inode)
 
     def entry(self, id: Id) -> Entry:
@@ -138,15 +140,10 @@ class XfsFileSystem:
         data = fork.read(fork.size)
         if form == _LOCAL:
             yield from short_attributes(data)
-        elif form == _EXTENTS:
-            count = int(found.attr_extents)
-            if count * 16 > len(data):
-                raise DiskFsError("read", f"inode {id[0]}", f"{count} extents of attributes")
-            extents = [self._extent(data[at : at + 16]) for at in range(0, count * 16, 16)]
-            blocks = AttributeBlocks(self._blocks, self._size, [extent[:3] for extent in extents])
+        elif form in (_EXTENTS, _TREE):
+            found_at = listed(data, int(found.attr_extents)) if form == _EXTENTS else self._trees.extents(data)
+            blocks = AttributeBlocks(self._blocks, self._size, (self._in_bytes(one)[:3] for one in found_at))
             yield from blocks.attributes()
-        elif form == _TREE:
-            raise DiskFsError("read", f"inode {id[0]}", "its extended attributes lie in too many places")
 
     def _read_inode(self, number: int) -> Any:
         found = self._fs.get_inode(number)
@@ -169,15 +166,16 @@ class XfsFileSystem:
         extents = [(offset, length, position) for offset, position, length, _ in self._extents(found)]
         if not self._fs._has_crc:
             return b"".join(content(self._blocks, extents, size))
-        # Each block begins with a header that says how much follows.
+        # Each extent, not each block, begins with a header that says how much follows.
         data = b""
         for _, length, position in extents:
-            for at in range(0, min(length, 8 << 16), self._size):
-                block = self._blocks.exactly(position + at, self._size)
-                if block[:4] != _SYMLINK_MAGIC or len(data) >= size:
-                    break
-                count = int(unpack_from(">I", block, 8)[0])
-                data += block[_SYMLINK_HEADER : _SYMLINK_HEADER + count]
+            if len(data) >= size:
+                break
+            block = self._blocks.exactly(position, min(length, 1 << 16))
+            if block[:4] != _SYMLINK_MAGIC:
+                raise DiskFsError("read", f"inode {found.inum}", "the target of a symlink is damaged")
+            count = int(unpack_from(">I", block, 8)[0])
+            data += block[_SYMLINK_HEADER : _SYMLINK_HEADER + count]
         return data[:size]
 
     def _extents(self, found: Any) -> Iterator[tuple[int, int, int, bool]]:
@@ -185,15 +183,14 @@ class XfsFileSystem:
         form = int(found.inode.di_format)
         if form not in (_EXTENTS, _TREE):
             raise DiskFsError("read", f"inode {found.inum}", f"its content has form {form}")
-        if form == _EXTENTS and found.data_extents * 16 > self._fs.sb.sb_inodesize:
-            raise DiskFsError("read", f"inode {found.inum}", f"{found.data_extents} extents in the inode")
-        for offset, block, count, flag in found._iter_blocks():
-            yield offset * self._size, self._position(block), count * self._size, bool(flag)
+        fork = found.datafork()
+        data: bytes = fork.read(fork.size)
+        found_at = listed(data, int(found.data_extents)) if form == _EXTENTS else self._trees.extents(data)
+        return (self._in_bytes(one) for one in found_at)
 
-    def _extent(self, data: bytes) -> tuple[int, int, int, bool]:
-        high, low = unpack_from(">QQ", data)
-        offset, block = (high & (1 << 63) - 1) >> 9, (high & 511) << 43 | low >> 21
-        return offset * self._size, self._position(block), (low & (1 << 21) - 1) * self._size, bool(high >> 63)
+    def _in_bytes(self, extent: Extent) -> tuple[int, int, int, bool]:
+        offset, block, count, unwritten = extent
+        return offset * self._size, self._position(block), count * self._size, unwritten
 
     def _position(self, block: int) -> int:
         shift = int(self._fs.sb.sb_agblklog)

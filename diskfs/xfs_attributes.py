@@ -1,6 +1,6 @@
 """Extended attributes of XFS: in the inode, or in blocks of their own. Source: Linux fs/xfs/libxfs/xfs_da_format.h."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from struct import Struct, pack, unpack_from
 from typing import Final
 
@@ -35,12 +35,14 @@ def short_attributes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 class AttributeBlocks:
     """Those in blocks of their own; `extents` are offset, position and length in bytes."""
 
-    def __init__(self, blocks: Blocks, size: int, extents: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, blocks: Blocks, size: int, extents: Iterable[tuple[int, int, int]]) -> None:
         self._size = size
         self._found: dict[int, bytes] = {}
-        if sum(length for _, _, length in extents) > _MAX_BLOCKS:
-            raise DiskFsError("read", "extended attributes", f"more than {_MAX_BLOCKS} bytes")
+        total = 0
         for offset, position, length in extents:
+            total += length
+            if total > _MAX_BLOCKS:
+                raise DiskFsError("read", "extended attributes", f"more than {_MAX_BLOCKS} bytes")
             for at in range(0, length, size):
                 self._found[(offset + at) // size] = blocks.exactly(position + at, size)
 

@@ -16,7 +16,7 @@ _QUICK = [
     "ext4-meta-bg",
     "ext4-bigalloc",
     "ext2",
-    "xfs",
+    "xfs-1k",
     "btrfs",
     "btrfs-zstd",
     "ntfs",
@@ -27,7 +27,8 @@ _QUICK = [
 _KINDS = {
     "ext4": ("ext4", "root"), "ext4-1k": ("ext4", ""), "ext4-meta-bg": ("ext4", ""),
     "ext4-bigalloc": ("ext4", ""), "ext3": ("ext3", ""), "ext2": ("ext2", ""),
-    "xfs": ("xfs", "data"), "xfs-16k": ("xfs", ""), "btrfs": ("btrfs", "pool"), "btrfs-zstd": ("btrfs", ""),
+    "xfs": ("xfs", "data"), "xfs-16k": ("xfs", ""), "xfs-1k": ("xfs", ""), "btrfs": ("btrfs", "pool"),
+    "btrfs-zstd": ("btrfs", ""),
     "btrfs-lzo": ("btrfs", ""), "btrfs-zlib": ("btrfs", ""), "ntfs": ("ntfs", "Windows"), "fat12": ("fat12", "ESP"),
     "fat16": ("fat16", "ESP"), "fat32": ("fat32", "ESP"),
 }  # fmt: skip

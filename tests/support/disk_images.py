@@ -40,6 +40,7 @@ KERNEL_KINDS: Final = {
     "ext2": (["mke2fs", "-q", "-F", "-t", "ext2", "-b", "1024"], 48 * _MIB, ""),
     "xfs": (["mkfs.xfs", "-q", "-f", "-L", "data"], 320 * _MIB, ""),
     "xfs-16k": (["mkfs.xfs", "-q", "-f", "-b", "size=1k", "-n", "size=16k"], 320 * _MIB, ""),
+    "xfs-1k": (["mkfs.xfs", "-q", "-f", "-b", "size=1k"], 320 * _MIB, ""),
     "btrfs": (["mkfs.btrfs", "-q", "-f", "-L", "pool"], 128 * _MIB, ""),
     "btrfs-zstd": (["mkfs.btrfs", "-q", "-f"], 128 * _MIB, "compress-force=zstd"),
     "btrfs-lzo": (["mkfs.btrfs", "-q", "-f"], 128 * _MIB, "compress-force=lzo"),
@@ -136,6 +137,8 @@ def _by_kernel(kind: str, image: Path, point: Path) -> dict[str, Any]:
             fill(point)
             if kind == "btrfs":
                 _subvolumes(point)
+            if kind == "xfs-1k":
+                _xfs_trees(point)
             if kind == "ext4-meta-bg":  # attributes with inodes of their own
                 os.setxattr(point / "etc/tiny", "user.huge", random.Random(6).randbytes(60_000))
                 os.setxattr(point / "etc/small", "user.huge", random.Random(7).randbytes(3_000))
@@ -149,6 +152,19 @@ def _by_kernel(kind: str, image: Path, point: Path) -> dict[str, Any]:
             subprocess.run(["umount", point], check=True, timeout=60)
     point.rmdir()
     return found
+
+
+def _xfs_trees(point: Path) -> None:
+    """What has blocks of its own for its extents: attributes in many places; and a target of two blocks."""
+    draw = random.Random(8)
+    (point / "etc/attributes").touch()
+    for number in range(60):
+        os.setxattr(point / "etc/attributes", f"user.first{number}", draw.randbytes(9000))
+    for number in range(0, 60, 2):
+        os.removexattr(point / "etc/attributes", f"user.first{number}")
+    for number in range(60):
+        os.setxattr(point / "etc/attributes", f"user.second{number}", draw.randbytes(3000))
+    (point / "etc/link1023").symlink_to("t" * 1023)
 
 
 def _dirty(image: Path, folder: Path) -> dict[str, Any]:
