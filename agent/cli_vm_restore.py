@@ -182,7 +182,7 @@ def restore(
         options = LiveOptions(
             script=script_options,
             with_script=not no_script,
-            program=qemu,
+            program=qemu if qemu is None or "/" not in qemu else str(Path(qemu).absolute()),
             accel=tuple(accel or ("kvm", "tcg")),
             extra=tuple(qemu_option or ()),
         )

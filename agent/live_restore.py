@@ -42,13 +42,14 @@ from core.nursery import open_nursery
 from core.progress import Progress
 from datastore.names import complete_archive_name
 from hypervisor.errors import NbdServerError, QmpConnectError, QmpError, VmStateError
-from hypervisor.live_restore import LiveDisk, Look, Streaming, stopping_at_errors
+from hypervisor.live_restore import LiveDisk, Look, Streaming, gone_over, stopping_at_errors
 from hypervisor.machine import Channels, command_line
 from hypervisor.machine_model import special_archives
 from hypervisor.nbd_endpoint import Endpoint
 from hypervisor.nbd_server import serve_disk
 from hypervisor.qemu_tools import prepare_overlay
 from hypervisor.qmp import connect
+from hypervisor.target_files import look_at
 from hypervisor.targets import open_target
 from repository.archive import open_archive_reader
 from repository.restore import restore_disk
@@ -92,7 +93,11 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
         raise BusyError(
             "restore to", str(folder), "a live restore is under way there", f"fleece vm restore --resume {folder}"
         )
-    planned = plan_disks(opened, replace(order, folder=folder))
+    planned = [
+        # Without links: made, and removed after a failure, is what they lead to.
+        disk if disk.kind != "file" else replace(disk, target=await in_io_thread(os.path.realpath, disk.target))
+        for disk in plan_disks(opened, replace(order, folder=folder))
+    ]
     for disk in planned:
         if disk.kind == "nbd":
             raise UsageError("restore live to", disk.target, "an NBD export cannot be filled while the machine runs")
@@ -100,9 +105,12 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
     special = special_archives(disk.archive for disk in planned)
     made_folders = await in_io_thread(make_folder, folder)
     made: list[Path] = []
+    emptied: list[Path] = []
     try:
         places = {name: folder / name for name in contents}
         await in_io_thread(check_free, [*places.values(), *order.writes], order.force)
+        for disk in planned:  # all of them, before the first is changed
+            await in_io_thread(lambda disk=disk: look_at(Path(disk.target), disk.entry.size, force=order.force))
         sockets = await in_io_thread(_socket_folder, folder)
         state = LiveState(
             str(opened.snapshot), str(opened.snapshot.group.ns), order.name or opened.snapshot.group.id, str(folder),
@@ -117,7 +125,7 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
         )  # fmt: skip
         live = {disk.archive: disk for disk in state.disks}
         for disk in planned:
-            await _make_target(opened, disk, live.get(disk.archive), order.force, made, progress)
+            await _make_target(opened, disk, live.get(disk.archive), order.force, made, emptied, progress)
         for name, path in places.items():
             if not await in_io_thread(path.exists):
                 made.append(path)
@@ -126,13 +134,16 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
         await in_io_thread(_out_of_the_way, order.writes)
         await in_io_thread(state.save)
     except BaseException:
-        _give_up(folder, made, made_folders)
+        _give_up(folder, made, emptied, made_folders)
         raise
-    return replace(state, made=made, made_folders=made_folders)
+    return replace(state, made=made, emptied=emptied, made_folders=made_folders)
 
 
-def _give_up(folder: Path, files: Iterable[Path], folders: Iterable[Path]) -> None:
-    """Remove what was made of a machine that could not be started. Blocks."""
+def _give_up(folder: Path, files: Iterable[Path], emptied: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove what was made of a machine that could not be started; files that were empty are so again. Blocks."""
+    for path in emptied:
+        with suppress(OSError):
+            os.truncate(path, 0)
     run = folder / RUN_FOLDER
     paths = [*files, folder / LOG_NAME, folder / STATE_NAME]
     with suppress(OSError):
@@ -161,12 +172,21 @@ def _live_disk(number: int, disk: PlannedDisk, folder: Path, sockets: Path) -> L
 
 
 async def _make_target(
-    opened: OpenSnapshot, disk: PlannedDisk, live: LiveDisk | None, force: bool, made: list[Path], progress: Progress
+    opened: OpenSnapshot,
+    disk: PlannedDisk,
+    live: LiveDisk | None,
+    force: bool,
+    made: list[Path],
+    emptied: list[Path],
+    progress: Progress,
 ) -> None:
     """Make the target, empty, or whole if it is not to be `live`; `open_target` refuses what must not be touched."""
     path = Path(disk.target)
-    if disk.kind == "file" and not await in_io_thread(lambda: path.exists() and path.stat().st_size > 0):
-        made.append(path)
+    if disk.kind == "file":
+        if not await in_io_thread(path.exists):
+            made.append(path)
+        elif not await in_io_thread(lambda: path.stat().st_size):
+            emptied.append(path)
     format = "raw" if live is not None else disk.format  # a qcow2 file that is to be live is made below
     async with open_target(disk.target, disk.entry.size, force=force, format=format) as target:
         if live is None:
@@ -305,8 +325,8 @@ async def run(
             try:
                 await _start_qemu(state)
             except VmStateError:
-                if state.made:  # it has never run
-                    await in_io_thread(_give_up, folder, state.made, state.made_folders)
+                if state.fresh:  # it has never run
+                    await in_io_thread(_give_up, folder, state.made, state.emptied, state.made_folders)
                 raise
         started({
             "snapshot": state.snapshot,
@@ -402,7 +422,12 @@ async def _start_qemu(state: LiveState) -> None:
 
 
 async def _fill(state: LiveState, progress: Progress) -> None:
-    streaming = Streaming(state.disks, progress.log)
+    async def going_over(disk: LiveDisk) -> None:
+        nonlocal state
+        state = replace(state, line=gone_over(state.line, disk))
+        await in_io_thread(state.save)
+
+    streaming = Streaming(state.disks, progress.log, going_over)
     size = sum(disk.size for disk in state.disks)
     with progress.task("disks", size) as task:
         done = 0

@@ -35,7 +35,13 @@ class LiveState:
     qmp: str  #: the socket that is Fleece's
     script: Mapping[str, str | None] | None  #: options of the script that is written at the end; None: without one
     made: Sequence[Path] = ()  #: files of this run, which go if the machine cannot be started; not written down
+    emptied: Sequence[Path] = ()  #: files that were there, and had no content; not written down either
     made_folders: Sequence[Path] = ()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this run has begun it."""
+        return bool(self.made or self.emptied or self.made_folders)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -114,7 +120,9 @@ class LiveState:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "w") as file:
-                json.dump({"version": _VERSION, **asdict(replace(self, made=(), made_folders=()))}, file, indent=1)
+                json.dump(
+                    {"version": _VERSION, **asdict(replace(self, made=(), emptied=(), made_folders=()))}, file, indent=1
+                )
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

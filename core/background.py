@@ -1,7 +1,8 @@
 """A process of its own for work that goes on after the command has returned: a mount, a disk that is held ready.
 
 `start` forks, and returns when the new process says that it is ready, with what it has to tell; what goes wrong before
-that is raised in the caller. The new process has a session of its own, no terminal and no descriptor of the caller's.
+that is raised in the caller. The new process has a session of its own, no terminal and no descriptor of the
+caller's; its folder is the caller's until it is ready.
 """
 
 import json
@@ -94,6 +95,7 @@ def run_and_exit(work: Callable[[Ready], None], pipe: int, background: Backgroun
                 os.close(pipe)
 
     def ready(value: Any) -> None:
+        os.chdir("/")  # not before: until then what the caller has named may be looked up from its folder
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
@@ -102,7 +104,6 @@ def run_and_exit(work: Callable[[Ready], None], pipe: int, background: Backgroun
 
     try:
         os.setsid()
-        os.chdir("/")
         # Whoever waits for the end of a pipe that the caller inherited must not wait for this process.
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))

@@ -10,9 +10,10 @@ back, so that no error reaches the guest. docs/vm-restore.md, "Live".
 """
 
 import contextlib
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +36,10 @@ _MIRROR_BUFFER: Final = 4 << 20
 _FLUSH_TIMEOUT_S: Final = 900.0
 #: Seconds between two looks.
 POLL_S: Final = 0.25
+#: Seconds until a job that has failed is begun anew.
+_AGAIN_S: Final = 10.0
+#: QEMU has whole sectors.
+_SECTOR: Final = 512
 #: Devices that stop the guest at an error if they are told to; NVMe cannot.
 _CAN_STOP: Final = re.compile(r"(virtio-blk-pci|scsi-hd|ide-hd|usb-storage)\b")
 
@@ -91,7 +96,9 @@ class LiveDisk:
         }
         nodes: list[Mapping[str, Any]] = [below, image]
         if self.overlay is not None:
-            nodes += Backing.file(Path(self.target), self.node).nodes
+            (target,) = Backing.file(Path(self.target), self.node).nodes
+            # A device may be larger, as logical volumes are: a mirror has both ends of one size.
+            nodes.append({**target, "size": -(-self.size // _SECTOR) * _SECTOR})
         return Backing(nodes, self.top)
 
     def whole(self) -> Backing:
@@ -113,6 +120,26 @@ def stopping_at_errors(line: Sequence[str]) -> tuple[list[str], list[str]]:
     return result, cannot
 
 
+async def _nothing(_disk: LiveDisk) -> None:
+    pass
+
+
+def gone_over(line: Sequence[str], disk: LiveDisk) -> list[str]:
+    """QEMU's command line `line` for a time when the device of `disk` has gone over to its raw target."""
+    result: list[str] = []
+    old = {disk.top, disk.backup}
+    for word in line:
+        before = result[-1] if result else ""
+        if before == "-blockdev" and word.startswith("{") and json.loads(word).get("node-name") in old:
+            result.pop()
+        elif before == "-device":
+            result.append(",".join(f"drive={disk.node}" if part == f"drive={disk.top}" else part
+                                   for part in word.split(",")))  # fmt: skip
+        else:
+            result.append(word)
+    return result
+
+
 class Look(NamedTuple):
     """How far the disks are."""
 
@@ -128,6 +155,10 @@ class Streaming:
 
     disks: Sequence[LiveDisk]
     say: Callable[[str], None] = lambda _text: None
+    #: Called before a device goes over to its raw target, which holds everything then: from there on the overlay is
+    #: old, and who starts the machine again must not use it. The guest's requests to the disk wait meanwhile.
+    going_over: Callable[[LiveDisk], Awaitable[None]] = _nothing
+    _failed: dict[str, float] = field(default_factory=dict)  #: jobs, and when they failed
 
     async def look(self, qmp: Qmp) -> Look:
         """Begin what is not begun, let go on what had to stop, end what is ready; and tell how far everything is.
@@ -151,7 +182,8 @@ class Streaming:
             elif await self._filled(qmp, disk, graph):
                 done += disk.size
             else:
-                await self._begin(qmp, disk)
+                if self._failed.get(disk.job, -_AGAIN_S) + _AGAIN_S <= trio.current_time():
+                    await self._begin(qmp, disk)
                 whole = False
         stopped = await self._let_go_on(qmp)
         return Look(done, sum(disk.size for disk in self.disks), whole and not stopped, stopped)
@@ -160,7 +192,18 @@ class Streaming:
         where = f"{qmp.where}, job {disk.job}"
         with contextlib.suppress(QmpCommandError):  # it may end in between
             # Its I/O status says nothing: `cont` makes it "ok", and leaves the job as it is.
-            if checked.field(job, "paused", bool, where):
+            status = checked.field(job, "status", str, where)
+            if status == "pending":
+                await self.going_over(disk)
+                await qmp.execute("job-finalize", {"id": disk.job})
+            elif status == "concluded":
+                await qmp.execute("job-dismiss", {"id": disk.job})
+                if (words := checked.optional(job, "error", str, where)) is not None:
+                    # The guest goes on over the backup meanwhile; what it needs may come back.
+                    self._failed[disk.job] = trio.current_time()
+                    self.say(f"{disk.archive}: the job failed: {words}; it begins again in {_AGAIN_S:.0f} s")
+                    return 0
+            elif checked.field(job, "paused", bool, where):
                 await qmp.execute("block-job-resume", {"device": disk.job})
                 self.say(f"{disk.archive}: the job goes on after an error")
             elif checked.field(job, "ready", bool, where) and checked.field(job, "type", str, where) == "mirror":
@@ -193,7 +236,8 @@ class Streaming:
         return False
 
     async def _begin(self, qmp: Qmp, disk: LiveDisk) -> None:
-        common = {"job-id": disk.job, "device": disk.top}
+        # A job that is not dismissed by itself tells how it ended.
+        common = {"job-id": disk.job, "device": disk.top, "auto-dismiss": False}
         try:
             if disk.overlay is None:
                 await qmp.execute("block-stream", {**common, "on-error": "stop"})
@@ -207,6 +251,8 @@ class Streaming:
                         # The guest's writes go to both at once: however much it writes, the end comes.
                         "copy-mode": "write-blocking",
                         "buf-size": _MIRROR_BUFFER,
+                        # When both are the same, and durable, it waits for a word, and the guest's requests wait.
+                        "auto-finalize": False,
                         "on-source-error": "stop",
                         "on-target-error": "stop",
                     },

@@ -132,6 +132,22 @@ class TargetFile:
         os.close(self.fd)
 
 
+def look_at(path: Path, size: int, *, force: bool) -> None:
+    """Refuse a file or device as `targets.open_target` would, and leave it as it is. Blocks.
+
+    Raises:
+        TargetError, DiskInUseError: as `open_target`.
+    """
+    file = TargetFile.open(path, force)
+    try:
+        if file.is_device:
+            file.prepare(size, force)
+    finally:
+        if file.made:
+            file.discard(emptied=True)
+        file.close()
+
+
 def guards(size: int) -> tuple[int, ...]:
     """Offsets of the parts at both ends that must be zero."""
     return (0,) if size <= GUARD_SIZE else (0, max(GUARD_SIZE, size - GUARD_SIZE))

@@ -6,71 +6,54 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
 from agent import live_restore
-from agent.live_restore import LiveOptions, held, prepare, run
+from agent.live_restore import LiveOptions, held, prepare
 from agent.live_state import STATE_NAME, LiveState
 from agent.nbd_offers import ImageDisk
 from agent.places import private_run_dir
-from agent.snapshot_archives import OpenSnapshot, open_snapshot
 from agent.vm_restore import RestoreOrder
 from agent.vm_script import ScriptOptions
 from core.buffers import Buffer
 from core.errors import BusyError, NotFoundError, TargetError, UsageError
-from core.nursery import open_nursery
 from core.progress import Progress
-from datastore.codec import ChunkCodec
-from datastore.names import Group
-from hypervisor.errors import VmStateError
-from repository.archive import open_cache
-from repository.interface import FIXED_CHUNK_SIZE
-from repository.local import open_local
+from hypervisor.errors import DiskInUseError, VmStateError
+from hypervisor.live_restore import LiveDisk
+from hypervisor.machine import Backing
 from tests.support.guest import GuestControl, SmallGuest
+from tests.support.loop_devices import loop_device
 from tests.support.nbd_servers import NEEDS_NBDKIT_PYTHON
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.ring import BLOCK, Ring
-from tests.support.running import OwnQmp
-from tests.support.snapshots import write_snapshot
+from tests.support.running import OwnQmp, RunningQemu, VmDisk
 from tests.support.waiting import until
 
 from .conftest import Fleece
+from .live_machines import (
+    CHUNK,
+    CLUSTER,
+    COMMAND,
+    CONTENT,
+    SIZE,
+    Gate,
+    Machine,
+    ended,
+    nbdkits,
+    opened,
+)
 
 pytestmark = NEEDS_NBDKIT_PYTHON
-
-CHUNK = FIXED_CHUNK_SIZE
-CLUSTER = 65536
-SIZE = 5 * CHUNK + CLUSTER
-CONTENT = os.urandom(2 * CHUNK) + bytes(CHUNK) + os.urandom(2 * CHUNK + CLUSTER)
-COMMAND = [
-    *("qemu-system-x86_64", "-m", "64", "-nodefaults", "-machine", "q35"),
-    *("-drive", "if=none,id=a,file=/old/a.raw", "-device", "virtio-blk-pci,drive=a,id=disk0"),
-]
-FILES = {"drive-disk0.img.fidx": CONTENT, "qemu-command.json.blob": json.dumps(COMMAND).encode()}
 
 
 @pytest.fixture(autouse=True)
 def own_places(monkeypatch: pytest.MonkeyPatch, tmpfs: Path) -> None:
     monkeypatch.setenv("FLEECE_RUN_DIR", str(tmpfs / "r"))
-
-
-@dataclass
-class Gate:
-    """Lets only some of the disk be read, so that tests know how far everything is."""
-
-    until: int = 0  #: bytes from the beginning that can be read
-    opened: trio.Event = field(default_factory=trio.Event)
-
-    def open(self) -> None:
-        self.until = SIZE
-        self.opened.set()
 
 
 @pytest.fixture
@@ -81,97 +64,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
         async def read(self, offset: int, length: int) -> Buffer:
             if offset + length > one.until:
                 await one.opened.wait()
+            if self.size == SIZE:
+                await trio.sleep(one.delay_s)
             return await super().read(offset, length)
 
     monkeypatch.setattr(live_restore, "ImageDisk", Gated)
     return one
-
-
-@asynccontextmanager
-async def opened(store: Path) -> AsyncIterator[OpenSnapshot]:
-    repo = await open_local(store, name="test")
-    try:
-        snapshot = await repo.latest(Group.parse("vm/web")) or await write_snapshot(
-            repo, "vm/web", 1000, FILES, chunk_size=CHUNK
-        )
-        async with (
-            open_cache(2 * CHUNK) as cache,
-            open_snapshot(repo, snapshot, ChunkCodec(), cache, Progress()) as found,
-        ):
-            yield found
-    finally:
-        repo.close()
-
-
-@dataclass
-class Machine:
-    """A live restore into `folder`, and the machine that runs."""
-
-    store: Path
-    folder: Path
-    qemu: QemuBinary
-    format: str
-    extra: tuple[str, ...] = ("-S",)
-
-    @property
-    def target(self) -> Path:
-        return self.folder / f"drive-disk0.{self.format}"
-
-    @property
-    def whole(self) -> bool:
-        return not (self.folder / STATE_NAME).exists()
-
-    async def restore(self, task_status: "trio.TaskStatus[dict[str, Any]]" = trio.TASK_STATUS_IGNORED) -> None:
-        """Begin, or go on where another one was cancelled; `started` comes with what is told."""
-        async with opened(self.store) as found:
-            if self.whole:
-                order = RestoreOrder(folder=self.folder, format=self.format)
-                options = LiveOptions(script=ScriptOptions(), program=self.qemu.system, accel=["tcg"], extra=self.extra)
-                state = await prepare(found, order, options, Progress())
-            else:
-                state = LiveState.load(self.folder)
-            with held(self.folder):
-                await run(found, state, Progress(), task_status.started)
-
-    @asynccontextmanager
-    async def restoring(self) -> AsyncIterator[tuple[trio.CancelScope, dict[str, Any]]]:
-        """The restore runs beside the block; cancelling the scope is the end of its process."""
-        async with open_nursery() as nursery:
-            scope = trio.CancelScope()
-
-            async def work(task_status: "trio.TaskStatus[dict[str, Any]]") -> None:
-                with scope:
-                    await self.restore(task_status)
-
-            yield scope, await nursery.start(work)
-
-    @asynccontextmanager
-    async def qmp(self) -> AsyncIterator[OwnQmp]:
-        qmp = await OwnQmp.connect(self.folder / "run/qmp.sock")
-        try:
-            yield qmp
-        finally:
-            await qmp.aclose()
-
-    async def write(self, *commands: str) -> None:
-        """Write as the guest would."""
-        async with self.qmp() as qmp:
-            for command in commands:
-                device = "/machine/peripheral/disk0/virtio-backend"
-                line = f'qemu-io -d {device} "{command}"'
-                assert await qmp.execute("human-monitor-command", {"command-line": line}) == ""
-
-    def content(self) -> bytes:
-        raw = self.folder / "as-raw"
-        line = [self.qemu.img, "convert", "-f", self.format, "-O", "raw", str(self.target), str(raw)]
-        subprocess.run(line, check=True)
-        return raw.read_bytes()
-
-    async def quit(self) -> None:
-        async with self.qmp() as qmp:
-            await qmp.execute("quit")
-        pid = self.folder / "run/qemu.pid"
-        await until(lambda: not pid.exists())
 
 
 @pytest.fixture
@@ -195,12 +93,6 @@ MakeMachine = Callable[[QemuBinary, str], Machine]
 def can_be_read(qemu: QemuBinary, image: Path) -> bool:
     line = [qemu.img, "convert", "-f", "qcow2", "-O", "raw", str(image), os.devnull]
     return subprocess.run(line, capture_output=True).returncode == 0
-
-
-def nbdkits() -> list[int]:
-    """Servers that this process has started."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return [pid for pid in map(int, children) if "nbdkit" in Path(f"/proc/{pid}/comm").read_text()]
 
 
 @pytest.mark.parametrize("format", ["qcow2", "raw"])
@@ -275,6 +167,124 @@ async def test_a_machine_that_was_killed_is_started_again_with_what_it_had_writt
     assert machine.content() == CONTENT[: 3 * CHUNK] + b"\7" * CLUSTER + CONTENT[3 * CHUNK + CLUSTER :]
 
 
+#: Two disks, the first of which comes in at once and the second when the gate opens.
+TWO = {
+    "drive-disk0.img.fidx": bytes(CHUNK) + os.urandom(CLUSTER + 512),
+    "drive-disk1.img.fidx": CONTENT,
+    "qemu-command.json.blob": json.dumps(
+        [*COMMAND, "-drive", "if=none,id=b,file=/old/b.raw", "-device", "virtio-blk-pci,drive=b,id=disk1"]
+    ).encode(),
+}
+
+
+@pytest.fixture
+def spare(tmpfs: Path) -> Iterator[Path]:
+    """A block device of 12 MiB."""
+    image = tmpfs / "spare.raw"
+    image.write_bytes(bytes(12 << 20))
+    with loop_device(image) as found:
+        yield Path(found)
+
+
+async def test_a_disk_that_has_gone_over_is_not_old_again_after_a_crash(
+    qemu: QemuBinary, machine_of: MakeMachine, gate: Gate, spare: Path
+) -> None:
+    machine = machine_of(qemu, "raw")
+    machine.files, machine.targets = TWO, {"disk0": str(spare)}  # larger than the disk, as logical volumes are
+    gate.open()
+    gate.delay_s = 0.5  # the second disk; a closed gate would hold a QEMU 10 that changes its graph
+
+    async def gone_over() -> bool:
+        async with machine.qmp() as qmp:
+            nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
+        return "disk0-live" not in {node["node-name"] for node in nodes}
+
+    with pytest.raises(VmStateError, match="QEMU has ended before"):
+        async with machine.restoring():
+            async with machine.qmp() as qmp:
+                while "fleece-r1" not in [one["device"] for one in await qmp.execute("query-block-jobs")]:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+                await qmp.execute("block-job-set-speed", {"device": "fleece-r1", "speed": 1})
+            await machine.write("write -P 5 64k 64k")
+            while not await gone_over():  # noqa: ASYNC110 - QEMU must be asked
+                await trio.sleep(0.02)
+            await machine.write("write -P 6 0 64k", "flush")  # this is nowhere but in the target
+            await machine.kill()
+    gate.delay_s = 0
+    async with machine.restoring() as (_, told):
+        assert not told["was-running"]
+        async with machine.qmp() as qmp:
+            sizes = {
+                disk["inserted"]["node-name"]: disk["inserted"]["image"]["virtual-size"]
+                for disk in await qmp.execute("query-block")
+            }
+        assert sizes["disk0"] == len(TWO["drive-disk0.img.fidx"])
+    await machine.quit()
+    expected = b"\6" * CLUSTER + b"\5" * CLUSTER + TWO["drive-disk0.img.fidx"][2 * CLUSTER :]
+    assert spare.read_bytes()[: len(expected)] == expected
+    assert (machine.folder / "drive-disk1.raw").read_bytes() == CONTENT
+
+
+async def test_no_target_is_touched_before_all_were_looked_at(
+    distribution: QemuBinary, machine_of: MakeMachine, tmpfs: Path, spare: Path
+) -> None:
+    machine = machine_of(distribution, "raw")
+    mine, small = tmpfs / "mine.raw", tmpfs / "small.raw"
+    mine.write_bytes(b"mine" * 4096)
+    machine.files, machine.force = TWO, True
+    machine.targets = {"disk0": str(mine), "disk1": str(spare)}
+    with pytest.raises(TargetError, match="choose a larger one"):
+        await machine.restore()
+    small.write_bytes(bytes(512))
+    machine.targets = {"disk0": str(mine), "disk1": str(small)}
+    async with RunningQemu.start(distribution, [VmDisk(small, "held")]):
+        with pytest.raises(DiskInUseError, match="in use"):
+            await machine.restore()
+    assert mine.read_bytes() == b"mine" * 4096
+    assert not machine.folder.exists()
+
+
+async def test_links_are_followed_and_stay(distribution: QemuBinary, machine_of: MakeMachine, tmpfs: Path) -> None:
+    machine = machine_of(distribution, "raw")
+    machine.files = TWO
+    for number, name in enumerate(("one.raw", "two.qcow2")):
+        (tmpfs / name).touch()
+        (tmpfs / f"link{number}").symlink_to(name)
+    machine.targets = {"disk0": str(tmpfs / "link0"), "disk1": str(tmpfs / "link1")}
+    machine.extra = ("-no-such-option",)
+    with pytest.raises(VmStateError, match="no-such-option"):
+        await machine.restore()
+    assert [(tmpfs / f"link{number}").exists() for number in range(2)] == [True, True]
+    assert [(tmpfs / name).stat().st_size for name in ("one.raw", "two.qcow2")] == [0, 0]
+    machine.extra = ("-S",)
+    await machine.restore()
+    await machine.quit()
+    assert (tmpfs / "one.raw").read_bytes() == TWO["drive-disk0.img.fidx"]
+    assert (tmpfs / "link1").is_symlink()
+
+
+async def test_a_job_that_fails_is_told_and_begun_anew(
+    distribution: QemuBinary, machine_of: MakeMachine, spare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = machine_of(distribution, "raw")
+    machine.files, machine.targets = TWO, {"disk0": str(spare)}
+    monkeypatch.setattr("hypervisor.live_restore._AGAIN_S", 0.1)
+    backing = LiveDisk.backing
+
+    def of_another_size(disk: LiveDisk) -> Backing:
+        found = backing(disk)
+        for node in found.nodes:
+            if node.get("node-name") == "disk0":
+                node["size"] = 12 << 20  # type: ignore[index]
+        return found
+
+    monkeypatch.setattr(LiveDisk, "backing", of_another_size)
+    async with machine.restoring() as (scope, _):
+        await until(lambda: sum("different sizes" in line for line in machine.said) > 1)
+        assert not machine.whole
+        scope.cancel()
+
+
 async def test_what_cannot_be_restored_live_leaves_nothing(
     distribution: QemuBinary, store_folder: Path, tmpfs: Path
 ) -> None:
@@ -343,14 +353,6 @@ def boots(guest: SmallGuest, folder: Path) -> list[str]:
     return [*extra, "-chardev", f"socket,id=ctl,path={folder}/ctl,server=on,wait=off", "-serial", "chardev:ctl", "-S"]
 
 
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or waits for its parent to notice that it is."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 @asynccontextmanager
 async def guest_of(folder: Path, *, speed: int | None = None) -> AsyncIterator[tuple[GuestControl, OwnQmp]]:
     """The machine in `folder / "m"`, which has booted; its disk comes in with `speed` bytes a second at most."""
@@ -373,13 +375,19 @@ async def guest_of(folder: Path, *, speed: int | None = None) -> AsyncIterator[t
 
 
 async def test_the_command_returns_when_the_machine_runs(
-    stored: Fleece, tmpfs: Path, distribution: QemuBinary, machine_of: MakeMachine
+    stored: Fleece, tmpfs: Path, distribution: QemuBinary, machine_of: MakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmpfs / "disk.raw"
     disk.write_bytes(CONTENT)
     line = await trio.to_thread.run_sync(the_command, stored, tmpfs, disk, distribution, ["-S"], "qcow2")
-    told = await trio.to_thread.run_sync(lambda: stored.json(*line))
-    assert [one["name"] for one in told["disks"]] == ["drive-disk0.img"]
+    # Where a person calls it paths are meant from there, also in the process in the background.
+    monkeypatch.chdir(tmpfs)
+    line[line.index(str(tmpfs / "m"))] = "m"
+    told = await trio.to_thread.run_sync(lambda: stored.json(*line, "--disk", "disk0=m/drive-disk0.qcow2"))
+    assert [(one["name"], one["target"]) for one in told["disks"]] == [
+        ("drive-disk0.img", str(tmpfs / "m/drive-disk0.qcow2"))
+    ]
+    assert told["folder"] == str(tmpfs / "m")
     machine = machine_of(distribution, "qcow2")
     await machine.write("write -P 3 0 64k")
     await until(lambda: machine.whole)

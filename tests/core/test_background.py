@@ -50,6 +50,20 @@ print(os.path.exists(f"/proc/{child}"))
     assert run(code) == ["True", "True", "/dev/null", "False"]
 
 
+def test_it_finds_what_the_caller_names_until_it_is_ready_and_then_holds_no_folder(tmp_path: Path) -> None:
+    code = """
+os.chdir(sys.argv[1])
+def work(ready):
+    ready(os.getcwd())
+    signal.pause()
+child, value = start(work)
+print(value == sys.argv[1])
+print(os.readlink(f"/proc/{child}/cwd"))
+background.end(child)
+"""
+    assert run(code, str(tmp_path)) == ["True", "/"]
+
+
 def test_errors_come_back_as_they_are_with_their_notes() -> None:
     code = """
 def raising(error):
