@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypervisor.bitmaps import MAX_TARGETS
+from hypervisor.bitmaps import MAX_TARGETS, BitmapMode
 from hypervisor.errors import VmStateError, VmUnsupportedError
 from hypervisor.pause import Pause
 from hypervisor.qmp import Qmp
+from hypervisor.size_marks import MISSING
 from hypervisor.vm import cleanup
 from tests.hypervisor.fleecing_bench import MIB, TARGET
 from tests.support.qemu_binaries import QemuBinary
@@ -76,6 +77,35 @@ async def test_a_migration_takes_the_bitmaps_along_or_the_reason_says_so(
             assert (await cell.backup(target, d0=INCREMENTAL))["d0"].read == 2 * CHUNK
         else:
             await cell.backup(target, d0=MIGRATED)
+        await cell.write(target, "d0", 4, 21 * MIB)
+        assert (await cell.backup(target, d0=INCREMENTAL))["d0"].read == CHUNK
+
+
+@pytest.mark.parametrize("mapped", ["all", "without marks", "other names"])
+@matrix_of("raw", "qcow2", quick=-1)
+async def test_bitmaps_that_a_migration_maps_to_aliases_count_only_if_nothing_is_missing(
+    qemu: QemuBinary, format: ImageFormat, tmpfs: Path, mapped: str
+) -> None:
+    cell = Cell(qemu, format, tmpfs)
+    cell.bench.store.clock = 1_000_000_000
+    disk = await cell.disk("d0")
+    async with cell.vm(disk) as source, waiting_vm(cell, disk) as target:
+        await cell.write(source, "d0", 1, 0, 10 * MIB)
+        # Not in the image, which would bring them along past the mapping.
+        transient = {"bitmap_mode": BitmapMode.TRANSIENT}
+        await cell.backup(source, d0="first backup", options=transient)
+        await cell.write(source, "d0", 2, 5 * MIB)
+        names = [one["name"] for one in await source.bitmaps(disk.node, marks=mapped != "without marks")]
+        for vm, ending in ((source, ""), (target, "-x" if mapped == "other names" else "")):
+            bitmaps = [{"name": name + ending, "alias": f"b{number}"} for number, name in enumerate(names)]
+            mapping = [{"node-name": disk.node, "alias": "disk", "bitmaps": bitmaps}]
+            await vm.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
+        assert await migrated(source, target, bitmaps=True) == "completed"
+        await source.kill()
+        await target.execute("cont")
+        await cell.write(target, "d0", 3, 17 * MIB)
+        reason = {"all": INCREMENTAL, "without marks": MISSING, "other names": MIGRATED}[mapped]
+        await cell.backup(target, d0=reason, options=transient)
         await cell.write(target, "d0", 4, 21 * MIB)
         assert (await cell.backup(target, d0=INCREMENTAL))["d0"].read == CHUNK
 
