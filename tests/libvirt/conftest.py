@@ -6,16 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cache import Unavailable
 from tests.support.fleece_command import FleeceCommand
 from tests.support.libvirtd import Libvirtd, libvirtd
-from tests.support.qemu_binaries import distribution_qemu
+from tests.support.qemu_binaries import backports_qemu, distribution_qemu
 from tests.support.warm_command import WarmCommand
 
 
 @pytest.fixture(scope="session")
-def started_libvirtd() -> Iterator[Libvirtd]:
-    """A libvirtd for all tests of this process."""
-    with libvirtd(distribution_qemu()) as daemon:
+def started_libvirtd(request: pytest.FixtureRequest) -> Iterator[Libvirtd]:
+    """A libvirtd for all tests of this process: the distribution's, as its QEMU; with the parameter `newer` those of
+    its backports."""
+    newer = getattr(request, "param", "") == "newer"
+    try:
+        qemu = backports_qemu() if newer else distribution_qemu()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    with libvirtd(qemu, newer=newer) as daemon:
         yield daemon
 
 

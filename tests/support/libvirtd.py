@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import pytest
 
@@ -32,6 +33,13 @@ from tests.support.qemu_binaries import QemuBinary
 #: What the machine must not run as anyway: the user of QEMU and swtpm.
 USER: Final = 61234
 _PACKAGES: Final = ("libvirt-daemon", "libvirt-daemon-driver-qemu")
+#: Instead of libvirt's own among those, where the newer one of the distribution's backports is wanted; without its
+#: networks, which need a firewall.
+_NEWER: Final = (
+    "libvirt0", "libvirt-common", "libvirt-daemon", "libvirt-daemon-common", "libvirt-daemon-driver-interface",
+    "libvirt-daemon-driver-nodedev", "libvirt-daemon-driver-nwfilter",
+    "libvirt-daemon-driver-qemu", "libvirt-daemon-driver-secret", "libvirt-daemon-driver-storage",
+)  # fmt: skip
 _SWTPM: Final = ("swtpm", "swtpm-libs", "swtpm-tools", "libtpms0", "libjson-glib-1.0-0")
 #: Seconds for a start on a busy machine, and of a life.
 _PATIENCE_S: Final = 60
@@ -73,16 +81,35 @@ done
 echo certificate >"$folder/$type.cert"
 END
 chmod 755 /run/certs
-if [ -n "$3" ]; then mount --bind "$3" /run/qemu; fi
+if [ -n "$3" ]; then
+    mount --bind "$3" /run/qemu
+    # Under its usual name, which is all that a restored definition may have.
+    for tool in /run/qemu/bin/*; do
+        name=$(basename $tool)
+        printf '#!/bin/sh\nexec %s "$@"\n' $tool >/run/$name
+        chmod 755 /run/$name
+        mount --bind /run/$name /usr/bin/$name
+    done
+    # libvirt makes QEMU load all its modules, and QEMU aborts at the sight of those of another version.
+    for folder in /usr/lib/*/qemu; do
+        if [ -e /run/qemu/root$folder ]; then mount --bind /run/qemu/root$folder $folder; fi
+    done
+fi
+if [ -n "$4" ]; then hostname "$4"; fi
 exec 3<&0
-timeout --foreground -k 5 {LIFETIME_S} /usr/sbin/libvirtd --config $state/libvirtd.conf </dev/null 3<&- & daemon=$!
-{{ read -r _ <&3 || true; kill -KILL $daemon; }} & exec 3<&-
-wait $daemon
+{{ read -r _ <&3 || true; touch $state/ended; kill -KILL -1; }} & exec 3<&-
+while [ ! -e $state/ended ]; do
+    timeout --foreground -k 5 {LIFETIME_S} /usr/sbin/libvirtd --config $state/libvirtd.conf </dev/null & daemon=$!
+    echo $daemon >$state/daemon
+    wait $daemon || true
+    rm $state/again || break
+done
 """
 _DAEMON_CONF: Final = """listen_tls = 0
 unix_sock_dir = "{folder}"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
+host_uuid = "{uuid}"
 log_outputs = "3:file:{folder}/libvirtd.log"
 """
 _QEMU_CONF: Final = """user = "libvirt-qemu"
@@ -122,6 +149,31 @@ def _packages() -> Path:
         return cached("libvirt", build)
     except Unavailable as reason:
         raise Unavailable(f"no libvirtd to test with: {reason}") from reason
+
+
+@once
+def _newer_packages() -> Path:
+    """The unpacked packages of the distribution's backports.
+
+    Raises:
+        Unavailable: no APT source of this machine offers them.
+    """
+    release = codename()
+    suite = f"{release}-backports"
+
+    def build(folder: Path) -> None:
+        apt = AptRoot.open("apt-backports", (release, suite))
+        apt.latest("libvirt-daemon", suite)
+        # Nothing of libvirt's own in two versions: it would load modules of the other one.
+        shutil.copytree(
+            _packages(), folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("libvirt", "doc")
+        )
+        apt.unpack([f"{package}/{suite}" for package in _NEWER], folder)
+
+    try:
+        return cached("libvirt-newer", build)
+    except Unavailable as reason:
+        raise Unavailable(f"no newer libvirtd to test with: {reason}") from reason
 
 
 @dataclass
@@ -182,7 +234,7 @@ class Libvirtd:
             )
         return f"""<domain type='qemu'{attributes}>
 <name>{name}</name><memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='q35'>hvm</type>{boot}{system}</os>
+<os><type arch='x86_64' machine='q35'>hvm</type>{boot}{system}</os><features><acpi/></features>
 <devices><emulator>{self.emulator}</emulator>{"".join(disks)}
 <controller type='scsi' model='virtio-scsi'/>{serial}{more}<memballoon model='none'/></devices></domain>"""
 
@@ -219,6 +271,24 @@ class Libvirtd:
         nodes = self.monitor(domain, "query-named-block-nodes", flat=True)
         return sorted(bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", []))
 
+    def restart(self, *, kill: bool = False) -> None:
+        """End libvirtd in order, or kill it, and start it again; the domains run on."""
+        import libvirt
+
+        (self.folder / "again").touch()
+        inside = int((self.folder / "daemon").read_text())
+        # libvirtd is below `timeout`, which hands a TERM on.
+        name, number = ("KILL", "-P") if kill else ("TERM", "")
+        line = f"pkill -{name} {number} {inside}" if kill else f"kill -{name} {inside}"
+        subprocess.run(["nsenter", "-t", str(self.pid), "-m", "-p", "sh", "-c", line], check=True, timeout=30)
+        with suppress(libvirt.libvirtError):
+            self.connection.close()
+        deadline = time.monotonic() + _PATIENCE_S
+        while (self.folder / "again").exists():
+            assert time.monotonic() < deadline, "libvirtd does not end"
+            time.sleep(0.05)
+        self.connection = _connected(libvirt, self.folder, None)
+
     def forget(self) -> None:
         """End and undefine all domains, for the next test."""
         import libvirt
@@ -245,12 +315,15 @@ def _open_folder(path: Path) -> None:
 
 
 @contextmanager
-def libvirtd(qemu: QemuBinary) -> Iterator[Libvirtd]:
-    """A libvirtd while the block runs; skips where it cannot be."""
+def libvirtd(qemu: QemuBinary, *, host: str = "", newer: bool = False) -> Iterator[Libvirtd]:
+    """A libvirtd while the block runs; skips where it cannot be.
+
+    `newer` is the one of the distribution's backports, `host` the name of its host, if domains are to migrate to it.
+    """
     if os.geteuid() != 0:
         pytest.skip("only root can start a libvirtd with mounts of its own")
     try:
-        packages = _packages()
+        packages = _newer_packages() if newer else _packages()
     except Unavailable as reason:
         pytest.skip(str(reason))
     import libvirt
@@ -264,14 +337,14 @@ def libvirtd(qemu: QemuBinary) -> Iterator[Libvirtd]:
     try:
         folder.chmod(0o755)
         _open_folder(folder / "disks")
-        (folder / "libvirtd.conf").write_text(_DAEMON_CONF.format(folder=folder))
+        (folder / "libvirtd.conf").write_text(_DAEMON_CONF.format(folder=folder, uuid=uuid4()))
         (folder / "qemu.conf").write_text(_QEMU_CONF)
         # QEMU's user may not be able to reach the folders above a program of the cache.
         above = "" if qemu.folder.parts[1] == "usr" else str(qemu.folder.parent)
-        emulator = f"/run/qemu/{qemu.folder.name}/qemu-system-x86_64" if above else str(Path(qemu.system).resolve())
+        emulator = "/usr/bin/qemu-system-x86_64" if above else str(Path(qemu.system).resolve())
         line = [
-            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private",
-            "sh", "-c", _SCRIPT, "libvirtd", str(packages), str(folder), above,
+            "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc",
+            "--propagation", "private", "sh", "-c", _SCRIPT, "libvirtd", str(packages), str(folder), above, host,
         ]  # fmt: skip
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(
@@ -296,10 +369,10 @@ def libvirtd(qemu: QemuBinary) -> Iterator[Libvirtd]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connected(libvirt: Any, folder: Path, process: "subprocess.Popen[bytes]") -> Any:
+def _connected(libvirt: Any, folder: Path, process: "subprocess.Popen[bytes] | None") -> Any:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        if process.poll() is not None:
+        if process is not None and process.poll() is not None:
             said = _logs(folder)
             if "not permitted" in said or "ermission denied" in said:
                 pytest.skip("this root may not mount, as in most containers")
