@@ -1,6 +1,8 @@
 """NTFS, by the records, attributes and indexes of dissect.ntfs.
 
-An index is read here: the library (3.16) also shows what stands in blocks of it that are not used any more. Files
+An index is read here: the library (3.16) also shows what stands in blocks of it that are not used any more. It also
+overlooks an attribute that begins in the last 64 bytes of a record, so that a small file of many names would be empty:
+records get zeros behind their end. Files
 belong to root, as owners of Windows have no numbers; names are UTF-8. Named streams are not shown, nor are files of
 the file system itself.
 """
@@ -34,6 +36,8 @@ _FOREIGN: Final = {
     0x80000013: "its content is shared by deduplication",
     0x9000001A: "it lies in a cloud",
 }
+#: Zeros behind a record: the library reads as many bytes of an attribute as the largest header has.
+_BEHIND: Final = 128
 _MAX_RUNS: Final = 1_000_000
 _MAX_PACKED: Final = 1 << 40
 
@@ -52,6 +56,9 @@ class NtfsFileSystem:
         self._blocks = blocks
         # Descriptors and journal are not needed, and may be damaged.
         self._fs = NTFS(blocks, sds=io.BytesIO(), usnjrnl=io.BytesIO())
+        self._segment = self._fs.mft.get
+        self._segment.cache_clear()
+        self._fs.mft.get = self._padded  # which the library's own attribute lists ask, too
         self._cluster = int(self._fs.cluster_size)
         if not 256 <= self._cluster <= 2 << 20 or not 512 <= self._fs._record_size <= 1 << 16:
             raise DiskFsError("read", "ntfs", f"clusters of {self._cluster}, records of {self._fs._record_size} bytes")
@@ -135,6 +142,13 @@ class NtfsFileSystem:
     def xattrs(self, id: Id) -> Iterator[tuple[bytes, bytes]]:
         """See `FileSystem.xattrs`."""
         return iter(())
+
+    def _padded(self, reference: Any, root: Any = None) -> Any:
+        """A record of the table, before anything is read from it."""
+        record = self._segment(reference, root)
+        if len(record.data) == self._fs._record_size:
+            record.data += bytes(_BEHIND)
+        return record
 
     def _read_record(self, number: int) -> Any:
         record = self._fs.mft.get(number)
