@@ -172,6 +172,45 @@ def _user_of(path: str) -> str:
     return ""
 
 
+def refuse_users(fd: int, what: str, where: str) -> None:
+    """Refuse an image or device that is in use without QEMU's marks: by a process that has it open for writing, as far
+    as this user may see that, or a file by a loop device. Blocks.
+
+    Raises:
+        DiskInUseError: it is.
+    """
+    status = os.fstat(fd)
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        try:
+            for descriptor in (process / "fd").iterdir():
+                if _same_image(descriptor.stat(), status) and _writes(process / "fdinfo" / descriptor.name):
+                    name = (process / "comm").read_text().strip()
+                    raise DiskInUseError(what, where, f"it is in use by {name} (pid {process.name})", "stop it first")
+        except OSError:
+            continue  # gone, or somebody else's
+    for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(Path(loop.read_text().removesuffix("\n")).stat(), status):
+                device = f"/dev/{loop.parts[3]}"
+                raise DiskInUseError(what, where, f"it is the loop device {device}", f"losetup -d {device}")
+
+
+def _same_image(one: os.stat_result, other: os.stat_result) -> bool:
+    if stat.S_ISBLK(other.st_mode):  # it may have several names
+        return stat.S_ISBLK(one.st_mode) and one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
+
+
+def _writes(information: Path) -> bool:
+    for line in information.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "flags":
+            return int(value, 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
+
+
 def mounted_on(device: int) -> list[str]:
     """Where the block device with the number `device` (`st_rdev`), or a partition of it, is mounted for writing."""
     numbers = {f"{os.major(device)}:{os.minor(device)}"}

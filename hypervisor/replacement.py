@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from core.errors import TargetError, os_reason
-from hypervisor.image_files import check_kind, lock_for_writing, open_error, size_of
+from hypervisor.image_files import check_kind, lock_for_writing, open_error, refuse_users, size_of
 
 #: What is added to the name of a file that is not whole yet.
 PARTIAL: Final = ".partial"
@@ -110,6 +110,7 @@ def _hold(path: Path, named: str) -> int | None:
         if check_kind(os.fstat(descriptor).st_mode, "restore to", named, TargetError):
             raise TargetError("restore to", named, "it became a block device meanwhile")
         lock_for_writing(descriptor, named)
+        refuse_users(descriptor, "write to", named)
     except BaseException:
         os.close(descriptor)
         raise

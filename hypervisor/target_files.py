@@ -12,7 +12,7 @@ from typing import Final
 from core.buffers import Buffer
 from core.errors import TargetError, os_reason
 from core.units import MIB, format_size
-from hypervisor.image_files import check_kind, lock_for_writing, open_error, size_of
+from hypervisor.image_files import check_kind, lock_for_writing, open_error, refuse_users, size_of
 
 #: Bytes at both ends of a device that must be zero, or `force` is needed: partition tables and file systems are there.
 GUARD_SIZE: Final = MIB
@@ -63,6 +63,7 @@ class TargetFile:
                 raise TargetError("write to", where, "it was replaced meanwhile")
             old_size = size_of(fd)
             lock_for_writing(fd, where)
+            refuse_users(fd, "write to", where)
             if not is_device and old_size and not force:
                 raise TargetError("restore to", where, f"the file exists with {old_size} bytes", _FORCE_HINT)
         except BaseException:

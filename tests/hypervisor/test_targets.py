@@ -5,8 +5,9 @@ import os
 import random
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -451,6 +452,36 @@ async def test_a_mounted_device_is_refused_with_force_too(tmp_path: Path) -> Non
                     pass
         finally:
             run("umount", tmp_path / "mnt")
+
+
+async def test_what_is_open_without_locks_or_is_a_loop_device_is_refused_with_force_too(tmp_path: Path) -> None:
+    image = tmp_path / "a.raw"
+    image.write_bytes(bytes(MIB))
+    with loop_device(image) as device:
+        with pytest.raises(DiskInUseError, match=rf"it is the loop device {device}"):
+            async with open_target(str(image), MIB, force=True):
+                raise AssertionError
+        with (
+            held_open(device, "r+b") as pid,
+            pytest.raises(DiskInUseError, match=rf"in use by \S+ \(pid {pid}\)"),
+        ):
+            async with open_target(device, MIB, force=True):
+                raise AssertionError
+        with held_open(device, "rb"):  # who only reads is no reason
+            async with open_target(device, MIB, force=True) as target:
+                await target.write(0, b"x")
+
+
+@contextmanager
+def held_open(path: str, mode: str) -> Iterator[int]:
+    """Another process has `path` open while the block runs; its id."""
+    code = "import sys; f = open(*sys.argv[1:]); print(flush=True); sys.stdin.read()"
+    line = [sys.executable, "-c", code, path, mode]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.communicate()
 
 
 async def test_two_restores_to_one_device_do_not_meet(tmp_path: Path) -> None:
