@@ -27,7 +27,12 @@ _LAST_OWN: Final = 23
 _DATA: Final = ATTRIBUTE_TYPE_CODE.DATA
 _PACKED: Final = 0x00FF
 _ENCRYPTED: Final = 0x4000
-_READ_ONLY: Final = 0x1
+_READ_ONLY, _SYSTEM = 0x1, 0x4
+#: A symlink of the Windows Subsystem for Linux: four bytes, then where it leads.
+_LX_SYMLINK: Final = 0xA000001D
+#: One of Interix, and of ntfs-3g: the content of a system file, then where it leads in UTF-16.
+_INTERIX: Final = b"IntxLNK\x01"
+_MAX_TARGET: Final = 4096
 _IN_USE: Final = 0x1
 _EPOCH_NS: Final = 11_644_473_600_000_000_000
 #: Content that lies elsewhere than a program that opens the file sees.
@@ -77,6 +82,8 @@ class NtfsFileSystem:
             mtime, flags = int(found.LastModificationTime) * 100 - _EPOCH_NS, int(found.FileAttributes)
         links = sum(int(name.attribute.flags) != FILE_NAME_DOS for name in attributes[ATTRIBUTE_TYPE_CODE.FILE_NAME])
         target = self._target(record)
+        if target is None and flags & _SYSTEM and not record.is_dir():
+            target = self._interix_target(record)
         if target is not None:
             return Entry(id, stat.S_IFLNK | 0o777, 0, 0, len(target), mtime, links, None, target)
         if record.is_dir():
@@ -180,11 +187,24 @@ class NtfsFileSystem:
     def _target(self, record: Any) -> bytes | None:
         """Where a symlink or junction leads, with slashes; None for all else."""
         reparse = record.attributes[ATTRIBUTE_TYPE_CODE.REPARSE_POINT]
-        if not reparse or reparse[0].attribute.tag not in (IO_REPARSE_TAG.SYMLINK, IO_REPARSE_TAG.MOUNT_POINT):
+        if not reparse:
             return None
         point = reparse[0].attribute
+        if point.tag == _LX_SYMLINK:
+            return bytes(point.buffer)[4 : 4 + _MAX_TARGET]
+        if point.tag not in (IO_REPARSE_TAG.SYMLINK, IO_REPARSE_TAG.MOUNT_POINT):
+            return None
         name = str(point.print_name or point.substitute_name or "").replace("\\", "/")
-        return name.encode("utf-8", "surrogatepass")[:4096]
+        return name.encode("utf-8", "surrogatepass")[:_MAX_TARGET]
+
+    def _interix_target(self, record: Any) -> bytes | None:
+        size = int(record.size()) if record.has_stream() else 0
+        if not len(_INTERIX) < size <= len(_INTERIX) + 2 * _MAX_TARGET:
+            return None
+        data: bytes = record.open().read(size)
+        if not data.startswith(_INTERIX):
+            return None
+        return data[len(_INTERIX) :].decode("utf-16-le", "surrogatepass").encode("utf-8", "surrogatepass")[:_MAX_TARGET]
 
     def _index_entries(self, record: Any) -> Iterator[Any]:
         index = record.index("$I30")

@@ -22,7 +22,7 @@ from tests.support.cache import Unavailable, cached, once
 from tests.support.file_systems import run_tool
 
 #: Changed when what is below makes other images.
-_VERSION: Final = 2
+_VERSION: Final = 3
 _MIB: Final = 1 << 20
 #: The command that makes each, bytes, options of the mount.
 KERNEL_KINDS: Final = {
@@ -356,6 +356,8 @@ def _ntfs(image: Path, point: Path) -> dict[str, Any]:
                 (point / f"many/a file with a long name {number}.txt").unlink()
             (point / "packed/text").write_text("the quick brown fox " * 20_000)
             (point / "packed/noise").write_bytes(draw.randbytes(200_000))
+            (point / "Users/link").symlink_to("me/café ☃.txt")
+            (point / "Users/far").symlink_to("/somewhere/" + "x" * 700)
             # So many names that they take records of their own; in the first one content is the last of all.
             (point / "names").mkdir()
             (point / "names/0").write_text("small")
