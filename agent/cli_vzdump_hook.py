@@ -68,7 +68,7 @@ def _script(invocation: Invocation, path: Path, call: "VzdumpCall", say: "Callab
     from agent.cli_verify import parse_duration
     from agent.hooks import Hook
 
-    hook = Hook(path, parse_duration(invocation.config.vzdump_hook.timeout))
+    hook = Hook(path, parse_duration(invocation.config.vzdump_hook.timeout), "timeout in [vzdump-hook]")
 
     async def work(progress: "Progress") -> None:
         await hook.call(call.arguments, dict(call.variables), say)

@@ -62,6 +62,7 @@ class Hook:
 
     path: Path
     timeout_s: float = DEFAULT_TIMEOUT_S
+    option: str = "hook-timeout"  #: of the configuration, which sets that time
 
     async def call(
         self, arguments: tuple[str, ...], variables: Mapping[str, str], log: Callable[[str], None], stdin: bytes = b""
@@ -99,7 +100,7 @@ class Hook:
             nursery.cancel_scope.deadline = trio.current_time() + _DRAIN_S
         if late:
             why = f"it did not end in {format_duration(self.timeout_s)} and was killed"
-            raise HookError("run the hook", where, why, "hook-timeout gives it more time")
+            raise HookError("run the hook", where, why, f"{self.option} gives it more time")
         if process.returncode:
             how = f"exit code {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
             raise HookError("run the hook", where, f"it ended with {how}")

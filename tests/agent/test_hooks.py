@@ -101,7 +101,7 @@ async def test_a_script_that_hangs_is_ended_with_its_children_even_if_they_ignor
 
     async def call() -> None:
         with pytest.raises(HookError) as caught:
-            await Hook(path).call(("pre-stop", "snapshot", "1"), {}, lambda line: None)
+            await Hook(path, option="timeout in [x]").call(("pre-stop", "snapshot", "1"), {}, lambda line: None)
         failures.append(caught.value)
 
     def child() -> int:
@@ -116,7 +116,7 @@ async def test_a_script_that_hangs_is_ended_with_its_children_even_if_they_ignor
         pid = await trio.to_thread.run_sync(child)
         mock_clock.rate = 1000.0  # the ten minutes that it has
     assert "it did not end in 10 min" in str(failures[0])
-    assert "hook-timeout gives it more time" in str(failures[0])
+    assert "timeout in [x] gives it more time" in str(failures[0])
     mock_clock.rate = 1.0
     await gone(pid)
 
