@@ -50,6 +50,13 @@ def test_programs_that_jobs_start_can_do_what_they_do(host: HypervisorHost) -> N
     host.vm.check("systemctl daemon-reload; systemctl start fleece-job@night; test -e /run/done")
 
 
+def until_known(host: HypervisorHost, *jobs: str) -> None:
+    """Let the agent read its configuration; a job that is new to it waits for its next time, so the clock must wait."""
+    host.vm.check("systemctl reload fleece-agent")
+    for job in jobs:
+        host.vm.until(f"grep -q '\"{job}\"' /var/lib/fleece/agent/schedule.json")
+
+
 def notify(host: HypervisorHost, how: str = "") -> None:
     """Each run of a job tells `nobody` by mail from now on; `how` has more settings."""
     section = '\n[notify.one]\ntype = "mail"\nto = "nobody@fleece-vm"\nfrom = "fleece@fleece-vm"\non = "always"\n'
@@ -129,7 +136,8 @@ def test_a_backup_is_booted_by_a_job(host: HypervisorHost, guest: SmallGuest, tm
     )
     vm.write("/etc/fleece/fleece.toml", CONFIG + jobs)
     # TCG writes code and runs it, which the unit forbids to those that map memory for both at once.
-    vm.check("systemctl reload fleece-agent; date -s '2026-03-02 04:00:01 UTC'; systemctl reload fleece-agent")
+    until_known(host, "linux", "sector")
+    vm.check("date -s '2026-03-02 04:00:01 UTC'; systemctl reload fleece-agent")
     vm.until('grep -q \'"event": "end"\' /var/lib/fleece/jobs/linux/history.jsonl', timeout_s=900)
     vm.until('grep -q \'"event": "end"\' /var/lib/fleece/jobs/sector/history.jsonl')
     vm.until('grep -c \'"event": "end"\' /var/lib/fleece/jobs/night/history.jsonl | grep -q 2')
@@ -217,7 +225,8 @@ def test_domains_of_libvirt_are_backed_up_by_a_job(host: HypervisorHost) -> None
         "yes one | dd of=b.raw bs=64k count=40 iflag=fullblock conv=notrunc status=none\n"
         "virsh -q define /root/web.xml && virsh -q start web --paused"
     )
-    vm.check("systemctl reload fleece-agent; date -s '2026-03-02 03:00:01 UTC'; systemctl reload fleece-agent")
+    until_known(host, "domains")
+    vm.check("date -s '2026-03-02 03:00:01 UTC'; systemctl reload fleece-agent")
     vm.until('grep -q \'"event": "end"\' /var/lib/fleece/jobs/domains/history.jsonl')
     assert host.runs("domains") == ["ok"], vm.check("fleece job log domains")
     for device in ("virtio-disk0", "virtio-disk1"):
