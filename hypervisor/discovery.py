@@ -255,7 +255,8 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     where = f"{qmp.where}, query-status"
     status = checked.field(checked.of_type(await qmp.execute("query-status"), dict, where), "status", str, where)
     if status in _REFUSED_STATES:
-        raise VmStateError("back up the VM at", qmp.where, f"{_REFUSED_STATES[status]} (status {status})")
+        hint = "if it is still here, 'cont' over QMP or 'virsh resume' lets it go on" if status == "postmigrate" else ""
+        raise VmStateError("back up the VM at", qmp.where, f"{_REFUSED_STATES[status]} (status {status})", hint)
     where = f"{qmp.where}, query-migrate"
     migration = checked.of_type(await qmp.execute("query-migrate"), dict, where)
     if (migrates := checked.optional(migration, "status", str, where) or "") in _MIGRATING:

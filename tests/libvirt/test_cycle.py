@@ -68,8 +68,7 @@ async def test_a_domain_is_backed_up_restored_beside_itself_and_backed_up_when_i
     assert second.archives["drive-sda.img"]["read"] == 0
     assert second.document["snapshot"].startswith("vm/web/")
 
-    words = ("nbd", "connect", "--libvirt", "web", "--connect", host.uri, "--id", "web", "--files", host.disks)
-    refused = await fleece.run(*words)
+    refused = await fleece.run("nbd", "connect", "--libvirt", "web", "--connect", host.uri, "--files", host.disks)
     assert "whose frozen views give wrong data to readers of any kind" in refused.error["why"], "its QEMU is 7.2"
     refused = await fleece.run("vm", "restore", "vm/web/latest", host.disks / "x", "--libvirt", "--connect", host.uri)
     assert refused.code == 1
