@@ -6,6 +6,8 @@ of what it lies in is an empty directory there, so that a walk ends. Packed cont
 
 import stat
 import zlib
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 from struct import Struct, unpack_from
@@ -18,7 +20,7 @@ from dissect.btrfs.stream import decode_extent
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
-from diskfs.filesystem import RunList
+from diskfs.filesystem import MAX_RUNS, RunList
 
 _S: Final = 1_000_000_000
 _TOP: Final = 5
@@ -57,6 +59,7 @@ class BtrfsFileSystem:
         self.label: Final[str] = self._fs.label
         self._item = lru_cache(4096)(self._read_item)
         self._unpacked = lru_cache(8)(self._unpack)
+        self._starts = lru_cache(4)(lambda _: array("Q"))
 
     def entry(self, id: Id) -> Entry:
         """See `FileSystem.entry`."""
@@ -118,9 +121,14 @@ class BtrfsFileSystem:
         size = int(self._item(id).size)
         length = max(0, min(length, size - offset))
         buffer = bytearray(length)
-        for start, packing, form, body in self._extents(id):
+        # Where extents begin, as far as they were met: who reads on need not begin at the beginning.
+        starts = self._starts(id)
+        slot = bisect_right(starts, offset) - 1
+        for start, packing, form, body in self._extents(id, starts[slot] if slot >= 0 else 0):
             if start >= offset + length:
                 break
+            if (not starts or start > starts[-1]) and len(starts) < MAX_RUNS:
+                starts.append(start)
             skip = max(0, offset - start)
             if form == _INLINE:
                 data = self._unpacked_inline(bytes(body), packing)[skip:]
@@ -184,9 +192,9 @@ class BtrfsFileSystem:
             pass
         return _NOWHERE, number
 
-    def _extents(self, id: Id) -> Iterator[tuple[int, int, int, Any]]:
-        """Offset in the file, packing, form and the rest of each item."""
-        for start, data in self._items(id, _EXTENT, 0):
+    def _extents(self, id: Id, first: int = 0) -> Iterator[tuple[int, int, int, Any]]:
+        """Offset in the file, packing, form and the rest of each item from offset `first` on."""
+        for start, data in self._items(id, _EXTENT, first):
             _, _, packing, encryption, _, form = _EXTENT_HEAD.unpack_from(data)
             if encryption:
                 raise DiskFsError("read", f"inode {id[0]}", "it is encrypted")

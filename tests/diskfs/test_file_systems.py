@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from diskfs import ext
+from diskfs import btrfs, ext
+from diskfs.entries import Id
 from diskfs.errors import DiskFsError
 from diskfs.image import RAW
 from tests.diskfs.reading import Files, content, walk
@@ -105,6 +106,27 @@ def test_holes_and_what_was_never_written_take_no_place(
     # 4096 bytes at the beginning, and the blocks of 5000 bytes: not the MiB that was allocated.
     assert sum(run.length for run in runs) <= 5 * 4096
     assert system.runs(found[b"/etc/null"].id) in ([], None)
+
+
+def test_packed_content_is_read_on_from_where_it_was_left(
+    made: Callable[[str], MadeImage], files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = files(made("btrfs-zstd").path).image().file_system(RAW)
+    assert isinstance(system, btrfs.BtrfsFileSystem)
+    entry = dict(walk(system))[b"/deep/text"]
+    text = b"the quick brown fox " * 20_000
+    assert system.read(entry.id, 0, len(text)) == text
+    asked: list[int] = []
+    items = system._items
+
+    def asking(id: Id, kind: int, first: int) -> object:
+        asked.append(first)
+        return items(id, kind, first)
+
+    monkeypatch.setattr(system, "_items", asking)
+    for offset in (300_000, 131_071, 131_072, 0, 399_999):
+        assert system.read(entry.id, offset, 1000) == text[offset : offset + 1000]
+    assert asked == [262_144, 0, 131_072, 0, 393_216]
 
 
 def test_a_subvolume_lies_at_its_place_and_is_an_empty_folder_in_a_snapshot_of_what_it_lies_in(
