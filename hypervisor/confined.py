@@ -25,7 +25,7 @@ from hypervisor.errors import BootTrialError
 #: User and group nobody, as on every Linux.
 _NOBODY: Final = 65534
 #: Capabilities, as bits.
-_SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = (1 << number for number in (6, 7, 8, 21))
+_KILL, _SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = (1 << number for number in (5, 6, 7, 8, 21))
 #: Gives all capabilities up and becomes another program, which gets none back: setpriv cannot, where the bounding set
 #: must stay. Version 3 of capset(2): 64 bits each of what is effective, permitted and inheritable.
 _DROP: Final = """
@@ -78,7 +78,9 @@ def _confined(command: Sequence[str], limits: Limits) -> list[str]:
         rights += ["--inh-caps=-all", "--bounding-set=-all"]
     # Binaries in somebody's home cannot be run by nobody, nor by a root that may not overrule their permissions.
     open_to_all = _for_all(command[0])
-    becomes_nobody = bool(capable & _SETUID and capable & _SETGID and os.geteuid() == 0 and open_to_all)
+    # Whoever may not end processes of other users must not start one.
+    needed = _SETUID | _SETGID | _KILL
+    becomes_nobody = capable & needed == needed and os.geteuid() == 0 and open_to_all
     if becomes_nobody:
         group = _kvm_group()
         rights += [f"--reuid={_NOBODY}", f"--regid={_NOBODY}"]

@@ -21,11 +21,11 @@ LONG_S = 1700
 
 JOB_DROP_IN = "/etc/systemd/system/fleece-job@.service.d/rights.conf"
 #: What docs/agent.md names for a sendmail that becomes another user.
-BECOME = "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID\nSystemCallFilter=@setuid\n"
+BECOME = "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_KILL\nSystemCallFilter=@setuid\n"
 #: What it names for a QEMU of a test boot that shall be nobody, in a network of its own.
 NOBODY = (
-    "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_SYS_ADMIN\nSystemCallFilter=@setuid\n"
-    "RestrictNamespaces=net\n"
+    "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_SYS_ADMIN\n"
+    "SystemCallFilter=@setuid\nRestrictNamespaces=net\n"
 )
 POSTFIX = "postfix postfix/main_mailer_type select Local only\npostfix postfix/mailname string fleece-vm\n"
 MAILBOX = "/var/mail/nobody"

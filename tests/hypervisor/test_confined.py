@@ -11,6 +11,8 @@ from hypervisor.confined import Limits, confined
 LIMITS = Limits(64 << 20, 1 << 30)
 #: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER and CAP_SYS_PTRACE: those of the agent's unit.
 OF_THE_UNIT = 0x8000F
+#: CAP_SETGID and CAP_SETUID, without CAP_KILL.
+CHANGES_USERS = 0xC0
 
 
 async def status_of(program: str) -> dict[str, str]:
@@ -21,8 +23,11 @@ async def status_of(program: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to lose")
-async def test_root_that_cannot_become_nobody_has_no_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypervisor.confined._capabilities", lambda: OF_THE_UNIT)
+@pytest.mark.parametrize("capable", [OF_THE_UNIT, OF_THE_UNIT | CHANGES_USERS], ids=["unit", "could not end nobody"])
+async def test_root_that_cannot_become_nobody_has_no_capabilities(
+    monkeypatch: pytest.MonkeyPatch, capable: int
+) -> None:
+    monkeypatch.setattr("hypervisor.confined._capabilities", lambda: capable)
     status = await status_of("cat")
     assert status["Uid"].split() == ["0"] * 4
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
