@@ -182,6 +182,35 @@ def test_a_target_may_name_the_server(target: str, path: str, query: str) -> Non
     assert (request.path, request.query) == (path, query)
 
 
+async def test_a_body_that_waits_for_leave_gets_it(server: Server) -> None:
+    one, two = memory_stream_pair()
+    async with server.connected(one, two) as client:
+        await client.send_all(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n")
+        assert await client.receive_some() == b"HTTP/1.1 100 \r\n\r\n"
+        await client.send_all(b"12345")
+        answer = b""
+        while not answer.endswith(b"got 5"):
+            answer += await client.receive_some()
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_a_refused_body_gets_no_leave(answered: bool, server: Server) -> None:
+    server.answer = Answer(401, None, [b"no"]) if answered else None
+    server.limit = 3
+    head = b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n"
+    answer = await asked(server, head if answered else head + b"12345")
+    assert answer.startswith(b"HTTP/1.1 401" if answered else b"HTTP/1.1 400"), answer
+
+
+async def test_old_requests_and_pipelined_ones(server: Server) -> None:
+    chunked = (
+        b"POST /y HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nt: 1\r\n\r\n"
+    )
+    answer = await asked(server, GET + chunked + b"GET /z HTTP/1.0\r\n\r\n" + GET)
+    assert [request.target for request in server.requests] == ["/x", "/y", "/z"]  # the last one ends the connection
+    assert [answer.count(text) for text in (b"got 0", b"got 3", b"HTTP/1.1 200")] == [2, 1, 3]
+
+
 async def test_the_head_of_an_answer_is_answered_alone(server: Server) -> None:
     answer = await asked(server, b"HEAD /x HTTP/1.1\r\nhost: a\r\n\r\n" + GET)
     first, second = answer.split(b"HTTP/1.1 200 ")[1:]
