@@ -154,7 +154,8 @@ def prepared(installed: HypervisorHost) -> HypervisorHost:
         "mkdir -p /backup /var/lib/scratch && mount -t tmpfs backup /backup && date -s '2026-03-01 12:00 UTC'\n"
         "truncate -s 8M /var/lib/web.raw && yes fleece | head -c 3M | dd of=/var/lib/web.raw conv=notrunc\n"
         f"systemd-run --unit=vm-web {QEMU}\n"
-        "fleece datastore create /backup/main && fleece job run night -q && systemctl reload fleece-agent"
+        "fleece datastore create /backup/main && fleece job run night -q && systemctl reload fleece-agent",
+        timeout_s=600,
     )
     vm.save("prepared")
     return installed
