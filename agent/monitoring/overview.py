@@ -20,7 +20,7 @@ from agent.monitoring.rules import TargetStates
 from agent.monitoring.state import read_document
 from agent.monitoring.summaries import Summary, load_summary, uncounted
 from agent.monitoring.survey import Surveys, surveyed_repositories
-from agent.vm_choice import choose_vms
+from agent.vm_choice import Selector, choose_vms
 from core.errors import FleeceError
 
 if TYPE_CHECKING:
@@ -135,9 +135,16 @@ def _guests(
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     names: dict[str, list[str]] = {}  # label -> jobs that mean it
     groups = {label: f"vm/{vm.id or label}" for label, vm in config.vm.items()}
+    unsure = set()  # jobs of which libvirt cannot say what they mean
     for name, section in config.job.items():
         if isinstance(section, BackupJob):
-            for chosen in choose_vms(config, section.vm, section.exclude_vm).vms:
+            try:
+                meant = choose_vms(config, section.vm, section.exclude_vm).vms
+            except FleeceError:
+                unsure.add(name)
+                known = [text for text in section.vm if Selector.parse(text).kind != "libvirt"]
+                meant = choose_vms(config, known, section.exclude_vm).vms
+            for chosen in meant:
                 names.setdefault(chosen.label, []).append(name)
             if section.archives:
                 label = section.backup_id or socket.gethostname().partition(".")[0]
@@ -147,7 +154,8 @@ def _guests(
         for key, one in summary.guests.items() if summary is not None else ():
             entry = _guest(one, job, now)
             # One that the job does not mean any more, or whose socket is gone, is shown for a while.
-            if job not in names.get(str(entry["guest"]), ()) and now - (entry["attempted"] or 0) > _FORGOTTEN_S:
+            gone = job not in unsure and job not in names.get(str(entry["guest"]), ())
+            if gone and now - (entry["attempted"] or 0) > _FORGOTTEN_S:
                 continue
             place = (str(entry["repository"]), str(entry["ns"]), str(entry["group"]) or key)
             other = found.get(place)

@@ -134,6 +134,20 @@ def test_a_host_that_has_seen_nothing_has_a_document_metrics_and_a_page(tmp_path
     }  # fmt: skip
 
 
+def test_libvirt_that_does_not_answer_hides_neither_the_rest_nor_what_is_known_of_its_domains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+unix:///system?socket=/nonexistent/sock")
+    settings = config(TEXT.replace('vm = ["tag:prod", "db"]', 'vm = ["tag:prod", "libvirt:*"]'))
+    night = Summary()
+    night.take(at(NOW - 60 * 86_400, backed_up(guest="domain", group="vm/domain")))
+    save_summary(JobStore(tmp_path, "night"), night)
+    guests = {guest["guest"]: guest for guest in overview(settings, tmp_path, NOW)["guests"]}
+    assert set(guests) == {"alone", "box", "db", "domain", "web"}
+    assert guests["domain"]["overdue"]
+    assert guests["web"]["jobs"] == ["night", "later"]
+
+
 def test_the_agent_is_up_as_long_as_it_says_so(tmp_path: Path) -> None:
     import os
 
