@@ -89,6 +89,7 @@ async def rehearsed(vm: RunningQemu, bench: Bench) -> dict[str, DiskPreview]:
     return {disk.name: disk for disk in shown}
 
 
+@pytest.mark.timeout(900)  # some twenty processes, one after the other: long where the machine has other work
 async def test_a_run_killed_at_any_step_is_cleaned_up_by_the_next(
     qemu: QemuBinary, tmpfs: Path, rounds: Callable[[int], int]
 ) -> None:
