@@ -80,7 +80,7 @@ class Client:
         await self.flush()
 
     async def until(self, condition: Callable[[], object]) -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(200):
             while not condition() and not self.over:
                 await self.receive()
 
@@ -291,7 +291,7 @@ async def test_the_memory_for_bodies_of_32_clients_is_bounded_and_none_waits_for
             assert {client.bodies[number] for number in numbers} == {b"%d" % (4 * kilo)}
             done += 1
 
-    with trio.fail_after(60):
+    with trio.fail_after(200):
         async with trio.open_nursery() as nursery:
             for _ in range(32):
                 nursery.start_soon(client_run)
