@@ -26,7 +26,12 @@ from hypervisor.freeze_child import (
     tell,
 )
 
+#: What the process that freezes tells if the agent is late.
+_LATE: Final = "late"
 UNANSWERED: Final = "the agent has not answered the order to freeze"
+#: Seconds after which a failure may mean that the agent has the order, and libvirt, told not to wait for ever, has
+#: given up on it. Before it sends one it waits up to 5 s for a sign of life.
+_SURE_S: Final = 6.0
 
 
 class DomainAgent:
@@ -118,6 +123,7 @@ class _Attempt:
     def __init__(self, make: Callable[[], DomainAgent], mounts: Sequence[str]) -> None:
         self.count: int | None = None
         self.failure: AgentError | None = None
+        self.late = False  #: it has ended, and the guest may be frozen yet
         self._reads, writes = os.pipe()
         waits, self._settles = os.pipe()
         if not os.fork():
@@ -142,7 +148,7 @@ class _Attempt:
 
     def look(self) -> None:
         """See whether it has ended."""
-        if self.count is None and self.failure is None and select.select([self._reads], [], [], 0)[0]:
+        if self.count is None and self.failure is None and not self.late and select.select([self._reads], [], [], 0)[0]:
             self._take()
 
     def settle(self) -> None:
@@ -154,6 +160,8 @@ class _Attempt:
         said = os.read(self._reads, 4096).decode(errors="replace")
         if said.isdecimal():
             self.count = int(said)
+        elif said == _LATE:
+            self.late = True
         else:
             self.failure = AgentError(said or "the process that asks libvirt to freeze the guest has ended")
 
@@ -179,10 +187,11 @@ def _attempt(agent: DomainAgent, mounts: Sequence[str], writes: int, waits: int)
 
 def _attempted(agent: DomainAgent, mounts: Sequence[str]) -> bytes:
     """The number of frozen file systems, or why there are none, in words."""
+    began = time.monotonic()
     try:
         return str(agent.freeze(mounts)).encode()
     except AgentError as error:
-        return str(error).encode()[:4096]
+        return _LATE.encode() if time.monotonic() - began > _SURE_S else str(error).encode()[:4096]
 
 
 def _thawed_leftover(agent: DomainAgent) -> bool:
@@ -206,9 +215,9 @@ def _thaw(agent: DomainAgent, attempt: _Attempt) -> str:
             if attempt.refused:
                 return why
         else:
-            # A freeze that is still under way comes after this thaw.
+            # A freeze that is still under way comes after this thaw; but an agent does one thing after the other.
             attempt.look()
-            if attempt.count is not None or attempt.refused:
+            if attempt.count is not None or attempt.refused or attempt.late:
                 return ""
             why = UNANSWERED
         if number + 1 == TRIES_BEFORE_TELLING:

@@ -43,6 +43,8 @@ class Domain:
     def fsFreeze(self, mounts: list[str] | None, flags: int) -> int:  # noqa: N802
         self._note(f"freeze {mounts}")
         while (self._folder / "silent").exists():
+            if (self._folder / "impatient").exists():
+                raise VirtError("Guest agent not available for now")
             time.sleep(0.01)
         if (self._folder / "refuse").exists():
             raise VirtError("QEMU guest agent is not connected")
@@ -200,6 +202,21 @@ def test_an_agent_that_freezes_too_late_is_told_at_once_and_thawed_when_it_does(
     assert "freeze None" in told(tmp_path)
     (tmp_path / "silent").unlink()
     until(lambda: told(tmp_path)[-1] == "thaw" and not (tmp_path / "frozen").exists())
+
+
+def test_a_guest_that_is_frozen_when_libvirt_has_given_up_is_thawed(
+    child: Callable[..., Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeze_domain, "_SURE_S", -1.0)
+    monkeypatch.setattr(freeze_domain, "THAW_TRIES", 6000)
+    for name in ("silent", "impatient"):
+        (tmp_path / name).touch()
+    freeze = child()
+    assert freeze.event()["event"] == "stuck"
+    until(lambda: told(tmp_path).count("thaw") > 1)
+    (tmp_path / "frozen").touch()
+    (tmp_path / "silent").unlink()
+    until(lambda: not (tmp_path / "frozen").exists())
 
 
 def test_a_freeze_whose_keeper_is_killed_is_ended(child: Callable[..., Child], tmp_path: Path) -> None:
