@@ -5,6 +5,7 @@ After each backup the disks are compared byte by byte with the snapshot.
 
 import hashlib
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ import trio
 
 from tests.support.fleece_command import FleeceCommand
 from tests.support.guest import GuestControl, SmallGuest
-from tests.support.libvirtd import Libvirtd, fleece_inside
-from tests.support.qemu_binaries import distribution_qemu
+from tests.support.libvirtd import Libvirtd, fleece_inside, libvirtd
+from tests.support.qemu_binaries import backports_qemu, distribution_qemu
 
 libvirt = pytest.importorskip("libvirt", reason="needs python3-libvirt, which `make setup` installs")
-pytestmark = [pytest.mark.guest, pytest.mark.long]
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.long,
+    pytest.mark.parametrize("started_libvirtd", ["distribution", "newer"], indirect=True),
+]
 
 #: A guest agent of a few lines: it notes what it is told, and answers what libvirt asks.
 AGENT = r"""
@@ -254,8 +259,8 @@ def refused(work: Callable[[], object], why: str) -> None:
 # -- the guest agent --------------------------------------------------------------------------------------------------
 
 
-async def agent_answers(web: Running) -> None:
-    for line in AGENT.strip().splitlines():
+async def agent_answers(web: Running, agent: str = AGENT) -> None:
+    for line in agent.strip().splitlines():
         quoted = line.replace("'", "'\\''")
         await web.guest.check(f"printf '%s\\n' '{quoted}' >>/tmp/agent")
     await web.guest.check("sh /tmp/agent >/tmp/agent.log 2>&1 &")
@@ -299,6 +304,116 @@ async def test_a_killed_backup_leaves_no_guest_frozen(web: Running) -> None:
     await web.guest.check("touch /tmp/frozen")
     cleaned = await web.fleece.json("vm", "cleanup", "web")
     assert "the guest was still frozen by an earlier run; it has been thawed" in cleaned["done"]
+
+
+async def test_a_guest_that_is_frozen_too_late_is_thawed_when_libvirt_hears_of_it(web: Running) -> None:
+    slow = "touch /tmp/asked; while [ ! -e /tmp/go ]; do sleep 0.2; done; "
+    await agent_answers(web, AGENT.replace("touch /tmp/frozen; echo", f"{slow}touch /tmp/frozen; echo", 1))
+    web.domain.agentSetResponseTimeout(-2, 0)  # for ever, which is libvirt's own way
+    done = await web.fleece.run("vm", "backup", "web", timeout_s=180)
+    assert done.code == 3, done.err
+    assert any("the agent has not answered the order to freeze" in one for one in done.document["warnings"])
+    assert (await web.guest.run("test -e /tmp/asked && test ! -e /tmp/frozen"))[0] == 0
+    await web.guest.check("touch /tmp/go")
+    with trio.fail_after(180):
+        while "thaw 2" not in await told(web):  # noqa: ASYNC110 - the guest must be asked
+            await trio.sleep(0.5)
+    assert (await web.guest.run("test -e /tmp/frozen"))[0] != 0
+
+
+async def test_an_agent_that_talks_nonsense_costs_a_warning(web: Running) -> None:
+    nonsense = "head -c 3000000 /dev/zero | tr '\\0' x >&3; echo >&3; echo '{\"return\": {\"a\": [' >&3"
+    await agent_answers(web, AGENT.replace("echo '{\"return\": 2}' >&3", nonsense, 1))
+    done = await web.fleece.run("vm", "backup", "web", "--pause", "without-agent", timeout_s=180)
+    assert done.code == 3, done.err
+    assert done.document["warnings"]
+    assert web.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    await web.compare("vda")
+
+
+# -- libvirtd itself --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["in order", "killed"])
+async def test_libvirtd_is_started_again_while_a_backup_reads(web: Running, kill: bool) -> None:
+    await web.write("vda", 0, 8, "A")
+    async with web.fleece.start("vm", "backup", "web", "--no-freeze", stop_at="finish") as running:
+        await running.stopped()
+        await trio.to_thread.run_sync(lambda: web.host.restart(kill=kill))
+        web.domain = web.host.connection.lookupByName("web")
+        await web.write("vda", 4, 1, "B")
+        running.go_on()
+        outcome = await running.ended()
+    assert outcome.code == 0, outcome.err
+    assert not [node for node in web.host.nodes(web.domain) if node.startswith("fleece-")]
+    web.clock = int(time.time())
+    assert (await web.backup("--no-freeze"))["vda"] == ("incremental", None, 4 << 20)
+    await web.compare("vda")
+
+
+async def test_a_domain_migrates_between_two_backups(
+    web: Running, started_libvirtd: Libvirtd, request: pytest.FixtureRequest
+) -> None:
+    newer = "newer" in request.node.callspec.id
+    qemu = backports_qemu() if newer else distribution_qemu()
+    flags = (
+        libvirt.VIR_MIGRATE_LIVE
+        | libvirt.VIR_MIGRATE_PERSIST_DEST
+        | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
+        | libvirt.VIR_MIGRATE_UNSAFE
+    )
+    await web.write("vda", 0, 8, "A")
+    await web.backup("--no-freeze")
+    await web.write("vda", 12, 1, "B")
+    with libvirtd(qemu, host="other", newer=newer) as other:
+        config = web.fleece.config
+        where = {"migrate_uri": f"tcp:127.0.0.1:{_free_port()}"}
+        async with web.fleece.start("vm", "backup", "web", "--no-freeze", stop_at="finish") as running:
+            await running.stopped()
+            with pytest.raises(libvirt.libvirtError):
+                await trio.to_thread.run_sync(lambda: web.domain.migrate3(other.connection, where, flags))
+            assert web.domain.isActive()
+            running.go_on()
+            assert (await running.ended()).code == 0
+        await web.write("vda", 16, 1, "C")
+        await web.guest.aclose()
+        where = {"migrate_uri": f"tcp:127.0.0.1:{_free_port()}"}
+        web.domain = await trio.to_thread.run_sync(lambda: web.domain.migrate3(other.connection, where, flags))
+        config.write_text(config.read_text().replace(web.host.uri, other.uri))
+        web.clock = int(time.time())
+        after = await web.backup("--no-freeze")
+        assert after["vda"] == ("incremental", None, 4 << 20), "its bitmap is in the image"
+        assert after["sda"][:2] == ("full", "VM migrated since the previous backup, without its dirty bitmaps")
+        await web.compare("vda")
+        assert (await web.backup("--no-freeze"))["sda"] == ("incremental", None, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def test_the_disks_of_a_domain_are_connected_as_files(web: Running, request: pytest.FixtureRequest) -> None:
+    if "newer" not in request.node.callspec.id:
+        pytest.skip("QEMU 7.2 has no frozen views for others, which test_cycle.py looks at")
+    await web.write("vda", 0, 8, "A")
+    await web.backup("--no-freeze")
+    await web.write("vda", 12, 1, "B")
+    folder = web.host.disks / "f"
+    folder.mkdir()
+    held = await web.fleece.json("nbd", "connect", "web", "--no-freeze", "--changed", "--files", folder)
+    await web.write("vda", 12, 4, "C")
+    image = await trio.to_thread.run_sync((folder / "drive-vda.img").read_bytes)
+    assert image[12 << 20 : 13 << 20] == b"B" * (1 << 20)
+    assert image[13 << 20 : 16 << 20] == bytes(3 << 20)
+    regions = await web.fleece.json("nbd", "regions", folder / "drive-vda.img")
+    assert regions == [{"offset": 12 << 20, "length": 4 << 20}]
+    assert held["source"]["qmp"] == f"libvirt+{web.host.uri}#web"
+    await web.fleece.json("nbd", "disconnect", "--all")
+    assert not [node for node in web.host.nodes(web.domain) if node.startswith("fleece-")]
+    assert (await web.backup("--no-freeze"))["vda"] == ("incremental", None, 4 << 20)
+    await web.compare("vda")
 
 
 # -- TPM --------------------------------------------------------------------------------------------------------------
