@@ -120,6 +120,8 @@ def test_a_timer_runs_its_job_and_makes_up_for_a_missed_time(host: HypervisorHos
     )
     vm.check("date -s '2026-03-02 03:00:01 UTC'")
     vm.until('test $(grep -c \'"event": "end"\' /var/lib/fleece/jobs/night/history.jsonl) = 2')
+    # A timer that elapses while its service is still active starts nothing.
+    vm.until("systemctl show fleece-job@night -P ActiveState | grep -q inactive")
     vm.check(
         "systemctl stop fleece-job@night.timer; date -s '2026-03-05 12:00 UTC'; systemctl start fleece-job@night.timer"
     )
