@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+from trio._core._run import GLOBAL_RUN_CONTEXT
 
 from tests.support.cache import ROOT, Unavailable
 from tests.support.debian_image import debian_image
@@ -64,6 +65,15 @@ def log_as_before() -> Iterator[None]:
     for handler in list(root.handlers):
         if type(handler) is logging.StreamHandler:  # not those of pytest
             root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _loop_is_over() -> Iterator[None]:
+    """A test that is ended by its limit of time breaks out of trio, which then would run nothing that follows."""
+    yield
+    if vars(GLOBAL_RUN_CONTEXT):
+        vars(GLOBAL_RUN_CONTEXT).clear()
+        signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(autouse=True, scope="module")
