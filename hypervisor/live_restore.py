@@ -19,6 +19,8 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
+from core.errors import TargetError, os_reason
+from core.limits import in_io_thread
 from hypervisor import checked
 from hypervisor.block_graph import children
 from hypervisor.errors import QmpCommandError, VmStateError
@@ -214,7 +216,7 @@ class Streaming:
     async def _filled(self, qmp: Qmp, disk: LiveDisk, graph: Mapping[str, Mapping[str, str]]) -> bool:
         """Whether the device needs the backup no more; what then nobody needs is removed."""
         if disk.overlay is None:
-            if "backing" in graph.get(disk.node, {}):
+            if "backing" in graph.get(disk.node, {"backing": ""}):  # what is not there is not filled
                 return False
             gone = [disk.backup]
         else:
@@ -273,7 +275,8 @@ class Streaming:
         """Return when every disk is whole, and durable.
 
         Raises:
-            VmStateError, QmpError, QmpAnswerError: as `look`.
+            VmStateError: as `look`; or QEMU says that a disk is filled, but its file says that it is not.
+            QmpError, QmpAnswerError: as `look`.
         """
         while not (found := await self.look(qmp)).whole:
             told(found)
@@ -282,4 +285,23 @@ class Streaming:
             # The end of a job is no flush: tables of a qcow2 image may be in QEMU's memory only. QMP has no other way.
             line = f'qemu-io {disk.node} "flush"'
             await qmp.execute("human-monitor-command", {"command-line": line}, timeout_s=_FLUSH_TIMEOUT_S)
+            if disk.overlay is None and await in_io_thread(_names_backup, Path(disk.target)):
+                why = f"{disk.target} still says that it needs the backup, although QEMU says that it is filled"
+                raise VmStateError("end the restore of", disk.archive, why, "end the machine, then go on with --resume")
         told(found)
+
+
+def _names_backup(path: Path) -> bool:
+    """Whether the header of the qcow2 file `path` says that the file is not whole. Blocks.
+
+    Raises:
+        TargetError: it is no qcow2 file, or unreadable.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)  # magic, version, offset of the backing file's name
+    except OSError as error:
+        raise TargetError("read", str(path), os_reason(error)) from error
+    if len(head) < 16 or head[:4] != b"QFI\xfb":
+        raise TargetError("read", str(path), "it is no qcow2 file")
+    return any(head[8:])
