@@ -99,7 +99,9 @@ class Hook:
                     await _end(process)
             nursery.cancel_scope.deadline = trio.current_time() + _DRAIN_S
         if late:
-            why = f"it did not end in {format_duration(self.timeout_s)} and was killed"
+            # Another user's script may be out of our rights, and one that waits for a dead disk ends for nobody.
+            end = "was killed" if process.poll() is not None else "cannot be killed: it still runs"
+            why = f"it did not end in {format_duration(self.timeout_s)} and {end}"
             raise HookError("run the hook", where, why, f"{self.option} gives it more time")
         if process.returncode:
             how = f"exit code {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
@@ -136,14 +138,15 @@ def _log_line(line: bytes, log: Callable[[str], None]) -> None:
 
 
 async def _end(process: trio.Process) -> None:
-    """End the script and what it started."""
+    """End the script and what it started, as far as that is possible."""
     with trio.CancelScope(shield=True):
         _signal(process.pid, signal.SIGTERM)
         with trio.move_on_after(_GRACE_S):
             await process.wait()
         # Also if the script itself has ended: what it started may not have.
         _signal(process.pid, signal.SIGKILL)
-        await process.wait()
+        with trio.move_on_after(_GRACE_S):
+            await process.wait()
 
 
 def _signal(group: int, number: signal.Signals) -> None:

@@ -121,6 +121,27 @@ async def test_a_script_that_hangs_is_ended_with_its_children_even_if_they_ignor
     await gone(pid)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # that it is still running
+async def test_a_script_that_nobody_may_end_does_not_hold_up_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GRACE_S", 0.05)
+    monkeypatch.setattr(module, "_DRAIN_S", 0.05)
+    path = script(tmp_path, f"echo $$ >{tmp_path}/pid; exec /usr/bin/sleep 60")
+    kill = os.killpg
+
+    def refused(group: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refused)
+    with trio.fail_after(30), pytest.raises(HookError, match="and cannot be killed: it still runs"):
+        await Hook(path, 1.0).call(("job-start",), {}, lambda _: None)
+    pid = await number_in(tmp_path / "pid")
+    assert alive(pid)
+    kill(pid, 9)
+    await gone(pid)
+
+
 async def test_a_cancelled_call_leaves_no_process(tmp_path: Path) -> None:
     path = script(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 1000")
     async with trio.open_nursery() as nursery:
