@@ -103,6 +103,7 @@ class Pipeline:
         self.codec: Final = codec
         self._stats = stats
         self._handed_over = 0
+        self._best_batch = 0  # as soon as it is known
         self._waiting: deque[Chunk] = deque()
         self._producers_waiting = ParkingLot()
         self._workers = ParkingLot()
@@ -155,7 +156,11 @@ class Pipeline:
     @property
     def _batch(self) -> int:
         """Chunks to be hashed at a time; one at first: to find out the best number takes as long as a few chunks."""
-        return batch_size() if self._handed_over > ONE_BY_ONE else 1
+        if self._handed_over <= ONE_BY_ONE:
+            return 1
+        if not self._best_batch:
+            self._best_batch = batch_size()
+        return self._best_batch
 
     async def wait_for_turn(self, at_least: int) -> None:
         """Wait while there is more than a batch, and `at_least` chunks, to be hashed.
