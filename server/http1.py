@@ -51,6 +51,14 @@ class Request:
         return "/" + path.partition("://")[2].partition("/")[2]  # as to a proxy, which servers must understand, too
 
     @property
+    def host(self) -> str:
+        """The server that the client means, perhaps with a port: what stands before the path counts, not the header."""
+        path = self.target.partition("?")[0]
+        if path.startswith("/") or "://" not in path:
+            return self.headers.get("host", "")
+        return path.partition("://")[2].partition("/")[0]
+
+    @property
     def query(self) -> str:
         """Behind the question mark."""
         return self.target.partition("?")[2]

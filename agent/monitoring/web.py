@@ -160,7 +160,7 @@ class StatusServer:
         await Http1Connection(spoken, "", handle).serve()
 
     async def _answer(self, request: Request, served: _Served) -> Answer:
-        if served.hosts and _host_of(request.headers.get("host", "")) not in served.hosts:
+        if served.hosts and _host_of(request.host) not in served.hosts:
             # A page of somebody else whose name was made to mean this address (DNS rebinding) gets nothing.
             return _text(421, "this name is not served\n")
         if served.token is not None and not _shows(request.headers.get("authorization", ""), served.token):

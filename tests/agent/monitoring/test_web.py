@@ -113,7 +113,6 @@ async def test_nothing_else_is_served_and_nothing_can_be_changed(served: Served)
             "/../etc/passwd",
             "/%2e%2e/etc/passwd",
             "*",
-            "http://other/",
             "/status.json%00",
         ):
             assert (await served.ask(path))[0] in (400, 404), path
@@ -127,6 +126,10 @@ async def test_a_page_of_somebody_else_cannot_read_it_by_a_name_of_its_own(serve
             assert (await served.ask(host=host))[0] == 200, host
         for host in ("evil.example", "localhost.evil.example", "evil.example:8017", "[::1", "", "127.0.0.1.evil"):
             assert (await served.ask(host=host))[0] in (400, 421), host
+        # What stands before the path counts, not the header.
+        assert (await served.ask("http://localhost:8017/", host="evil.example"))[0] == 200
+        for path in ("http://evil.example/", "http://evil.example:8017/status.json", "http://", "http:///metrics"):
+            assert (await served.ask(path))[0] in (400, 421), path
 
 
 async def test_with_a_token_only_who_shows_it_gets_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
