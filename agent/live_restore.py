@@ -361,6 +361,7 @@ async def _serve(
                 ImageDisk(reader),
                 where=f"{opened.snapshot} {disk.archive}",
                 at=Endpoint(Path(disk.socket), replace=True),
+                extents=False,
             ):
                 if not told:
                     told = True

@@ -72,7 +72,7 @@ class ServedDisk(Protocol):
 
 @asynccontextmanager
 async def serve_disk(
-    disk: ServedDisk, *, where: str, overlay: bool = False, at: Endpoint | None = None
+    disk: ServedDisk, *, where: str, overlay: bool = False, at: Endpoint | None = None, extents: bool = True
 ) -> AsyncIterator[NbdAddress]:
     """Serve `disk` while the block runs, by default on a private unix socket; if this process is killed nbdkit ends.
 
@@ -84,6 +84,8 @@ async def serve_disk(
         overlay: clients can write; what they write is lost with the end of the block. It lies in a file without a name
             in `TMPDIR` (else /var/tmp).
         at: where clients find it.
+        extents: tell clients what is zeros. Without, no client can ask, as QEMU must not that copies from here: where
+            its question fails, it takes the range for copied.
 
     Raises:
         NbdServerError: nbdkit or its plugin for Python is missing, it ends, or nobody can listen there.
@@ -100,6 +102,7 @@ async def serve_disk(
             )
             line = [program, "--foreground", "--newstyle"]
             line += ["--filter=cow"] if overlay else ["--readonly"]
+            line += [] if extents else ["--no-sr"]
             if at is not None and at.tls_psk is not None:
                 line += ["--tls=require", f"--tls-psk={at.tls_psk.absolute()}"]
             elif at is None:

@@ -104,6 +104,17 @@ async def test_what_is_known_to_be_zeros_is_told() -> None:
         ]
 
 
+async def test_a_disk_that_is_copied_from_by_qemu_gives_nobody_a_map() -> None:
+    """Where the question for it fails, as when the server is away, `block-stream` takes the range for copied."""
+    disk = MemoryDisk(os.urandom(2 * MIB) + bytes(MIB), holes=[(2 * MIB, 3 * MIB)])
+    async with (
+        serve_disk(disk, where="disk", extents=False) as address,
+        open_nbd(address, contexts=("base:allocation",)) as pool,
+    ):
+        assert not pool.has_context("base:allocation")
+        assert await read(pool, 0, disk.size) == disk.content
+
+
 async def test_a_chunk_that_is_bad_is_an_error_of_its_range_only() -> None:
     disk = MemoryDisk(os.urandom(4 * MIB), bad=(MIB, MIB + 1))
     async with serve_disk(disk, where="disk") as address, open_nbd(address, connections=1) as pool:
