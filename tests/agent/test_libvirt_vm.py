@@ -66,8 +66,9 @@ async def test_a_part_of_a_file_is_not_read_as_the_whole_file(described: Callabl
 async def test_efi_variables_of_a_domain_that_is_off_are_read_in_the_format_that_libvirt_names(
     described: Callable[..., VmSettings], tmp_path: Path, name: str, format: str
 ) -> None:
-    (tmp_path / "plain").write_bytes(b"EFI!" * 16384)
-    line = [distribution_qemu().img, "convert", "-f", "raw", "-O", format, str(tmp_path / "plain"), str(tmp_path / name)]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"EFI!" * 16384)
+    line = [distribution_qemu().img, "convert", "-f", "raw", "-O", format, str(plain), str(tmp_path / name)]
     await trio.run_process(line)
     system = f"<loader format='{format}'>/usr/share/x</loader><nvram>{tmp_path / name}</nvram>"
     settings = await described(ONE, active=False, system=system).looked_up()
