@@ -360,7 +360,8 @@ state_in_use(void)
     return _xgetbv(1);
 }
 
-/* Whether the upper halves are in use: 1, 0, or -1 if this CPU does not tell. */
+/* Whether the upper halves are in use: 1, 0, or -1 if this CPU does not tell. Only tests ask: a rate would say nothing on
+ * a busy machine. */
 static int
 vectors_in_use(void)
 {

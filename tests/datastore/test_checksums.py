@@ -30,6 +30,7 @@ def test_no_vector_registers_are_left_in_use_that_would_slow_hashing_down(work: 
     """What the CPU itself says of its registers, so this holds however busy it is."""
     _sha256.clear_registers()
     if _sha256.registers_in_use() is not False:
+        # No other witness: without AVX nothing is left behind, and a rate says nothing on a busy machine.
         pytest.skip("this CPU does not tell, or its system never clears them")
     isal_zlib.crc32(DATA)  # leaves them in use where it has code for such a CPU
     work()

@@ -88,7 +88,7 @@ class HypervisorHost:
                 apt = AptRoot.open("apt-release", (codename(),))
                 found = apt.download_for(status, packages, codename(), target)
             except Unavailable as reason:
-                pytest.skip(str(reason))
+                pytest.skip(str(reason))  # the packages come from the distribution, which may be out of reach
             self.vm.check("rm -rf /var/tmp/debs")
             self.vm.unpack({path.name: path for path in found}, "/var/tmp/debs")
         if settings:

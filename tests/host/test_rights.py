@@ -161,7 +161,7 @@ def linux_disk(guest: SmallGuest, folder: Path) -> Path:
     try:
         tools = cached("syslinux-1", build)
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(str(reason))  # the boot loader comes from the distribution, which may be out of reach
     disk, words = folder / "linux.raw", folder / "syslinux.cfg"
     words.write_text("DEFAULT l\nLABEL l\nKERNEL vmlinuz\nAPPEND initrd=initrd.gz console=ttyS0 no_timer_check\n")
     path = f"{tools}/usr/bin:{tools}/usr/sbin:{tools}/sbin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -21,7 +21,7 @@ def started_libvirtd(request: pytest.FixtureRequest) -> Iterator[Libvirtd]:
     try:
         qemu = backports_qemu() if newer else distribution_qemu()
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(str(reason))  # both QEMUs come from the distribution, which may be out of reach
     with libvirtd(qemu, newer=newer) as daemon:
         yield daemon
 
