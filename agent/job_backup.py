@@ -202,6 +202,10 @@ async def run_backup_job(section: "BackupJob", context: JobContext) -> tuple[dic
     for one in results:
         context.guest_done(one)
     results += await _all(guests, section, context)
+    if all(one.state == "skipped" for one in results):
+        # As for a pattern that matches nothing: a wrong socket in the configuration looks like a VM that is off.
+        why = "nothing says where their disks are"
+        context.progress.warn(f"nothing was backed up: none of the VMs that are chosen runs, and {why}")
     failed = [one.guest for one in results if one.state == "failed"]
     figures = {
         "ok": sum(one.state in ("ok", "warnings") for one in results),

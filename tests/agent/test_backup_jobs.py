@@ -248,7 +248,10 @@ async def test_a_vm_that_only_matches_and_does_not_run_is_left_out(make: Callabl
     job = make('vm = ["*"]\n', VMS.format(run=tmp_path))
     run = await job.run()
     assert run.result is not None
-    assert (run.state, run.result["skipped"]) == ("ok", 3)
+    assert (run.state, run.result["skipped"]) == ("warnings", 3)
+    assert run.warnings == [
+        "nothing was backed up: none of the VMs that are chosen runs, and nothing says where their disks are"
+    ]
     job = make('vm = ["web"]\n', VMS.format(run=tmp_path))
     with pytest.raises(FailedJobError, match="cannot back up web"):
         await job.run()
