@@ -42,7 +42,7 @@ from core.nursery import open_nursery
 from core.progress import Progress
 from datastore.names import complete_archive_name
 from hypervisor.errors import NbdServerError, QmpConnectError, QmpError, VmStateError
-from hypervisor.live_restore import LiveDisk, Look, Streaming, gone_over, stopping_at_errors
+from hypervisor.live_restore import SECTOR, LiveDisk, Look, Streaming, gone_over, stopping_at_errors
 from hypervisor.machine import Channels, command_line
 from hypervisor.machine_model import special_archives
 from hypervisor.nbd_endpoint import Endpoint
@@ -232,7 +232,7 @@ def _fresh(path: Path, size: int) -> None:
     """All holes, of whole sectors as QEMU wants them."""
     try:
         os.truncate(path, 0)
-        os.truncate(path, -(-size // 512) * 512)
+        os.truncate(path, -(-size // SECTOR) * SECTOR)
     except OSError as error:
         raise TargetError("write to", str(path), os_reason(error)) from error
 
@@ -358,7 +358,8 @@ async def _serve(
     while True:
         try:
             async with serve_disk(
-                ImageDisk(reader),
+                # QEMU never ends the read of a last sector that a server without a map has a part of only.
+                ImageDisk(reader, SECTOR),
                 where=f"{opened.snapshot} {disk.archive}",
                 at=Endpoint(Path(disk.socket), replace=True),
                 extents=False,

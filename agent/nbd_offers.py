@@ -49,14 +49,18 @@ class ImageDisk:
     """A disk image of a snapshot, as something to be served."""
 
     reader: ArchiveReader
+    block: int = 1  #: bytes; behind an image that ends within a block come zeros up to the block's end
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.reader.size
+        return -(-self.reader.size // self.block) * self.block
 
     async def read(self, offset: int, length: int) -> Buffer:
         """As `ServedDisk.read`."""
+        if (behind := offset + length - self.reader.size) > 0:
+            there = max(0, length - behind)
+            return bytes(await self.read(offset, there)) + bytes(length - there) if there else bytes(length)
         answer = self.reader.read_cached(offset, length)
         return await self.reader.read(offset, length) if answer is None else answer
 
@@ -64,7 +68,9 @@ class ImageDisk:
         """As `ServedDisk.zeros`: chunks of zeros are never read, so they are known to be that."""
         index = self.reader.archive.index
         parts: list[tuple[int, bool]] = []
-        end = offset + length
+        end = min(offset + length, self.reader.size)
+        if offset >= end:
+            return [(length, True)]
         while offset < end:
             number = index.find(offset)
             start, size = index.span(number)

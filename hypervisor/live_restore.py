@@ -41,7 +41,7 @@ POLL_S: Final = 0.25
 #: Seconds until a job that has failed is begun anew.
 _AGAIN_S: Final = 10.0
 #: QEMU has whole sectors.
-_SECTOR: Final = 512
+SECTOR: Final = 512
 #: Devices that stop the guest at an error if they are told to; NVMe cannot.
 _CAN_STOP: Final = re.compile(r"(virtio-blk-pci|scsi-hd|ide-hd|usb-storage)\b")
 
@@ -100,7 +100,7 @@ class LiveDisk:
         if self.overlay is not None:
             (target,) = Backing.file(Path(self.target), self.node).nodes
             # A device may be larger, as logical volumes are: a mirror has both ends of one size.
-            nodes.append({**target, "size": -(-self.size // _SECTOR) * _SECTOR})
+            nodes.append({**target, "size": -(-self.size // SECTOR) * SECTOR})
         return Backing(nodes, self.top)
 
     def whole(self) -> Backing:

@@ -88,7 +88,7 @@ class Machine:
     store: Path
     folder: Path
     qemu: QemuBinary
-    format: str
+    format: str  #: empty: by the names of the targets
     extra: tuple[str, ...] = ("-S",)
     files: Mapping[str, bytes] = field(default_factory=lambda: FILES)
     targets: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class Machine:
         async with opened(self.store, self.files) as found:
             if self.whole:
                 order = RestoreOrder(
-                    folder=self.folder, format=self.format, targets=self.targets, force=self.force
+                    folder=self.folder, format=self.format or None, targets=self.targets, force=self.force
                 )  # fmt: skip
                 options = LiveOptions(script=ScriptOptions(), program=self.qemu.system, accel=["tcg"], extra=self.extra)
                 state = await prepare(found, order, options, Progress())
