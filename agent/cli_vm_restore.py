@@ -252,7 +252,7 @@ def _resume(invocation: Invocation, folder: Path, *, foreground: bool) -> None:
     state = LiveState.load(folder)
 
     async def begin(opened: "OpenSnapshot", progress: "Progress") -> "LiveState":
-        return state
+        return LiveState.load(folder)  # who had the folder until now may have come further
 
     _stream(invocation, state.snapshot, Namespace.parse(state.ns), begin, folder, foreground=foreground)
 
@@ -301,28 +301,46 @@ def _stream(
         document = {**restored.to_json(), "duration-s": duration, "warnings": invocation.warnings}
         invocation.emit(document, lambda: [*restored.lines(), f"{restored.snapshot}: all disks are whole"])
         return
-    _, told = _beside(work, snapshot)
+    _, told = _beside(work, snapshot, folder)
     invocation.warnings += told.pop("warnings")
     told["warnings"] = invocation.warnings
     invocation.emit(told, lambda: started_lines(told), cost=False)
 
 
 def _beside(
-    work: "Callable[[Progress, Callable[[dict[str, Any]], None]], Awaitable[RestoredVm]]", snapshot: str
+    work: "Callable[[Progress, Callable[[dict[str, Any]], None]], Awaitable[RestoredVm]]", snapshot: str, folder: Path
 ) -> "tuple[int, dict[str, Any]]":
     """Do `work` in a process of its own; returns its id and what `started` was told."""
+    import logging
+    from contextlib import suppress
+
     import trio
 
+    from agent.live_restore import RESTORE_LOG_NAME
     from core import background
     from core.background import Background
     from core.errors import FleeceError
     from core.nursery import one_error
     from core.progress import Progress
 
+    class Logged(Progress):
+        """There is nobody else to tell when the command has returned."""
+
+        def log(self, text: str) -> None:
+            logging.getLogger(__name__).warning("%s", text)
+
+        def warn(self, text: str) -> None:
+            super().warn(text)
+            self.log(text)
+
     def main(ready: background.Ready) -> None:
-        progress = Progress()
+        progress = Logged()
 
         def started(told: "dict[str, Any]") -> None:
+            with suppress(OSError):  # a full disk is no reason to stop
+                handler = logging.FileHandler(folder / RESTORE_LOG_NAME)
+                handler.setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(message)s"))
+                logging.getLogger().addHandler(handler)
             ready({**told, "warnings": list(progress.warnings)})
 
         with one_error():

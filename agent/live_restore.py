@@ -54,8 +54,9 @@ from hypervisor.targets import open_target
 from repository.archive import open_archive_reader
 from repository.restore import restore_disk
 
-#: In the machine's folder: what QEMU has said.
+#: In the machine's folder: what QEMU has said, and what a process in the background has to tell.
 LOG_NAME: Final = "qemu.log"
+RESTORE_LOG_NAME: Final = "restore.log"
 #: Ranges of zeros that are marked before the start; the guest waits for it.
 _MAX_ZEROS: Final = 4096
 #: Seconds for QEMU to start.
@@ -158,7 +159,7 @@ def _give_up(folder: Path, files: Iterable[Path], emptied: Iterable[Path], folde
 
 def _socket_folder(folder: Path) -> Path:
     """Where the servers of a machine's disks listen: the same for each process that serves them, and short. Blocks."""
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:12]
     path = private_run_dir() / "live" / name
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
@@ -460,6 +461,6 @@ def _tidy(state: LiveState) -> None:
     paths = [Path(disk.overlay) for disk in state.disks if disk.overlay is not None]
     folder = Path(state.folder)
     with suppress(OSError):
-        for path in [*paths, folder / LOG_NAME]:
+        for path in [*paths, folder / LOG_NAME, folder / RESTORE_LOG_NAME]:
             path.unlink(missing_ok=True)
     (folder / STATE_NAME).unlink(missing_ok=True)

@@ -49,7 +49,7 @@ class LiveState:
 
         Raises:
             NotFoundError: there is none: nothing is under way in this folder.
-            UsageError: somebody else may have written it, or nobody has written it so.
+            UsageError: somebody else may have written it, or nobody has written it so, or of another folder.
         """
         path = folder / STATE_NAME
         where = str(path)
@@ -93,13 +93,18 @@ class LiveState:
             )
             for disk in checked.objects(value.get("ready"), where)
         ]
+        begun = checked.field(value, "folder", str, where)
+        if os.path.realpath(begun) != os.path.realpath(folder):
+            # Its disks and its QEMU may still be those of the other folder.
+            hint = f"'fleece vm restore --resume {checked.printable(begun)}', or move the folder back"
+            raise UsageError("resume the restore in", str(folder), f"it was begun in {checked.printable(begun)}", hint)
         texts = [checked.of_type(word, str, where) for word in checked.field(value, "line", list, where)]
         files = checked.field(value, "files", dict, where)
         return cls(
             snapshot=checked.field(value, "snapshot", str, where),
             ns=checked.field(value, "ns", str, where),
             name=checked.field(value, "name", str, where),
-            folder=checked.field(value, "folder", str, where),
+            folder=begun,
             disks=disks,
             ready=ready,
             files={name: checked.of_type(path, str, where) for name, path in files.items()},

@@ -11,6 +11,7 @@ back, so that no error reaches the guest. docs/vm-restore.md, "Live".
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ _FLUSH_TIMEOUT_S: Final = 900.0
 POLL_S: Final = 0.25
 #: Seconds until a job that has failed is begun anew.
 _AGAIN_S: Final = 10.0
+#: Seconds, at most, between two tries to let go on what stops again at once.
+_MOST_PAUSE_S: Final = 5.0
+#: Seconds until the same trouble is told again.
+_TELL_AGAIN_S: Final = 60.0
 #: QEMU has whole sectors.
 SECTOR: Final = 512
 #: Devices that stop the guest at an error if they are told to; NVMe cannot.
@@ -152,6 +157,33 @@ class Look(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Tries:
+    """When something that stops at errors is let go on: at once, but more and more rarely if that is of no use."""
+
+    tried: float = -math.inf
+    told: float = -math.inf
+    pause_s: float = POLL_S
+
+    def due(self) -> bool:
+        """Whether it is to be tried now; True counts as a try."""
+        now = trio.current_time()
+        if now < self.tried + self.pause_s:
+            return False
+        in_vain = now < self.tried + 2 * _MOST_PAUSE_S
+        self.pause_s = min(2 * self.pause_s, _MOST_PAUSE_S) if in_vain else POLL_S
+        self.tried = now
+        return True
+
+    def news(self) -> bool:
+        """Whether it is to be told; True counts as told."""
+        now = trio.current_time()
+        if now < self.told + _TELL_AGAIN_S:
+            return False
+        self.told = now
+        return True
+
+
+@dataclass(slots=True)
 class Streaming:
     """The filling of the disks of one machine; it can be begun anew at any time, with the same QEMU or another."""
 
@@ -161,6 +193,7 @@ class Streaming:
     #: old, and who starts the machine again must not use it. The guest's requests to the disk wait meanwhile.
     going_over: Callable[[LiveDisk], Awaitable[None]] = _nothing
     _failed: dict[str, float] = field(default_factory=dict)  #: jobs, and when they failed
+    _tries: dict[str, _Tries] = field(default_factory=dict)  #: by job, and of the guest
 
     async def look(self, qmp: Qmp) -> Look:
         """Begin what is not begun, let go on what had to stop, end what is ready; and tell how far everything is.
@@ -193,7 +226,6 @@ class Streaming:
     async def _under_way(self, qmp: Qmp, disk: LiveDisk, job: dict[str, Any]) -> int:
         where = f"{qmp.where}, job {disk.job}"
         with contextlib.suppress(QmpCommandError):  # it may end in between
-            # Its I/O status says nothing: `cont` makes it "ok", and leaves the job as it is.
             status = checked.field(job, "status", str, where)
             if status == "pending":
                 await self.going_over(disk)
@@ -206,8 +238,13 @@ class Streaming:
                     self.say(f"{disk.archive}: the job failed: {words}; it begins again in {_AGAIN_S:.0f} s")
                     return 0
             elif checked.field(job, "paused", bool, where):
-                await qmp.execute("block-job-resume", {"device": disk.job})
-                self.say(f"{disk.archive}: the job goes on after an error")
+                # Its I/O status tells more than nothing, but `cont` makes it "ok", and leaves the job as it is.
+                full = job.get("io-status") == "nospace"
+                if (tries := self._tries.setdefault(disk.job, _Tries())).due():
+                    await qmp.execute("block-job-resume", {"device": disk.job})
+                    if tries.news():
+                        why = "no space is left where its target lies" if full else "it could not be read or written"
+                        self.say(f"{disk.archive}: {why}; that is tried again and again")
             elif checked.field(job, "ready", bool, where) and checked.field(job, "type", str, where) == "mirror":
                 await qmp.execute("block-job-complete", {"device": disk.job})
         length, offset = checked.field(job, "len", int, where), checked.field(job, "offset", int, where)
@@ -267,6 +304,11 @@ class Streaming:
         status = checked.of_type(await qmp.execute("query-status"), dict, f"{qmp.where}, query-status")
         if status.get("status") != "io-error":
             return False
+        tries = self._tries.setdefault("", _Tries())
+        if not tries.due():
+            return True
+        if tries.news():
+            self.say("the guest was stopped by an error of a disk; it is let go on again and again")
         with contextlib.suppress(QmpCommandError):
             await qmp.execute("cont")
         return True

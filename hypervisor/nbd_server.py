@@ -9,6 +9,7 @@ docs/nbd.md, "How a backup is served".
 import contextlib
 import errno
 import logging
+import math
 import shutil
 import signal
 import struct
@@ -38,6 +39,9 @@ START_TIMEOUT_S: Final = 30.0
 _MAX_REQUEST: Final = 64 * 1024**2
 #: Extents of one answer; a client asks on.
 _MAX_EXTENTS: Final = 4096
+#: Seconds until the same complaint is logged again, and how many different ones are remembered.
+_LOG_AGAIN_S: Final = 60.0
+_MAX_COMPLAINTS: Final = 1000
 #: What nbdkit calls a range that reads as zeros and takes no space.
 _HOLE_AND_ZERO: Final = 3
 _REQUEST: Final = struct.Struct(">cQQ")
@@ -96,9 +100,10 @@ async def serve_disk(
         listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         await listener.bind(str(folder / "own"))
         listener.listen(64)
+        complaints = _Complaints()
         async with open_nursery() as nursery:
             nursery.start_soon(
-                trio.serve_listeners, lambda stream: _serve(stream, disk), [trio.SocketListener(listener)]
+                trio.serve_listeners, lambda stream: _serve(stream, disk, complaints), [trio.SocketListener(listener)]
             )
             line = [program, "--foreground", "--newstyle"]
             line += ["--filter=cow"] if overlay else ["--readonly"]
@@ -238,19 +243,38 @@ async def _watch(child: Child, program: str, where: str) -> None:
 # -- what the plugin asks ---------------------------------------------------------------------------------------------
 
 
-async def _serve(stream: trio.SocketStream, disk: ServedDisk) -> None:
+class _Complaints:
+    """Logs what cannot be read: clients that try again and again are told each time, the log once in a while."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, float] = {}
+
+    def log(self, text: str) -> None:
+        """Log `text`, unless that was done less than `_LOG_AGAIN_S` ago."""
+        now = trio.current_time()
+        if now < self._logged.get(text, -math.inf) + _LOG_AGAIN_S:
+            return
+        if len(self._logged) >= _MAX_COMPLAINTS:
+            self._logged.clear()
+        self._logged[text] = now
+        _LOG.error("%s", text)
+
+
+async def _serve(stream: trio.SocketStream, disk: ServedDisk, complaints: _Complaints) -> None:
     """Answer one connection of the plugin."""
     with contextlib.suppress(trio.BrokenResourceError, EOFError):
         async with stream:
             while True:
                 kind, offset, length = _REQUEST.unpack(await _exactly(stream, _REQUEST.size))
-                number, answer = await _answer(disk, kind, offset, length)
+                number, answer = await _answer(disk, complaints, kind, offset, length)
                 await stream.send_all(_ANSWER.pack(number, len(answer)))
                 if len(answer):
                     await stream.send_all(answer)
 
 
-async def _answer(disk: ServedDisk, kind: bytes, offset: int, length: int) -> tuple[int, Buffer]:
+async def _answer(
+    disk: ServedDisk, complaints: _Complaints, kind: bytes, offset: int, length: int
+) -> tuple[int, Buffer]:
     """Error number, and data or words."""
     if not length or offset + length > disk.size:
         return errno.EINVAL, b"outside of the disk"
@@ -261,7 +285,7 @@ async def _answer(disk: ServedDisk, kind: bytes, offset: int, length: int) -> tu
     try:
         return 0, await disk.read(offset, length)
     except FleeceError as error:
-        _LOG.error("%s", error)
+        complaints.log(str(error))
         return errno.EIO, str(error).encode("utf-8", "replace")[:4000]
 
 

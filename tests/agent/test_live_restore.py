@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -325,7 +326,13 @@ def test_what_is_written_down_is_checked(tmp_path: Path) -> None:
     state = LiveState("vm/1/x", "", "web", str(tmp_path), [], [], {}, [], ["qemu"], "/q", {"path": None})
     state.save()
     assert LiveState.load(tmp_path) == state
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert LiveState.load(tmp_path / "link") == state
+    (tmp_path / "copy").mkdir()
     path = tmp_path / STATE_NAME
+    shutil.copy(path, tmp_path / "copy")
+    with pytest.raises(UsageError, match=rf"it was begun in {tmp_path}; 'fleece vm restore --resume {tmp_path}'"):
+        LiveState.load(tmp_path / "copy")
     path.chmod(0o620)
     with pytest.raises(UsageError, match="others than its owner"):
         LiveState.load(tmp_path)
@@ -337,8 +344,10 @@ def test_what_is_written_down_is_checked(tmp_path: Path) -> None:
 
 
 def test_one_process_fills_a_machine(tmp_path: Path) -> None:
-    with held(tmp_path), pytest.raises(BusyError, match="another process"), held(tmp_path):
-        raise AssertionError
+    (tmp_path / "link").symlink_to(tmp_path)
+    for same in (tmp_path, tmp_path / "link", tmp_path / ".." / tmp_path.name):
+        with held(tmp_path), pytest.raises(BusyError, match="another process"), held(same):
+            raise AssertionError
     with held(tmp_path):
         pass
     assert not list((private_run_dir() / "live").iterdir())

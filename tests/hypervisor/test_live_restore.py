@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from core.errors import TargetError
 from hypervisor.errors import VmStateError
@@ -18,6 +20,8 @@ class Told:
 
     def __init__(self, nodes: dict[str, dict[str, str]]) -> None:
         self.asked: list[str] = []
+        self.jobs: list[dict[str, Any]] = []
+        self.status = "running"
         self._nodes = nodes
 
     async def execute(self, command: str, arguments: Any = None, **_: Any) -> Any:
@@ -32,7 +36,7 @@ class Told:
                     for kind, child in below.items()
                 ],
             }
-        return {"query-block-jobs": [], "query-status": {"status": "running"}}.get(command)
+        return {"query-block-jobs": self.jobs, "query-status": {"status": self.status}}.get(command)
 
 
 def disk_at(path: Path) -> LiveDisk:
@@ -63,3 +67,28 @@ async def test_a_disk_with_the_backup_below_or_that_is_not_there_is_to_be_filled
     look = await Streaming([disk_at(tmp_path / "a.qcow2")]).look(qemu)  # type: ignore[arg-type]
     assert not look.whole
     assert "block-stream" in qemu.asked
+
+
+async def test_what_stops_again_and_again_is_let_go_on_ever_more_rarely_and_told_once_a_minute(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    qemu = Told({})
+    job = {"device": "fleece-r0", "status": "paused", "paused": True, "ready": False, "type": "stream"}
+    qemu.jobs = [job | {"io-status": "nospace", "len": 4, "offset": 1}]
+    said: list[str] = []
+    streaming = Streaming([disk_at(tmp_path / "a.qcow2")], said.append)
+    with trio.move_on_after(59):
+        await streaming.until_whole(qemu)  # type: ignore[arg-type]
+    assert 10 < qemu.asked.count("block-job-resume") < 20
+    assert said == ["drive-scsi0.img: no space is left where its target lies; that is tried again and again"]
+    qemu.jobs, qemu.status, qemu.asked = [], "io-error", []
+    with trio.move_on_after(59):
+        await streaming.until_whole(qemu)  # type: ignore[arg-type]
+    assert 10 < qemu.asked.count("cont") < 20
+    assert len(said) == 2
+    assert "the guest was stopped" in said[1]
+    # What went on for a while before it stopped is let go on at once.
+    await trio.sleep(15)
+    qemu.asked = []
+    await streaming.look(qemu)  # type: ignore[arg-type]
+    assert "cont" in qemu.asked
