@@ -183,6 +183,9 @@ def _choose(one: RolledDisk, bitmaps: Sequence[Bitmap], unsure: Mapping[str, str
         one.reason = disk.written_past or unsure[disk.node]
     elif len(mine) != 1 or not mine[0].recording or mine[0].busy or mine[0].inconsistent:
         one.reason = "no dirty bitmap tells what has changed"
+    elif any(bitmap.name == mine[0].name and bitmap.node != disk.node for bitmap in bitmaps):
+        # libvirt gives an overlay the bitmaps of the image below, but empty: what they had stays behind.
+        one.reason = "the disk has a new top image since the backup that its dirty bitmap counts from"
     elif mine[0].granularity != GRANULARITY:
         one.reason = "its dirty bitmap has another granularity"
     else:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any, Literal
 
 import pytest
@@ -179,6 +180,38 @@ async def test_without_a_bitmap_everything_is_written(
         assert "no dirty bitmap" in disks["drive-disk0.img"].reason
         assert await bench.content() == bench.kept[1000]
         assert await bench.status() == "prelaunch"
+
+
+async def test_the_empty_copy_of_a_bitmap_on_an_overlay_is_not_believed(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path
+) -> None:
+    # So libvirt takes an external snapshot: the overlay's bitmap has the name and no bit of the one below.
+    async with Bench.open(distribution, store_folder, tmpfs, ["qcow2"]) as bench:
+        await bench.write(5)
+        await bench.backup(1000)
+        await bench.vm.qemu_io("disk0", f"write -P 77 {CHUNK} 64k")
+        overlay, vm = tmpfs / "overlay.qcow2", bench.vm
+        line = [vm.binary.img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(vm.disks[0].path), str(overlay)]
+        await trio.run_process(line, stderr=DEVNULL)
+        file = {"driver": "file", "filename": str(overlay)}
+        await vm.execute("blockdev-add", {"driver": "qcow2", "node-name": "over", "file": file, "backing": None})
+        actions: list[dict[str, Any]] = [
+            {"type": "blockdev-snapshot", "data": {"node": "fmt-disk0", "overlay": "over"}}
+        ]
+        for one in await vm.bitmaps("fmt-disk0", marks=True):
+            data = {"node": "over", "name": one["name"], "granularity": one["granularity"]}
+            add = {"type": "block-dirty-bitmap-add", "data": {**data, "disabled": not one["recording"]}}
+            actions.append(add)
+            if not one["recording"]:  # the mark of the size
+                bits = [{"node": "fmt-disk0", "name": one["name"]}]
+                merge = {"node": "over", "target": one["name"], "bitmaps": bits}
+                actions.append({"type": "block-dirty-bitmap-merge", "data": merge})
+        await vm.execute("transaction", {"actions": actions})
+
+        disks, _ = await bench.roll_back(1000)
+        assert "new top image" in disks["drive-disk0.img"].reason
+        vm.disks = [VmDisk(overlay, "disk0", format="qcow2")]
+        assert await bench.content() == bench.kept[1000]
 
 
 async def test_a_rollback_that_fails_in_the_middle_leaves_the_guest_stopped_without_its_disks(
