@@ -174,8 +174,11 @@ async def restore_to_stream(
     *,
     format: StreamFormat | None = None,
     terminal: bool = False,
+    folder: bytes = b"",
 ) -> FilesRestored:
     """Write a file archive or a folder in it as tar (or zip), or one file as it is; only the latter to a `terminal`.
+
+    Entries are in a folder called `folder` there.
 
     Raises:
         NotFoundError: the path is not in the archive.
@@ -195,7 +198,7 @@ async def restore_to_stream(
                 )
             _refuse_unreadable(node)
             export = write_zip if format == "zip" else write_tar
-            export(accessor, put, extract, start=node, prefix=wanted.path, report=report, progress=notes)
+            export(accessor, put, extract, start=node, prefix=wanted.path, folder=folder, report=report, progress=notes)
         elif format is not None or extract.patterns:
             option = "--pattern" if extract.patterns else f"--format {format}"
             raise UsageError("use", option, f"{wanted.shown} is no folder: its content is written as it is")

@@ -242,9 +242,15 @@ class RestoreVm(OfArchive):
 
 
 class RestoreVolume(Message):
-    """`restore-vm-volume-init` and `-cleanup`."""
+    """`restore-vm-volume-cleanup`."""
 
     device: Device
+
+
+class RestoreVolumeInit(RestoreVolume):
+    """`restore-vm-volume-init`."""
+
+    as_file: bool = False  #: a file shows the disk; else there is an NBD server only
 
 
 class RestoreContainer(OfArchive):

@@ -1,7 +1,7 @@
 """A restore by Proxmox VE through its backup provider: one session for one guest.
 
-Disks of a VM are served over NBD, each on a socket of its own, as long as the plugin wants; the files of a container
-are a tar stream in a named pipe, or a mounted folder. All of it ends with the session. docs/proxmox-provider.md,
+Disks of a VM are served over NBD, each on a socket of its own, and shown as files, as long as the plugin wants; the
+files of a container are a mounted folder, or a tar file. All of it ends with the session. docs/proxmox-provider.md,
 "Restore".
 """
 
@@ -9,9 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import trio
 
@@ -19,9 +19,17 @@ from agent.archive_restore import FilesWanted, restore_to_stream
 from agent.places import private_run_dir
 from agent.provider.calls import opened
 from agent.provider.channel import Channel, ChannelProgress
-from agent.provider.messages import Nothing, OfArchive, RestoreContainer, RestoreVm, RestoreVolume, parsed
+from agent.provider.messages import (
+    Nothing,
+    OfArchive,
+    RestoreContainer,
+    RestoreVm,
+    RestoreVolume,
+    RestoreVolumeInit,
+    parsed,
+)
 from agent.provider.storage import UsedStorage
-from agent.provider.tar_pipe import TarPipe, open_tar_pipe
+from agent.provider.tar_file import open_tar_file
 from agent.restore_options import RestoreOptions
 from agent.snapshot_archives import OpenSnapshot
 from core.buffers import Buffer
@@ -29,14 +37,14 @@ from core.errors import FleeceError, NotFoundError, TargetError, UsageError, os_
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from datastore.names import ArchiveKind, archive_kind, complete_archive_name
+from hypervisor.errors import NbdDeviceError
+from hypervisor.nbd_files import mounted_file, remove_left
 from hypervisor.nbd_server import serve_disk
 from hypervisor.unix_socket import process_start_time
 from repository.archive import ArchiveReader, open_archive_reader
 
 #: The file archive of a container.
 ROOT: Final = "root.pxar"
-#: Seconds for a stream to end whose reader has come to its end.
-_LAST_S: Final = 30.0
 _FOLDER: Final = "restore-"
 
 
@@ -79,8 +87,8 @@ class ServedImage:
 class VmRestore:
     """The disks of one VM."""
 
-    def __init__(self, snapshot: OpenSnapshot, nursery: trio.Nursery) -> None:
-        self._snapshot, self._nursery = snapshot, nursery
+    def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery) -> None:
+        self._snapshot, self._folder, self._nursery = snapshot, folder, nursery
         self._served: dict[str, trio.CancelScope] = {}
         self._ended: dict[str, trio.Event] = {}
 
@@ -102,18 +110,20 @@ class VmRestore:
         """
         if call not in ("restore-vm-volume-init", "restore-vm-volume-cleanup"):
             raise UsageError("answer", call, "it is no call of a restore of a VM")
-        device = parsed(RestoreVolume, parameters, call).device
         if call == "restore-vm-volume-init":
-            if device in self._served:
-                raise UsageError("serve", device, "it is served already")
-            return {"uri": str(await self._nursery.start(self._serve, device))}
+            wanted = parsed(RestoreVolumeInit, parameters, call)
+            if wanted.device in self._served:
+                raise UsageError("serve", wanted.device, "it is served already")
+            found: dict[str, Any] = await self._nursery.start(self._serve, wanted.device, wanted.as_file)
+            return found
+        device = parsed(RestoreVolume, parameters, call).device
         if device not in self._served:
             raise UsageError("end the service of", device, "it was not served")
         self._served[device].cancel()
         await self._ended[device].wait()
         return {}
 
-    async def _serve(self, device: str, *, task_status: trio.TaskStatus[object]) -> None:
+    async def _serve(self, device: str, as_file: bool, *, task_status: trio.TaskStatus[dict[str, str]]) -> None:
         if device not in self.volumes:
             raise NotFoundError("restore", self._snapshot.where(f"{device}.img"), "the backup has no such disk")
         snapshot, name = self._snapshot, complete_archive_name(f"{device}.img")
@@ -124,9 +134,16 @@ class VmRestore:
                 reader = await open_archive_reader(
                     snapshot.reader, snapshot.codec, snapshot.manifest, name, snapshot.cache
                 )
-                async with serve_disk(ServedImage(reader), where=snapshot.where(f"{device}.img")) as address:
+                async with AsyncExitStack() as stack:
+                    serving = serve_disk(ServedImage(reader), where=snapshot.where(f"{device}.img"))
+                    address = await stack.enter_async_context(serving)
+                    found = {"uri": str(address)}
+                    if as_file:
+                        path = self._folder / f"{device}.raw"
+                        await stack.enter_async_context(mounted_file(address, path, reader.size))
+                        found = {"path": str(path)}
                     self._served[device], self._ended[device] = scope, ended
-                    task_status.started(address)
+                    task_status.started(found)
                     await trio.sleep_forever()
         finally:
             self._served.pop(device, None)
@@ -138,59 +155,38 @@ class ContainerRestore:
 
     def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery, progress: ChannelProgress) -> None:
         self._snapshot, self._folder, self._nursery, self._progress = snapshot, folder, nursery, progress
-        self._begun = self._complete = False
-        self._failure: FleeceError | None = None
-        self._over = trio.Event()
 
-    async def begin_tar(self) -> Path:
-        """Offer a tar stream; returns the pipe that it can be read from, once.
+    async def make_tar(self, stack: AsyncExitStack) -> Path:
+        """Write a tar file, which is there as long as `stack` is; returns its path.
 
         Raises:
             NotFoundError: the backup has no files of a container.
-            TargetError: there can be no pipe.
+            TargetError: it cannot be written, or not all entries can be read.
+            FleeceError: what cannot be read.
         """
         self._check()
-        return cast("Path", await self._nursery.start(self._write_tar))
+        snapshot = self._snapshot
+        file = await stack.enter_async_context(open_tar_file(self._folder / "root.tar"))
+        restored = await restore_to_stream(
+            snapshot.reader,
+            snapshot.codec,
+            snapshot.manifest,
+            FilesWanted(ROOT.removesuffix(".pxar")),
+            file.write,
+            RestoreOptions(),
+            self._progress,
+            format="tar",
+            folder=b".",  # as the hypervisor's own archives have it: by such names it leaves ./dev/* out
+        )
+        if restored.figures.failed:
+            raise TargetError("restore", snapshot.where(ROOT), f"{restored.figures.failed} entries failed")
+        return await file.finish()
 
     def _check(self) -> None:
         entry = self._snapshot.archives.get(ROOT)
         if entry is None:
             raise NotFoundError("restore", self._snapshot.where(ROOT), "the backup has no files of a container")
         self._snapshot.needs_key(entry)
-
-    async def _write_tar(self, *, task_status: trio.TaskStatus[Path]) -> None:
-        offered = False
-        try:
-            async with open_tar_pipe(self._folder / "root.tar") as pipe:
-                offered = True
-                task_status.started(pipe.path)
-                await pipe.reader()
-                self._begun = True
-                await self._send_tar(pipe)
-                await pipe.finish()
-            self._complete = True
-        except FleeceError as error:
-            if not offered:
-                raise
-            self._failure = error
-            self._progress.warn(str(error))
-        finally:
-            self._over.set()
-
-    async def _send_tar(self, pipe: TarPipe) -> None:
-        snapshot = self._snapshot
-        restored = await restore_to_stream(
-            snapshot.reader,
-            snapshot.codec,
-            snapshot.manifest,
-            FilesWanted(ROOT.removesuffix(".pxar")),
-            pipe.send,
-            RestoreOptions(),
-            self._progress,
-            format="tar",
-        )
-        if restored.figures.failed:
-            raise TargetError("restore", snapshot.where(ROOT), f"{restored.figures.failed} entries failed")
 
     async def begin_mount(self, mount: Callable[[Path, Callable[[], None]], Any]) -> Path:
         """Show the files as a folder; returns it.
@@ -208,7 +204,6 @@ class ContainerRestore:
             raise TargetError("show the files in", str(folder), "the mount was taken away")
 
         await self._nursery.start(serve)
-        self._complete = True
         return folder
 
     async def answer(self, call: str, parameters: object) -> dict[str, Any]:
@@ -216,20 +211,10 @@ class ContainerRestore:
 
         Raises:
             UsageError: it is unknown.
-            TargetError: not all was read.
-            FleeceError: what came in the way of the stream.
         """
         if call != "restore-container-cleanup":
             raise UsageError("answer", call, "it is no call of a restore of a container")
         parsed(Nothing, parameters, call)
-        if self._begun:
-            # Who reads has read all there is, or has gone: either shows at once.
-            with trio.move_on_after(_LAST_S):
-                await self._over.wait()
-        if self._failure is not None:
-            raise self._failure
-        if not self._complete:
-            raise TargetError("restore", self._snapshot.where(ROOT), "it was not read to its end")
         return {}
 
 
@@ -248,13 +233,13 @@ async def serve_restore(channel: Channel, storage: UsedStorage, request: Restore
         if isinstance(request, RestoreContainer):
             container = ContainerRestore(snapshot, folder, nursery, progress)
             if request.mechanism == "tar":
-                path = await container.begin_tar()
+                path = await container.make_tar(stack)
             else:
                 path = await container.begin_mount(lambda at, ready: _mount(storage, request, at, ready))
             channel.answer({"path": str(path)})
             answer = container.answer
         else:
-            machine = VmRestore(snapshot, nursery)
+            machine = VmRestore(snapshot, folder, nursery)
             if not machine.volumes:
                 raise NotFoundError("restore", request.archive_name, "the backup has no disks")
             channel.answer({"volumes": machine.volumes})
@@ -296,7 +281,8 @@ async def private_folder() -> AsyncIterator[Path]:
     above = private_run_dir() / "provider"
     try:
         above.mkdir(mode=0o700, exist_ok=True)
-        await in_io_thread(_remove_left, above)
+        for left in await in_io_thread(_left, above):
+            await _remove(left)
         begun = f"{_FOLDER}{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
         folder = Path(tempfile.mkdtemp(prefix=begun, dir=above))
     except OSError as error:
@@ -307,26 +293,34 @@ async def private_folder() -> AsyncIterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_left(above: Path) -> None:
-    """Remove the folders of processes that have ended, and their mounts."""
-    from fusefs.kernel import detach
-
+def _left(above: Path) -> list[Path]:
+    """The folders of processes that have ended."""
+    found = []
     for folder in above.glob(f"{_FOLDER}*"):
         parts = folder.name.removeprefix(_FOLDER).split("-")
         if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts[:2]):
             continue
-        if process_start_time(int(parts[0])) == int(parts[1]):
-            continue
-        mounted = str(folder / "root")
+        if process_start_time(int(parts[0])) != int(parts[1]):
+            found.append(folder)
+    return found
+
+
+async def _remove(folder: Path) -> None:
+    """Remove the folder of a process that has ended, with what is mounted in it, as far as that is possible."""
+    from fusefs.kernel import detach
+
+    def remove() -> list[Path]:
         # What cannot be looked at is a mount whose server is gone.
-        detach(mounted)
-        for name in ("root.tar", "root"):
-            path = folder / name
-            try:
-                path.unlink() if name.endswith(".tar") else path.rmdir()
-            except OSError:
-                continue
-        try:
-            folder.rmdir()
-        except OSError:
-            continue
+        detach(str(folder / "root"))
+        for entry, end in ((folder / "root", os.rmdir), (folder / "root.tar", os.unlink)):
+            with suppress(OSError):
+                end(entry)
+        with suppress(OSError):
+            return list(folder.iterdir())
+        return []
+
+    for path in await in_io_thread(remove):
+        with suppress(NbdDeviceError):
+            await remove_left(path)  # the disk of a VM
+    with suppress(OSError):
+        os.rmdir(folder)  # noqa: PTH106 - a single system call

@@ -47,6 +47,9 @@ sub json {
     return $json;
 }
 
+# A boolean of JSON.
+sub boolean { my ($value) = @_; return json()->decode($value ? '[true]' : '[false]')->[0] }
+
 # Texts of Proxmox VE are bytes or characters. They go as base64 of bytes, so that what is stored is what was there.
 sub packed {
     my ($text) = @_;

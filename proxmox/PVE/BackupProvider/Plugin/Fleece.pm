@@ -225,7 +225,7 @@ sub archive_name {
 sub restore_get_mechanism {
     my ($self, $volname) = @_;
     return ('qemu-img', 'qemu') if archive_name($volname) =~ m{\Avm/};
-    return (($self->{scfg}->{'fleece-container-restore'} // '') eq 'directory' ? 'directory' : 'tar', 'lxc');
+    return (($self->{scfg}->{'fleece-container-restore'} // '') eq 'tar' ? 'tar' : 'directory', 'lxc');
 }
 
 sub archive_get_guest_config {
@@ -264,8 +264,13 @@ sub restore_vm_cleanup {
 
 sub restore_vm_volume_init {
     my ($self, $volname, $device, $info) = @_;
-    my $answer = $self->_session('restore of a VM')->ask('restore-vm-volume-init', { device => "$device" });
-    return { 'qemu-img-path' => PVE::Fleece::Process::text_in($answer, 'uri', $NBD_URI) };
+    # Proxmox VE looks at the path with stat before it calls qemu-img: a URI does not pass that (pve-storage 9.0).
+    my $as_file = ($self->{scfg}->{'fleece-vm-restore'} // '') ne 'nbd';
+    my $answer = $self->_session('restore of a VM')->ask(
+        'restore-vm-volume-init', { device => "$device", 'as-file' => PVE::Fleece::Process::boolean($as_file) },
+    );
+    my ($key, $pattern) = $as_file ? ('path', $PATH) : ('uri', $NBD_URI);
+    return { 'qemu-img-path' => PVE::Fleece::Process::text_in($answer, $key, $pattern) };
 }
 
 sub restore_vm_volume_cleanup {
@@ -274,8 +279,9 @@ sub restore_vm_volume_cleanup {
     return;
 }
 
+# Proxmox VE hands over the storage as well, between the volume and the rest.
 sub restore_container_init {
-    my ($self, $volname, $info) = @_;
+    my ($self, $volname, @rest) = @_;
     my $name = archive_name($volname);
     my ($mechanism) = $self->restore_get_mechanism($volname);
     my $session = $self->_begin('restore of a container');
@@ -289,9 +295,10 @@ sub restore_container_init {
     return { ($mechanism eq 'tar' ? 'tar-path' : 'archive-directory') => $path };
 }
 
+# Proxmox VE hands over the storage as well, between the volume and the rest.
 sub restore_container_cleanup {
-    my ($self, $volname, $info) = @_;
-    # It tells whether all was read that there is.
+    my ($self, $volname, @rest) = @_;
+    # It tells whether the session was there to the end.
     eval { $self->_session('restore of a container')->ask('restore-container-cleanup', {}) };
     my $error = $@;
     $self->_finish();

@@ -63,11 +63,17 @@ sub properties {
             enum => ['nbd', 'file-handle'],
             default => 'nbd',
         },
+        'fleece-vm-restore' => {
+            description => 'How the disks of virtual machines are handed over for a restore.',
+            type => 'string',
+            enum => ['file', 'nbd'],
+            default => 'file',
+        },
         'fleece-container-restore' => {
             description => 'How the files of containers are handed over for a restore.',
             type => 'string',
-            enum => ['tar', 'directory'],
-            default => 'tar',
+            enum => ['directory', 'tar'],
+            default => 'directory',
         },
     };
 }
@@ -77,6 +83,7 @@ sub options {
         'fleece-repository' => { fixed => 1 },
         'fleece-namespace' => { optional => 1 },
         'fleece-mechanism' => { optional => 1 },
+        'fleece-vm-restore' => { optional => 1 },
         'fleece-container-restore' => { optional => 1 },
         nodes => { optional => 1 },
         shared => { optional => 1 },
@@ -232,13 +239,11 @@ sub update_volume_attribute {
     my ($class, $scfg, $storeid, $volname, $attribute, $value) = @_;
     my (undef, $name) = $class->parse_volname($volname);
     my $changed = $attribute eq 'notes' ? { notes => _characters($value) }
-        : $attribute eq 'protected' ? { protected => _boolean($value) }
+        : $attribute eq 'protected' ? { protected => PVE::Fleece::Process::boolean($value) }
         : die "the attribute '$attribute' is not supported by storages of the type fleece\n";
     _call($scfg, $storeid, 'update-volume', { 'archive-name' => $name, %$changed });
     return;
 }
-
-sub _boolean { my ($value) = @_; return PVE::Fleece::Process::json()->decode($value ? '[true]' : '[false]')->[0] }
 
 # A text whose characters, not bytes, go into the JSON.
 sub _characters {
@@ -276,7 +281,7 @@ sub prune_backups {
             keep => $keep->{'keep-all'} ? {} : \%kept,
             defined($vmid) ? (vmid => int($vmid)) : (),
             defined($type) ? (vmtype => "$type") : (),
-            'dry-run' => _boolean($dryrun),
+            'dry-run' => PVE::Fleece::Process::boolean($dryrun),
         },
         limit => $LONG_LIMIT_S,
     );
