@@ -18,7 +18,7 @@ from core.progress import Progress
 from datastore.manifest import Manifest
 from datastore.names import strip_archive_type
 from hypervisor.efi import EFI_VARS_NAME
-from hypervisor.efi_firmware import VARIABLES_SIZES, find_firmware
+from hypervisor.efi_firmware import VARIABLES_SIZES, find_firmware, is_for_secure_boot
 from hypervisor.machine import Backing, Firmware, Machine, from_files, start_script
 from hypervisor.machine_model import machine_name
 from hypervisor.nbd_address import NbdAddress
@@ -67,7 +67,8 @@ def machine_of(vm: RestoredVm) -> Machine:
             files[name] = file.read(_MAX_FILE)
     archives = [*(disk.archive for disk in vm.disks), *vm.left_out]
     machine = from_files(files, archives)
-    renamed = machine_name(vm.name) if vm.name != vm.snapshot.split("/")[1] else None
+    named = vm.name != vm.snapshot.split("/")[1] or machine.name == Machine().name  # by a person; by nobody
+    renamed = machine_name(vm.name) if named else None
     return replace(machine, name=renamed or machine.name)
 
 
@@ -92,6 +93,11 @@ def firmware_for(machine: Machine, vm: RestoredVm, given: Path | None, progress:
             "install the package ovmf (or qemu-efi-aarch64), or give --firmware"
         )
         return None
+    if machine.secure_boot and given is None and not is_for_secure_boot(code):
+        progress.warn(
+            f"the machine has firmware for Secure Boot, and this host has none that fits its variables: it gets "
+            f"{code}, which may not know Secure Boot; install the package ovmf, or give --firmware"
+        )
     return Firmware(code, variables)
 
 

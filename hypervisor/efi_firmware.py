@@ -31,6 +31,11 @@ _SUMS: Final = (4 << 20, 2 << 20, 128 << 20)
 VARIABLES_SIZES: Final = (540672, 131072, 64 << 20)
 
 
+def is_for_secure_boot(code: Path) -> bool:
+    """Whether firmware that `find_firmware` has found is one for Secure Boot."""
+    return any(for_secure and code.name == Path(name).name for name, for_secure in _CODE)
+
+
 def find_firmware(arch: str, *, variables: int | None, secure: bool, root: Path = Path("/")) -> Path | None:
     """The code that goes with variables of this size; None if this host has none. Blocks.
 

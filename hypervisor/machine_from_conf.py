@@ -90,7 +90,8 @@ def from_qemu_server_conf(text: bytes | str, archives: Sequence[str]) -> Machine
         cpus=min(sockets * cores, MAX_CPUS),
         topology={"sockets": sockets, "cores": cores} if sockets * cores <= MAX_CPUS else {},
         efi=efi,
-        secure_boot=efi and _parts(given.get("efidisk0", ""), "file").get("pre-enrolled-keys") == "1",
+        # The firmware for it needs SMM as q35 has it, and says nothing on others; the plain one knows the keys as well.
+        secure_boot=efi and "q35" in kind and _parts(given.get("efidisk0", ""), "file").get("pre-enrolled-keys") == "1",
         tpm="tpm-tis" if "tpmstate0" in given else None,
         local_time=given.get("localtime", "1" if ostype.startswith("w") else "0") == "1",
         smbios=smbios,

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import trio
 
+from agent import vm_script
 from agent.snapshot_archives import OpenSnapshot, open_snapshot
 from agent.vm_restore import RestoredVm, RestoreOrder, parse_targets, restore_vm
-from agent.vm_script import ScriptOptions, script_writes, write_script
+from agent.vm_script import ScriptOptions, firmware_for, machine_of, script_writes, write_script
 from core.errors import FormatError, NotFoundError, TargetError, UsageError
 from core.nursery import open_nursery
 from core.progress import Progress
@@ -23,6 +24,7 @@ from datastore.codec import ChunkCodec
 from datastore.names import Group
 from hypervisor.discovery import list_disks
 from hypervisor.errors import DiskInUseError
+from hypervisor.machine import Firmware, Machine
 from hypervisor.qmp import connect
 from repository.archive import open_cache
 from repository.interface import FIXED_CHUNK_SIZE
@@ -351,6 +353,22 @@ async def test_the_script_starts_the_machine_with_its_disks(
             await qmp.execute("quit")
         with trio.fail_after(60):
             await process.wait()
+
+
+def test_a_machine_without_a_name_has_that_of_its_backups_and_learns_what_becomes_of_secure_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = RestoredVm("vm/web/2026-01-02T03:04:05Z", "web", tmp_path, [])
+    assert machine_of(vm).name == "web"
+    code = tmp_path / "OVMF_CODE_4M.fd"
+    code.touch()
+    monkeypatch.setattr(vm_script, "find_firmware", lambda *_, **__: code)
+    machine = Machine(efi=True, secure_boot=True)
+    progress = Progress()
+    assert firmware_for(machine, vm, code, progress) == Firmware(code)  # somebody's own choice
+    assert progress.warnings == []
+    assert firmware_for(machine, vm, None, progress) == Firmware(code)
+    assert "may not know Secure Boot" in progress.warnings[0]
 
 
 PROXMOX = b"""\

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor.efi_firmware import find_firmware
+from hypervisor.efi_firmware import find_firmware, is_for_secure_boot
 
 LARGE, SMALL = 540_672, 131_072
 
@@ -32,6 +32,7 @@ def test_secure_boot_has_code_of_its_own_and_does_without_rather_than_not_start(
     assert find_firmware("x86_64", variables=LARGE, secure=True, root=tmp_path) == plain
     secure = make(tmp_path, "OVMF_CODE_4M.secboot.fd", (4 << 20) - LARGE)
     assert find_firmware("x86_64", variables=LARGE, secure=True, root=tmp_path) == secure
+    assert (is_for_secure_boot(plain), is_for_secure_boot(secure)) == (False, True)
     plain.unlink()
     assert find_firmware("x86_64", variables=LARGE, secure=False, root=tmp_path) is None
 

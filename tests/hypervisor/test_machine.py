@@ -145,6 +145,9 @@ def test_a_configuration_of_proxmox_ve_is_understood() -> None:
     ]  # fmt: skip
     assert (machine.efi, machine.secure_boot, machine.tpm, machine.local_time) == (True, True, "tpm-tis", True)
     assert (machine.efi_archive, machine.tpm_archive) == ("drive-efidisk0.img", "drive-tpmstate0-backup.img")
+    # On another board the firmware for Secure Boot stands still; Proxmox VE takes the plain one there as well.
+    other = from_qemu_server_conf(PROXMOX.replace("pc-q35-9.0+pve1", "pc-i440fx-9.0"), archives)
+    assert (other.efi, other.secure_boot, other.type) == (True, False, "pc-i440fx-9.0")
     assert machine.smbios == {"manufacturer": "ACME"}
     assert machine.cpu is None
     assert machine.cards[0].properties["mac"] == "BC:24:11:00:00:01"
