@@ -91,7 +91,9 @@ def restore(
     firmware: Annotated[
         Path | None, typer.Option("--firmware", metavar="FILE", help="EFI firmware; else the one that fits.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files, overwrite devices that have content.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files, overwrite devices; roll back to what failed verification.")
+    ] = False,
     live: Annotated[
         bool, typer.Option("--live", help="Start the machine at once; its disks come in while it runs.")
     ] = False,
@@ -149,7 +151,7 @@ def restore(
         for option, value in given.items():
             if value:
                 raise UsageError("use", option, "--rollback writes to the disks that the VM has")
-        _roll_back(invocation, snapshot, vm, qmp, include or (), exclude or (), yes=yes)
+        _roll_back(invocation, snapshot, vm, qmp, include or (), exclude or (), yes=yes, force=force)
         return
     if vm is not None or qmp is not None or yes:
         raise UsageError("use", "--vm, --qmp and --yes", "they are for --rollback")
@@ -378,6 +380,7 @@ def _roll_back(
     exclude: "Sequence[str]",
     *,
     yes: bool,
+    force: bool,
 ) -> None:
     import sys
 
@@ -386,14 +389,16 @@ def _roll_back(
 
     if vm is None and qmp is None:
         raise UsageError("roll back", snapshot, "it is not said of which VM", "give --vm VM or --qmp SOCKET")
+    # Of a VM without a section nobody knows more than its socket.
     settings = resolve_vm(invocation.config, VmOptions(vm, qmp, None if vm is not None else "rollback"))
+    label = settings.label if vm is not None else f"the VM at {qmp}"
     ns = invocation.namespace(settings.section.ns, repository=settings.section.repository)
     parse_selection(snapshot, ns)
     codec = invocation.reading_key().codec()
     if not yes:
-        text = f"{settings.label} is stopped and reset, and all that its disks got since {snapshot} is lost."
+        text = f"{label} is stopped and reset, and all that its disks got since {snapshot} is lost."
         if not sys.stdin.isatty():
-            raise UsageError("roll back", settings.label, text, "give --yes")
+            raise UsageError("roll back", label, text, "give --yes")
         typer.confirm(f"{text} Go on?", abort=True, err=True)
     began = time.monotonic()
 
@@ -406,17 +411,19 @@ def _roll_back(
         async with invocation.repository(settings.section.repository) as repository, open_cache(_CACHE) as cache:
             found = await find_snapshot(repository, snapshot, ns)
             async with open_snapshot(repository, found, codec, cache, progress) as opened:
-                disks, runs = await roll_back(settings, repository, opened, include, exclude, progress)
+                disks, runs = await roll_back(
+                    settings, repository, opened, include, exclude, progress, unverified=force
+                )
                 return str(found), disks, runs
 
-    named, disks, runs = invocation.run(work, what="roll back", where=settings.label)
+    named, disks, runs = invocation.run(work, what="roll back", where=label)
     document = {
         "snapshot": named,
-        "vm": settings.label,
+        "vm": label,
         "disks": [one.to_json() for one in disks],
         "running": runs,
         "duration-s": round(time.monotonic() - began, 3),
         "warnings": invocation.warnings,
     }
-    end = "runs again, from its start" if runs else "was reset, and does not run, as before"
-    invocation.emit(document, lambda: [*(one.line() for one in disks), f"{settings.label} {end}"])
+    end = "runs again, from its start" if runs else "does not run"
+    invocation.emit(document, lambda: [*(one.line() for one in disks), f"{label} {end}"])

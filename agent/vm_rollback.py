@@ -15,7 +15,7 @@ from agent.vm_backup import finished_lookup, vm_target, wanted_flavour
 from agent.vm_restore import chosen_disks, device_of
 from agent.vm_settings import VmSettings
 from core.disks import ExtentState
-from core.errors import FleeceError, NotFoundError, UsageError
+from core.errors import FleeceError, FormatError, NotFoundError, UsageError
 from core.progress import Progress
 from core.units import format_size
 from datastore.index import ArchiveIndex
@@ -62,12 +62,15 @@ async def roll_back(
     include: Sequence[str],
     exclude: Sequence[str],
     progress: Progress,
+    *,
+    unverified: bool = False,
 ) -> tuple[list[RolledBack], bool]:
     """Write the snapshot's disks to those of the running VM, which stands still meanwhile and is reset.
 
     Returns what became of each disk, and whether the guest runs now.
 
     Raises:
+        FormatError: the snapshot has failed its last verification; `unverified` believes it all the same.
         UsageError, DiskNameError: the VM's socket is not known, or a disk is not one of the VM or has another size.
         NotFoundError, KeyNeededError: as `vm_restore.chosen_disks`.
         FleeceError: as `hypervisor.rollback.put_aside`.
@@ -76,6 +79,13 @@ async def roll_back(
     """
     if settings.qmp is None:
         raise UsageError("roll back", settings.label, "its QMP socket is not known", "give --qmp SOCKET")
+    # What the disks have now is lost with the first write, and at the bad chunk it would end.
+    if not unverified and (opened.manifest.verify_state or {}).get("state") == "failed":
+        raise FormatError(
+            "roll back to", str(opened.snapshot), "its last verification has failed, so that not all of it can be read",
+            f"'fleece verify {opened.snapshot}' tells what; --force tries it all the same, and may leave the VM "
+            "without its disks",
+        )  # fmt: skip
     entries = {strip_archive_type(file.filename): file for file in chosen_disks(opened, include, exclude)}
     for name in special_archives(entries):
         if name is not None and not include:
@@ -108,7 +118,7 @@ async def roll_back(
                 )
     for warning in back.warnings:
         progress.warn(warning)
-    return results, (back.running or back.again) and not back.warnings
+    return results, back.runs
 
 
 def _check(

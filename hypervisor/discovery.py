@@ -138,8 +138,8 @@ class Capabilities:
         return 45 if self.version >= (9, 1, 0) else 4
 
 
-async def capabilities(qmp: Qmp) -> Capabilities:
-    """What this QEMU can do.
+async def capabilities(qmp: Qmp, *, what: str = "back up") -> Capabilities:
+    """What this QEMU can do; `what` is to be done with its VM, for errors.
 
     Raises:
         VmUnsupportedError: too old, without a needed command, or older than 9.1 with I/O threads.
@@ -148,14 +148,14 @@ async def capabilities(qmp: Qmp) -> Capabilities:
     version = qmp.version
     text = ".".join(map(str, version))
     if version < (7, 2, 0):
-        raise VmUnsupportedError("back up the VM at", qmp.where, f"its QEMU is {text}", "7.2 is the oldest supported")
+        raise VmUnsupportedError(f"{what} the VM at", qmp.where, f"its QEMU is {text}", "7.2 is the oldest supported")
     missing = [command for command in _NEEDED_COMMANDS if command not in qmp.commands]
     if missing:
-        raise VmUnsupportedError("back up the VM at", qmp.where, f"its QEMU lacks {', '.join(missing)}")
+        raise VmUnsupportedError(f"{what} the VM at", qmp.where, f"its QEMU lacks {', '.join(missing)}")
     iothreads = bool(checked.of_type(await qmp.execute("query-iothreads"), list, f"{qmp.where}, query-iothreads"))
     if iothreads and version < (9, 1, 0):
         raise VmUnsupportedError(
-            "back up the VM at",
+            f"{what} the VM at",
             qmp.where,
             f"it has I/O threads, and QEMU {text} aborts when a backup of such a VM ends",
             "use QEMU 9.1 or newer, or remove the iothread objects",
@@ -244,8 +244,8 @@ async def _named_nodes(qmp: Qmp, instead: Mapping[str, str]) -> dict[str, dict[s
     return {root: nodes[other] for root, other in instead.items() if other in nodes}
 
 
-async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
-    """Refuse where no backup of `disks` may start now.
+async def check_vm(qmp: Qmp, disks: Sequence[Disk], *, what: str = "back up") -> None:
+    """Refuse where no backup of `disks` may start now, nor a rollback (`what`, for errors).
 
     Raises:
         VmStateError: the VM migrates, or has stopped at an I/O error, a block job works on one of the disks, or the
@@ -256,12 +256,12 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     status = checked.field(checked.of_type(await qmp.execute("query-status"), dict, where), "status", str, where)
     if status in _REFUSED_STATES:
         hint = "if it is still here, 'cont' over QMP or 'virsh resume' lets it go on" if status == "postmigrate" else ""
-        raise VmStateError("back up the VM at", qmp.where, f"{_REFUSED_STATES[status]} (status {status})", hint)
+        raise VmStateError(f"{what} the VM at", qmp.where, f"{_REFUSED_STATES[status]} (status {status})", hint)
     where = f"{qmp.where}, query-migrate"
     migration = checked.of_type(await qmp.execute("query-migrate"), dict, where)
     if (migrates := checked.optional(migration, "status", str, where) or "") in _MIGRATING:
         raise VmStateError(
-            "back up the VM at",
+            f"{what} the VM at",
             qmp.where,
             f"a migration of it is under way (status {migrates})",
             "try again when it has ended",
@@ -269,14 +269,14 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
     for disk in disks:
         if not disk.active:
             raise VmStateError(
-                "back up disk",
+                f"{what} disk",
                 disk.device,
                 "the VM has migrated here and not gone on yet, so that its QEMU may not use the disk",
                 "'cont' over QMP lets it go on",
             )
         if disk.node.startswith(OUR_PREFIX):
             raise VmStateError(
-                "back up disk",
+                f"{what} disk",
                 disk.device,
                 f"it is switched to {disk.node}: another backup runs, or one was killed",
                 "'fleece vm cleanup' undoes what a killed one left",
@@ -290,7 +290,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk]) -> None:
         for disk in disks:
             for job in sorted(busy.get(disk.node, ())):
                 raise VmStateError(
-                    "back up disk",
+                    f"{what} disk",
                     disk.device,
                     f"the block job '{checked.printable(job)}' ({jobs.get(job) or 'unknown'}) works on it",
                 )

@@ -32,7 +32,7 @@ from hypervisor.leftovers import clean_killed, none_ours
 from hypervisor.live_source import read_dirty_map
 from hypervisor.nbd_client import NbdAddress, open_nbd
 from hypervisor.qmp import Qmp, connect
-from hypervisor.state import DiskState, Run, RunState, clean_dead, exclusive
+from hypervisor.state import WRITING, DiskState, Run, RunState, clean_dead, exclusive, half_disks
 from hypervisor.targets import NbdTarget
 from hypervisor.vm import flavour_of
 
@@ -42,6 +42,8 @@ _EXPORTS_TIMEOUT_S: Final = 30.0
 _RESET_TIMEOUT_S: Final = 30.0
 #: Seconds for the whole end.
 _END_TIMEOUT_S: Final = 120.0
+#: `RunState.phase` before the first write.
+_PREPARING: Final = "rollback"
 #: Run states of a guest that does not run and whose disks nobody else has.
 _STANDING: Final = frozenset({"paused", "prelaunch", "shutdown", "guest-panicked", "internal-error"})
 
@@ -67,16 +69,21 @@ class Rollback:
 
     disks: Sequence[RolledDisk]
     run: Run
-    running: bool  #: the guest ran before
+    state: RunState
+    running: bool  #: the guest ran before: it is to go on when all is done
     again: bool  #: an earlier rollback had ended in the middle
+    runs: bool = False  #: it goes on, in the end
     touched: bool = False  #: something may have been written: from then on there is no way back
     warnings: list[str] = field(default_factory=list)
 
     @asynccontextmanager
     async def target(self, disk: RolledDisk) -> AsyncIterator[NbdTarget]:
         """The disk, to be written to while the block runs; durable when it ends."""
-        self.touched = True
         async with open_nbd(_address(self.run, f"disk{disk.number}"), writable=True) as pool:
+            if self.state.phase != WRITING:
+                self.state.phase = WRITING
+                await self.run.save(self.state)
+            self.touched = True
             target = NbdTarget(pool, reads_zero=False)
             yield target
             await target.flush()
@@ -118,16 +125,21 @@ async def put_aside(
     """
     path = os.fspath(qmp_path)
     async with AsyncExitStack() as stack:
-        await clean_dead(run_dir)
+        half = half_disks(await clean_dead(run_dir))
         async with connect(path) as qmp:
             run = stack.enter_context(exclusive(run_dir, qmp.peer))
-            await capabilities(qmp)
-            back = await _found(qmp, run, target, finished, selection, check, flavour)
-            state = RunState(path, "rollback", target, 0, os.getpid(), nbd_server=True)
+            await capabilities(qmp, what="roll back")
+            state = RunState(path, _PREPARING, target, 0, os.getpid())
+            back = await _found(qmp, run, state, finished, selection, check, flavour)
+            back.warnings += half
             state.disks = [
                 DiskState(one.number, one.disk.name, one.disk.qom_path, one.disk.node, "", one.bitmap, None)
                 for one in back.disks
             ]
+            if back.again:
+                state.phase = WRITING
+            # Killed before anything is put aside, whoever cleans up lets the guest go on.
+            state.paused = back.running
             await run.save(state)
             ending = _Ending(path, back, on_step)
             stack.push_async_exit(ending)  # armed before the first change
@@ -138,7 +150,7 @@ async def put_aside(
 async def _found(
     qmp: Qmp,
     run: Run,
-    target: str,
+    state: RunState,
     finished: Finished,
     selection: DiskSelection,
     check: Callable[[Sequence[Disk]], Sequence[Disk]],
@@ -147,17 +159,18 @@ async def _found(
     """The disks, and what their bitmaps are; of an earlier rollback that has not ended what it had put aside."""
     aside = await nodes_put_aside(qmp)
     kind = await flavour_of(qmp, flavour)
+    before = await run.load() if aside else None
     if aside:
-        await _end_server(qmp)
+        await _end_server(qmp, ours=before is None or before.nbd_server)
     else:
         undone = await clean_killed(qmp, run, None)
         if undone.problems:
             raise VmStateError("remove what a killed run has left in the VM at", qmp.where, "; ".join(undone.problems))
-    settled = await kind.settle(qmp, target, finished)
+    settled = await kind.settle(qmp, state.target, finished)
     roots = {f"fleece-p{number}": node for number, node in aside.items()}
     disks = list(check((await kind.survey(qmp, selection, instead=roots)).disks))
     if not aside:
-        await check_vm(qmp, disks)
+        await check_vm(qmp, disks, what="roll back")
     elif missing := set(aside.values()) - {disk.node for disk in disks}:
         raise VmStateError(
             "roll back the VM at", qmp.where, f"the rollback before has not ended, and had {', '.join(missing)} too",
@@ -173,7 +186,9 @@ async def _found(
     status = await _status(qmp)
     if status != "running" and status not in _STANDING:
         raise VmStateError("roll back the VM at", qmp.where, f"its state is {status}")
-    return Rollback(rolled, run, running=status == "running", again=bool(aside))
+    # What the rollback before has stopped goes on; that it was running is taken for granted if nothing says otherwise.
+    running = status == "running" or (bool(aside) and (before is None or before.paused))
+    return Rollback(rolled, run, state, running=running, again=bool(aside))
 
 
 def _choose(one: RolledDisk, bitmaps: Sequence[Bitmap], unsure: Mapping[str, str]) -> None:
@@ -215,8 +230,7 @@ async def _set_up(qmp: Qmp, back: Rollback, on_step: Callable[[str], None]) -> N
         on_step("put its disks aside")
         await _lead_elsewhere(qmp, back)
         on_step("start the NBD server")
-        address = {"type": "unix", "data": {"path": str(back.run.socket)}}
-        await qmp.execute("nbd-server-start", {"addr": address, "max-connections": 16 + 4 * len(back.disks)})
+        await _start_server(qmp, back)
         for one in back.disks:
             if one.bitmap is not None:
                 await _read_map(qmp, back, one)
@@ -224,6 +238,23 @@ async def _set_up(qmp: Qmp, back: Rollback, on_step: Callable[[str], None]) -> N
             await _export(qmp, one, "e", f"fleece-o{one.number}", f"disk{one.number}", writable=True)
     except QmpCommandError as error:
         raise RollbackError("put the disks aside of the VM at", qmp.where, str(error)) from error
+
+
+async def _start_server(qmp: Qmp, back: Rollback) -> None:
+    address = {"type": "unix", "data": {"path": str(back.run.socket)}}
+    back.state.nbd_server = True
+    await back.run.save(back.state)  # before: killed in between, the next one stops it
+    try:
+        await qmp.execute("nbd-server-start", {"addr": address, "max-connections": 16 + 4 * len(back.disks)})
+    except QmpCommandError as error:
+        back.state.nbd_server = False
+        await back.run.save(back.state)
+        if "already running" not in error.desc:
+            raise
+        raise RollbackError(
+            "start the NBD server of", qmp.where, "it is running already, for somebody else",
+            "QEMU has only one; stop it with nbd-server-stop when its user is done",
+        ) from error  # fmt: skip
 
 
 async def _lead_elsewhere(qmp: Qmp, back: Rollback) -> None:
@@ -262,11 +293,27 @@ async def _export(qmp: Qmp, one: RolledDisk, kind: str, node: str, name: str, **
 # -- the way back -----------------------------------------------------------------------------------------------------
 
 
+#: How a VM is left that was not rolled back to the end, by how far it came.
+_GONE: Final = (
+    "the VM's QEMU has ended, and the disks hold a part of the snapshot only: restore them before it is started again"
+)
+_HALF: Final = (
+    "the VM stays stopped, and its devices are without their disks, which hold a part of the snapshot only: "
+    "roll it back again, to this or another snapshot, before it is let go on"
+)
+_WHOLE: Final = (
+    "the disks are those of the snapshot, but the VM stays stopped, since it was not reset: roll it back again, or end "
+    "its QEMU and start it"
+)
+_AS_BEFORE: Final = "nothing was written, but the VM stays stopped: see to it"
+
+
 class _Ending:
     """The end of a rollback, as an exit callback."""
 
     def __init__(self, path: str, back: Rollback, on_step: Callable[[str], None]) -> None:
         self._path, self._back, self._on_step = path, back, on_step
+        self._is_back = False  #: the devices have their disks again
 
     async def __call__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         back = self._back
@@ -282,23 +329,50 @@ class _Ending:
             problem = f"it was not done within {_END_TIMEOUT_S:.0f} s"
         if put_back and not problem:
             return False
-        text = (
-            "the VM stays stopped, and its devices are without their disks, which hold a part of the snapshot only: "
-            "roll it back again, to this or another snapshot, before it is let go on"
-        )
-        if problem:
+        text = self._left(whole=error is None)
+        if problem and text is not _GONE:
             text = f"{problem}; {text}"
         if isinstance(error, Exception):
             error.add_note(text)
             return False
         raise RollbackError("roll back the VM at", self._path, text) from error
 
+    def _left(self, *, whole: bool) -> str:
+        """How the VM is left, in words."""
+        back = self._back
+        untouched = not back.touched and not back.again
+        if not back.run.peer.alive():
+            return "the VM's QEMU has ended" if untouched or (whole and self._is_back) else _GONE
+        if untouched:
+            return _AS_BEFORE
+        return _WHOLE if whole and self._is_back else _HALF
+
     async def _end(self, qmp: Qmp, *, put_back: bool, reset: bool) -> None:
         back = self._back
-        await _end_server(qmp)
+        await _end_server(qmp, ours=back.state.nbd_server)
         if not put_back:
             return
         self._on_step("put the disks back")
+        await self._put_back(qmp)
+        self._is_back = True
+        try:
+            goes_on = await self._reset(qmp) if reset else True
+            if not goes_on:
+                back.run.forget()  # else the next one would let it go on
+            # Last: as long as they are there, nobody lets a machine go on that remembers other disks.
+            await self._remove(qmp, "o")
+            if goes_on and back.running:
+                self._on_step("let the guest go on")
+                await qmp.execute("cont")
+                back.runs = True
+        except QmpLostError:
+            if not reset:
+                raise
+            back.warnings.append("the VM's QEMU ended when the machine was reset (-no-reboot): start it again")
+        back.run.forget()
+
+    async def _put_back(self, qmp: Qmp) -> None:
+        back = self._back
         roots = {node: path for path, node in await device_roots(qmp)}
         mine = [one for one in back.disks if f"fleece-p{one.number}" in roots]
         there = await block_nodes(qmp)
@@ -307,35 +381,42 @@ class _Ending:
             await qmp.execute("blockdev-reopen", {"options": [_pass_through(one, one.disk.node) for one in passing]})
         for one in mine:
             await qmp.qom_set(one.disk.qom_path, "drive", one.disk.node)
-        for one in back.disks:
-            for letter in "pno":
+        await self._remove(qmp, "pn")
+
+    async def _remove(self, qmp: Qmp, letters: str) -> None:
+        there = await block_nodes(qmp)
+        for one in self._back.disks:
+            for letter in letters:
                 if f"fleece-{letter}{one.number}" in there:
                     await qmp.execute("blockdev-del", {"node-name": f"fleece-{letter}{one.number}"})
-        back.run.forget()
+
+    async def _reset(self, qmp: Qmp) -> bool:
+        """Reset the machine; False, with a warning, if it is not to go on: what it remembers of its disks is wrong."""
+        self._on_step("reset the machine")
+        await qmp.execute("system_reset")
         try:
-            if reset:
-                self._on_step("reset the machine")
-                await qmp.execute("system_reset")
-                await qmp.poll("query-status", _was_reset, timeout_s=_RESET_TIMEOUT_S)
-            if back.running or (back.again and reset):
-                self._on_step("let the guest go on")
-                await qmp.execute("cont")
-        except QmpLostError:
-            back.warnings.append("the VM's QEMU ended when the machine was reset (-no-reboot): start it again")
+            await qmp.poll("query-status", _was_reset, timeout_s=_RESET_TIMEOUT_S)
+        except QmpTimeoutError:
+            self._back.warnings.append(
+                "the disks are rolled back, but QEMU did not reset the machine (-no-reboot with -no-shutdown): "
+                "it stays stopped; end its QEMU and start it again"
+            )
+            return False
+        return True
 
 
 def _was_reset(answer: object) -> bool:
     return isinstance(answer, dict) and answer.get("status") == "prelaunch"
 
 
-async def _end_server(qmp: Qmp) -> None:
-    """Remove the exports of ours, and stop the server, which is ours too.
+async def _end_server(qmp: Qmp, *, ours: bool) -> None:
+    """Remove the exports of ours, and stop the server if it is `ours`.
 
     Raises:
         VmStateError: QEMU does not let go of them.
     """
     await _end_exports(qmp)
-    if not (await our_exports(qmp))[1]:
+    if ours and not (await our_exports(qmp))[1]:
         with contextlib.suppress(QmpCommandError):  # it may not have been started yet
             await qmp.execute("nbd-server-stop")
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from hypervisor.errors import FleecingError, QmpAnswerError, VmStateError
 from hypervisor.scratch import remove_image
 from hypervisor.unix_socket import Peer, process_start_time
 
+#: `RunState.phase` of a rollback that has begun to write: until it is done the disks are no disks.
+WRITING: Final = "rollback, which writes to the disks"
 _FOLDER: Final = re.compile(r"qemu-(?P<pid>[0-9]{1,10})-(?P<start>[0-9]{1,20})")
 #: Bytes of a state file; a thousand disks take less.
 _MAX_STATE: Final = 1024 * 1024
@@ -232,8 +234,19 @@ def _lock(path: Path) -> int | None:
 
 
 async def clean_dead(run_dir: Path) -> list[str]:
-    """Remove what runs have left of QEMUs that are gone: fleecing images, sockets, state. Returns what was done."""
+    """Remove what runs have left of QEMUs that are gone: fleecing images, sockets, state. Returns what was done.
+
+    What `half_disks` finds in that is a warning: nobody else remembers it.
+    """
     return await in_io_thread(_clean_dead, run_dir)
+
+
+def half_disks(done: Iterable[str]) -> list[str]:
+    """Of what `clean_dead` has returned that a rollback has ended together with its QEMU."""
+    return [line for line in done if _HALF in line]
+
+
+_HALF: Final = "ended in the middle of a rollback"
 
 
 def _clean_dead(run_dir: Path) -> list[str]:
@@ -255,6 +268,12 @@ def _clean_dead(run_dir: Path) -> list[str]:
                     if _is_image(disk.image, match) and Path(disk.image).exists():
                         remove_image(Path(disk.image))
                         done.append(f"removed the fleecing image {disk.image}")
+                if state is not None and state.phase == WRITING:
+                    disks = ", ".join(f"{disk.archive} ({disk.root})" for disk in state.disks)
+                    done.append(
+                        f"the QEMU whose QMP socket was {state.qmp} {_HALF}: unless restored since, its disks "
+                        f"hold a part of a snapshot only: {checked.printable(disks, 500)}"
+                    )
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 done.append(f"removed the state of the QEMU with process id {match['pid']}, which has ended")

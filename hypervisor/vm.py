@@ -42,7 +42,7 @@ from hypervisor.proxmox import Proxmox
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, remove_stale
 from hypervisor.size_marks import remove_marks
-from hypervisor.state import Run, clean_dead, exclusive, started
+from hypervisor.state import Run, clean_dead, exclusive, half_disks, started
 from hypervisor.stock import Stock
 from hypervisor.view import FrozenView
 
@@ -126,7 +126,7 @@ async def frozen_view(
     """
     path = os.fspath(qmp_path)
     async with AsyncExitStack() as stack:
-        await clean_dead(run_dir)
+        half = half_disks(await clean_dead(run_dir))
         async with connect(path) as qmp:
             run = stack.enter_context(exclusive(run_dir, qmp.peer))
             able = await capabilities(qmp)
@@ -167,6 +167,7 @@ async def frozen_view(
                 on_step=on_step,
             )
             fleecing = kind.fleecing(order, chosen, able=able, run=run, nodes=nodes.values())
+            fleecing.warnings += half
             if undone.actions:
                 fleecing.warnings.append(f"another run was killed; done for it: {', '.join(undone.actions)}")
             teardown = _Teardown(fleecing, on_warning)

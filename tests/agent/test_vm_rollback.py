@@ -17,7 +17,7 @@ from agent.snapshot_archives import open_snapshot
 from agent.vm_backup import back_up_vm
 from agent.vm_rollback import RolledBack, roll_back
 from agent.vm_settings import VmOptions, VmSettings, resolve_vm
-from core.errors import FleeceError, NotFoundError, TargetError
+from core.errors import FleeceError, FormatError, NotFoundError, TargetError
 from core.progress import Progress
 from datastore.codec import ChunkCodec
 from datastore.names import Group, Snapshot
@@ -30,7 +30,7 @@ from repository.local import LocalRepository, open_local
 from repository.report import ArchiveReport
 from repository.restore import restore_disk
 from tests.support.qemu_binaries import QemuBinary
-from tests.support.running import RunningQemu, VmDisk
+from tests.support.running import PATIENCE_S, RunningQemu, VmDisk
 
 from .conftest import Fleece
 
@@ -55,7 +55,7 @@ class Bench:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, qemu: QemuBinary, store: Path, folder: Path, formats: Sequence[Format]
+        cls, qemu: QemuBinary, store: Path, folder: Path, formats: Sequence[Format], *extra: str
     ) -> AsyncIterator["Bench"]:
         disks = []
         for number, format in enumerate(formats):
@@ -67,7 +67,7 @@ class Bench:
         config.write_text(f'[vm.web]\nscratch = "{folder}/scratch"\nscratch-beside-disks = true\n')
         repo = await open_local(store, name="test")
         try:
-            async with RunningQemu.start(qemu, disks, memory_mib=32) as vm:
+            async with RunningQemu.start(qemu, disks, memory_mib=32, extra=extra) as vm:
                 settings = resolve_vm(load_config(config, must_exist=True), VmOptions("web", vm.qmp))
                 yield cls(repo, vm, settings)
         finally:
@@ -101,13 +101,17 @@ class Bench:
         self.kept[ctime] = await self.content()
         return {one.name: one for one in report.archives if one.name.startswith("drive-")}
 
-    async def roll_back(self, ctime: int, *, exclude: Sequence[str] = ()) -> tuple[dict[str, RolledBack], bool]:
+    async def roll_back(
+        self, ctime: int, *, exclude: Sequence[str] = (), progress: Progress | None = None, unverified: bool = False
+    ) -> tuple[dict[str, RolledBack], bool]:
         snapshot: Snapshot = GROUP.at(ctime)
         async with (
             open_cache(CHUNK) as cache,
             open_snapshot(self.repo, snapshot, ChunkCodec(), cache, Progress()) as opened,
         ):
-            disks, runs = await roll_back(self.settings, self.repo, opened, (), exclude, Progress())
+            disks, runs = await roll_back(
+                self.settings, self.repo, opened, (), exclude, progress or Progress(), unverified=unverified
+            )
             return {one.name: one for one in disks}, runs
 
     async def status(self) -> str:
@@ -270,7 +274,8 @@ async def test_what_a_killed_rollback_left_is_gone_on_with(
             patched.setattr(rollback._Ending, "_end", killed)
             await bench.roll_back(1000)
         assert len(await bench.vm.exports()) == 2
-        await bench.roll_back(1000)
+        _, runs = await bench.roll_back(1000)
+        assert (runs, await bench.status()) == (False, "prelaunch")  # as before the first one
         assert await bench.vm.exports() == []
         assert await bench.content() == bench.kept[1000]
         assert await bench.nodes() == set()
@@ -310,6 +315,84 @@ async def test_a_rollback_that_is_killed_at_any_step_of_its_set_up_is_gone_on_wi
             assert await bench.content() == bench.kept[1000], last
 
 
+async def test_a_guest_that_was_stopped_by_a_killed_rollback_before_anything_else_goes_on_with_the_next_backup(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def killed(*arguments: Any, **options: Any) -> None:
+        raise QmpLostError("run", "it", "killed on purpose")
+
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+        await bench.backup(1000)
+        await bench.vm.execute("cont")
+        with monkeypatch.context() as patched:
+            patched.setattr(rollback, "_lead_elsewhere", killed)
+            patched.setattr(rollback._Ending, "_end", killed)
+            with pytest.raises(QmpLostError, match="on purpose") as caught:
+                await bench.roll_back(1000)
+        assert any("nothing was written, but the VM stays stopped" in note for note in caught.value.__notes__)
+        assert await bench.status() == "paused"
+        await bench.backup(2000)
+        assert await bench.status() == "running"
+
+
+async def test_a_machine_that_qemu_does_not_reset_does_not_go_on(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollback, "_RESET_TIMEOUT_S", 0.3)
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"], "-no-reboot", "-no-shutdown") as bench:
+        await bench.write(3)
+        await bench.backup(1000)
+        await bench.vm.execute("cont")
+        await bench.write(3)
+        progress = Progress()
+        _, runs = await bench.roll_back(1000, progress=progress)
+        assert (runs, await bench.status()) == (False, "paused")
+        assert ["did not reset the machine" in line for line in progress.warnings] == [True]
+        assert await bench.nodes() == set()
+        assert await bench.content() == bench.kept[1000]
+
+
+async def test_a_qemu_that_ends_in_the_middle_is_told_then_and_by_the_next_backup(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+        await bench.backup(1000)
+
+        async def killed(*arguments: Any, **options: Any) -> None:
+            await bench.vm.kill()
+            await restore_disk(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(vm_rollback, "restore_disk", killed)
+            with pytest.raises(FleeceError) as caught:
+                await bench.roll_back(1000)
+        (note,) = caught.value.__notes__
+        assert note.startswith("the VM's QEMU has ended, and the disks hold a part of the snapshot only")
+        async with RunningQemu.start(distribution, bench.vm.disks, memory_mib=32) as vm:
+            bench.vm, former = vm, bench.vm
+            bench.settings = resolve_vm(load_config(tmpfs / "fleece.toml", must_exist=True), VmOptions("web", vm.qmp))
+            for ctime, told in ((2000, True), (3000, False)):
+                progress = Progress()
+                async with bench.repo.backup(GROUP.at(ctime)) as session:
+                    await back_up_vm(bench.settings, bench.repo, session, ChunkCodec(), progress)
+                said = f"QMP socket was {former.qmp} ended in the middle of a rollback"
+                assert any(said in line for line in progress.warnings) is told
+
+
+async def test_an_nbd_server_of_somebody_else_is_left_alone(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path
+) -> None:
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+        await bench.backup(1000)
+        await bench.vm.execute("cont")
+        address = {"type": "unix", "data": {"path": str(bench.vm.folder / "theirs")}}
+        await bench.vm.execute("nbd-server-start", {"addr": address})
+        with pytest.raises(RollbackError, match="running already, for somebody else"):
+            await bench.roll_back(1000)
+        assert (await bench.status(), await bench.nodes()) == ("running", set())
+        await bench.vm.execute("block-export-add", {"type": "nbd", "id": "x", "node-name": "fmt-disk0"})
+
+
 async def test_what_cannot_be_rolled_back_is_refused_and_the_guest_goes_on(
     distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +409,22 @@ async def test_what_cannot_be_rolled_back_is_refused_and_the_guest_goes_on(
                 await bench.roll_back(1000)
         assert await bench.status() == "running"
         assert await bench.nodes() == set()
+        await bench.repo.record_verification(GROUP.at(1000), "failed", "")
+        with pytest.raises(FormatError, match="its last verification has failed"):
+            await bench.roll_back(1000)
+        assert await bench.status() == "running"
+        await bench.roll_back(1000, unverified=True)
+        await bench.repo.record_verification(GROUP.at(1000), "ok", "")
+        await bench.vm.execute("blockdev-add", {"driver": "null-co", "node-name": "null", "size": SIZE})
+        job = {"job-id": "job", "device": "fmt-disk0", "target": "null", "sync": "full", "speed": 1}
+        await bench.vm.execute("blockdev-mirror", job)
+        with pytest.raises(VmStateError, match=r"cannot roll back disk disk0: the block job 'job' \(mirror\)"):
+            await bench.roll_back(1000)
+        assert await bench.status() == "running"
+        await bench.vm.execute("block-job-cancel", {"device": "job", "force": True})
+        with trio.fail_after(PATIENCE_S):
+            while await bench.vm.execute("query-block-jobs"):  # noqa: ASYNC110 - QEMU ends it
+                await trio.sleep(0.01)
         await bench.vm.execute("block_resize", {"node-name": "fmt-disk0", "size": SIZE + CHUNK})
         with pytest.raises(DiskNameError, match=f"it has {SIZE + CHUNK} bytes"):
             await bench.roll_back(1000)
