@@ -38,6 +38,10 @@ _HARMLESS_PARTS: Final = frozenset(
         "perf", "devices", "idmap",
     }
 )  # fmt: skip
+#: Children of `<os>` that stay without trust: what boots from the restored disks.
+_HARMLESS_BOOT: Final = frozenset({"type", "loader", "nvram", "boot", "bootmenu", "bios", "smbios", "firmware"})
+#: Children of `<domain>` of which libvirt would take any, or all, where there should be one.
+_ONCE: Final = ("name", "uuid", "os", "devices")
 #: Character devices, whose other end may be any file or socket of the host.
 _CHARACTER: Final = ("serial", "parallel", "console", "channel", "redirdev")
 #: Kinds of interfaces that join a network of libvirt's, or none.
@@ -94,6 +98,10 @@ def rewrite(text: bytes, wanted: NewDomain, *, where: str, live: bytes | None = 
         )
     warnings: list[str] = []
     running = None if live is None else element_of(live, where)
+    for one in (root, *([] if running is None else [running])):
+        for tag in _ONCE:
+            if len(one.findall(tag)) > 1:
+                raise FormatError("restore the domain of", where, f"its description has more than one <{tag}>")
     _set_identity(root, wanted)
     if not wanted.trusted:
         _leave_out(root, warnings)
@@ -154,7 +162,35 @@ def _leave_out(root: Element, warnings: list[str]) -> None:
                 if device.get("type") not in ("pty", "spicevmc", "null", "vc") and not _is_agent(device):
                     _to_pty(device)
                     out.append(f"the other end of <{tag}>")
+                if device.find("log") is not None:  # a file that a service of root writes what the guest says to
+                    _drop(device, "log")
+                    out.append(f"the log of <{tag}>")
+                if not _is_agent(device):
+                    _drop(device, "source")  # what it was called on the host it ran on
+                device.attrib.pop("tty", None)
+        for device in devices:
+            if device.tag not in ("emulator", "rng"):  # looked at above
+                _leave_out_paths(device, out)
     warnings += [f"left out, since it reaches into the host: {what}; --trust keeps it" for what in sorted(set(out))]
+
+
+def _leave_out_paths(device: Element, out: list[str]) -> None:
+    """Leave out every part of a device that names a file or socket, whatever libvirt would do with it."""
+    for name in [name for name, value in device.attrib.items() if _is_path(value)]:
+        del device.attrib[name]
+        out.append(f"{name} of {_called(device)}"[:80])
+    for child in list(device):
+        if device.tag == "disk" and child.tag in ("source", "backingStore", "mirror"):
+            continue  # goes in any case, or with its medium
+        values = [text for one in child.iter() for text in (one.text or "", *one.attrib.values())]
+        if any(map(_is_path, values)):
+            device.remove(child)
+            out.append(f"{_called(child)} of {_called(device)}")
+
+
+def _is_path(text: str) -> bool:
+    text = text.strip()
+    return text.startswith("/") or ":/" in text or "=/" in text
 
 
 def _called(element: Element) -> str:
@@ -164,11 +200,15 @@ def _called(element: Element) -> str:
 
 def _drop_parts(root: Element, out: list[str]) -> None:
     for system in root.findall("os"):
-        for tag in ("kernel", "initrd", "dtb", "init", "initarg", "initenv", "initdir", "cmdline", "shim", "acpi"):
-            if system.find(tag) is not None:
-                _drop(system, tag)
-                out.append(f"<{tag}>")
+        for child in list(system):
+            again = child.tag != "boot" and child is not system.find(str(child.tag))
+            if child.tag not in _HARMLESS_BOOT or again:
+                system.remove(child)
+                out.append(_called(child))
         for loader in system.findall("loader"):
+            if loader.get("readonly") == "no":
+                loader.set("readonly", "yes")
+                out.append("that it may write to its <loader>")
             if not _is_below((loader.text or "").strip(), _FIRMWARE):
                 system.remove(loader)
                 system.set("firmware", "efi")
@@ -204,6 +244,8 @@ def _is_harmless(device: Element) -> bool:
             if device.find(name) is not None:
                 return False
         return device.get("type") in _NETWORKS
+    if device.tag in ("tpm", "rng") and len(device.findall("backend")) != 1:
+        return False
     if device.tag == "tpm":
         backend = device.find("backend")
         return backend is not None and backend.get("type") == "emulator" and backend.find("source") is None
@@ -214,8 +256,10 @@ def _is_harmless(device: Element) -> bool:
             "", "/dev/urandom", "/dev/random", "/dev/hwrng",
         )  # fmt: skip
     if device.tag == "graphics":
-        return device.get("socket") is None and not any(
-            listen.get("type") == "socket" for listen in device.findall("listen")
+        return (
+            device.get("type") in ("vnc", "spice")
+            and device.get("socket") is None
+            and not any(listen.get("type") == "socket" for listen in device.findall("listen"))
         )
     if device.tag == "audio":
         return device.get("type") in ("none", "spice")
@@ -250,6 +294,8 @@ def _set_disks(
         for disk in described(running, where).disks:
             if disk.target not in known and disk.is_disk:
                 element = next(one for one in running.findall("devices/disk") if _target(one) == disk.target)
+                if not wanted.trusted:
+                    _leave_out_paths(element, [])
                 devices.append(element)
                 known[disk.target], elements[disk.target] = disk, element
             elif disk.target in known and disk.alias:

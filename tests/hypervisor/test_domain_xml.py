@@ -254,6 +254,16 @@ REACHING = (
     "<shmem name='x'/><memory model='nvdimm'><source><path>/etc/shadow</path></source></memory>"
     "<input type='passthrough' bus='virtio'><source evdev='/dev/input/event1'/></input>"
     "<smartcard mode='host'/>"
+    # What libvirt writes as root, opens or lets a guest read beside a device that harms nobody.
+    "<serial type='pty'><log file='/etc/cron.d/x' append='off'/></serial>"
+    "<channel type='unix'><log file='/etc/x'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+    "<console type='null'><log file='/etc/x'/></console>"
+    "<interface type='bridge'><source bridge='br0'/><rom bar='on' file='/etc/shadow'/></interface>"
+    "<graphics type='egl-headless'><gl rendernode='/dev/dri/card0'/></graphics>"
+    "<graphics type='dbus' address='unix:path=/run/evil'/><graphics type='spice'><gl rendernode='/dev/x'/></graphics>"
+    "<video><model type='virtio'><acceleration rendernode='/dev/sda'/></model></video>"
+    "<rng model='virtio'><backend model='random'>/dev/random</backend><backend model='random'>/etc/x</backend></rng>"
+    "<tpm><backend type='emulator'/><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>"
 )
 
 
@@ -261,7 +271,7 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
     text = domain(
         "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>" + REACHING,
         system="<loader>/tmp/evil.fd</loader><nvram template='/etc/shadow'>/etc/passwd</nvram>"
-        "<kernel>/etc/shadow</kernel>",
+        "<nvram>/etc/group</nvram><varstore path='/etc/x'/><kernel>/etc/shadow</kernel>",
         more="<qemu:commandline><qemu:arg value='-drive'/><qemu:arg value='file=/etc/shadow'/></qemu:commandline>"
         "<sysinfo type='fwcfg'><entry name='opt/x' file='/etc/shadow'/></sysinfo><launchSecurity type='sev'/>",
     )
@@ -278,6 +288,10 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
         "<loader>",
         "<interface>",
         "other end of <serial>",
+        "log of <serial>",
+        "<rom> of <interface>",
+        "<graphics>",
+        "<varstore>",
     ):
         assert part in said, part
 
@@ -286,6 +300,25 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
     assert root.findtext("devices/emulator") == "/home/evil/qemu"
     assert "/etc/shadow" in result.xml
     assert "vdz" not in result.xml, "a disk that was not restored is never another file of the host"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    "more", ["<devices><disk><source file='/etc/x'/><target dev='vdz'/></disk></devices>", "<os><nvram>/x</nvram></os>"]
+)
+def test_a_second_part_of_a_kind_that_libvirt_would_join_to_the_first_is_refused(more: str, trusted: bool) -> None:
+    one = "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>"
+    for text, live in ((domain(one, more=more), None), (domain(one), domain(one, more=more))):
+        with pytest.raises(FormatError, match="more than one <(os|devices)>"):
+            rewritten(text, live=live, trusted=trusted)
+
+
+def test_nobody_writes_to_the_firmware_of_the_host() -> None:
+    one = "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>"
+    text = domain(one, system="<loader readonly='no' type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader>")
+    root, result = rewritten(text)
+    assert [loader.get("readonly") for loader in root.findall("os/loader")] == ["yes"]
+    assert "may write to its <loader>" in result.warnings[0]
 
 
 def test_usual_devices_stay_without_trust() -> None:
