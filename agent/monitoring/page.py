@@ -66,7 +66,7 @@ def render_page(document: Mapping[str, Any]) -> str:
     """The page of what `agent.monitoring.overview` gives."""
     now = float(document["time"])
     host = shown(document["host"])
-    problems = list(find_problems(document))
+    problems = find_problems(document)
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -86,8 +86,26 @@ def render_page(document: Mapping[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def find_problems(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """What somebody should look at: `bad` or `warn`, and a sentence."""
+def find_problems(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What somebody should look at: `bad` or `warn`, and a sentence; the worst first, what concerns all before guests.
+
+    So the few things that explain the many are seen where many guests have something.
+    """
+    return sorted(_problems(document), key=lambda problem: problem[0] != "bad")
+
+
+def _problems(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if not document["agent"]["running"]:
+        yield "warn", "the agent does not run: no job is begun by itself, unless timers do it"
+    for store in document["stores"]:
+        yield from _store_problems(store)
+    for job in document["jobs"]:
+        state = (job["last-run"] or {}).get("state")
+        if state in ("failed", "killed"):
+            yield "bad", f"job {job['job']}: the last run {'has failed' if state == 'failed' else 'was killed'}"
+    for target in document["notifications"]:
+        if target["last-error"]:
+            yield "warn", f"notification {target['name']}: {target['last-error']}"
     for guest in document["guests"]:
         name = guest["guest"]
         if guest["state"] == "failed":
@@ -100,17 +118,6 @@ def find_problems(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield "bad", f"{name}: the last backup is {format_duration(guest['age-s'])} old"
         if guest["state"] in (*GOOD, "failed") and not guest["jobs"]:
             yield "warn", f"{name}: no job backs it up any more"
-    for job in document["jobs"]:
-        state = (job["last-run"] or {}).get("state")
-        if state in ("failed", "killed"):
-            yield "bad", f"job {job['job']}: the last run {'has failed' if state == 'failed' else 'was killed'}"
-    for store in document["stores"]:
-        yield from _store_problems(store)
-    for target in document["notifications"]:
-        if target["last-error"]:
-            yield "warn", f"notification {target['name']}: {target['last-error']}"
-    if not document["agent"]["running"]:
-        yield "warn", "the agent does not run: no job is begun by itself, unless timers do it"
 
 
 def _store_problems(store: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
