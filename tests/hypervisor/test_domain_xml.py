@@ -309,7 +309,7 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
 def test_a_second_part_of_a_kind_that_libvirt_would_join_to_the_first_is_refused(more: str, trusted: bool) -> None:
     one = "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>"
     for text, live in ((domain(one, more=more), None), (domain(one), domain(one, more=more))):
-        with pytest.raises(FormatError, match="more than one <(os|devices)>"):
+        with pytest.raises(FormatError, match=r"more than one <(os|devices)>"):
             rewritten(text, live=live, trusted=trusted)
 
 
