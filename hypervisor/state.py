@@ -211,7 +211,10 @@ def _left_state(run_dir: Path, peer: Peer) -> RunState | None:
 def _held(run: Run) -> VmStateError:
     state = _load(run._state)
     by = f" (process {state.agent})" if state is not None else ""
-    return VmStateError("work on the VM with", f"process {run.peer.pid}", f"another backup or clean-up of it runs{by}")
+    return VmStateError(
+        "work on the VM with", f"process {run.peer.pid}", f"another backup or clean-up of it runs{by}",
+        "'fleece nbd list' shows whether its disks are held as devices or files",
+    )  # fmt: skip
 
 
 def _name(peer: Peer) -> str:
