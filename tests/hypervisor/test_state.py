@@ -62,7 +62,9 @@ def test_state_that_is_none_is_told(text: bytes) -> None:
 def test_a_second_run_is_told_who_has_the_vm(tmp_path: Path, peer: Peer) -> None:
     with exclusive(tmp_path, peer) as run:
         (run.folder / "state.json").write_bytes(STATE.pack())
-        told = pytest.raises(VmStateError, match=r"another backup or clean-up of it runs \(process 1234\); 'fleece nbd list' ")
+        told = pytest.raises(
+            VmStateError, match=r"another backup or clean-up of it runs \(process 1234\); 'fleece nbd list' "
+        )
         with told, exclusive(tmp_path, peer):
             pass
         run.forget()
