@@ -71,8 +71,17 @@ class ImageAccessor(ArchiveAccessor):
         else:
             self.more_complaints += 1
 
-    def warn(self, warn: Callable[[str], None]) -> None:
-        """Pass all complaints to `warn`, and forget them."""
+    def warn(self, warn: Callable[[str], None], *, names_only: bool = False) -> None:
+        """Pass all complaints to `warn`, and forget them.
+
+        Args:
+            warn: called with each.
+            names_only: leave out what is known of whole file systems that can be read: it does not concern a search.
+        """
+        for remark in self.asked.remarks:
+            if remark.is_loss or not names_only:
+                warn(remark.text)
+        self.asked.remarks.clear()
         for text in self.complaints:
             warn(text)
         if self.more_complaints:

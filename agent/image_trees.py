@@ -48,10 +48,13 @@ async def open_image_tree(
     cache: ChunkCache,
     warn: Callable[[str], None],
     worker: Worker | None = None,
+    *,
+    names_only: bool = False,
 ) -> AsyncIterator[ImageAccessor]:
     """What is on the disk `name`, while the block runs; used in worker threads that trio started.
 
-    What could not be read on the way goes to `warn` at the end. `worker` is a process that was started before.
+    What could not be read on the way goes to `warn` at the end, and unless `names_only` that a file system was in use.
+    `worker` is a process that was started before.
 
     Raises:
         NotFoundError, UsageError: there is no such disk.
@@ -66,15 +69,18 @@ async def open_image_tree(
         try:
             yield accessor
         finally:
-            accessor.warn(warn)
+            accessor.warn(warn, names_only=names_only)
 
 
 @asynccontextmanager
-async def open_image_of(opened: OpenSnapshot, name: str, worker: Worker | None = None) -> AsyncIterator[ImageAccessor]:
+async def open_image_of(
+    opened: OpenSnapshot, name: str, worker: Worker | None = None, *, names_only: bool = False
+) -> AsyncIterator[ImageAccessor]:
     """As `open_image_tree`, of a snapshot that is open."""
     async with open_image_tree(
-        opened.reader, opened.codec, opened.manifest, name, opened.cache, opened.progress.warn, worker
-    ) as accessor:
+        opened.reader, opened.codec, opened.manifest, name, opened.cache, opened.progress.warn, worker,
+        names_only=names_only,
+    ) as accessor:  # fmt: skip
         yield accessor
 
 
@@ -100,7 +106,7 @@ async def find_in_image(
     Raises:
         FormatError, KeyNeededError, NotFoundError: it cannot be read.
     """
-    async with open_image_of(opened, name) as accessor:
+    async with open_image_of(opened, name, names_only=True) as accessor:
 
         def walk() -> None:
             root = 0  # bytes of the path of the volume

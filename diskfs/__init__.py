@@ -14,6 +14,6 @@ image.py       partitions and volumes of one disk, within the process
 blocks.py      disks and parts of disks, mapped back to the disk
 tables.py, lvm.py, probe.py                   what lies where, and what it is
 ext.py, xfs.py, btrfs.py, ntfs.py, fat.py     the file systems, by the libraries `dissect.*`
-ext_inodes.py, ext_journal.py, xfs_extents.py, xfs_attributes.py   parts of them
-errors.py      `DiskFsError`, `ImageLibraryError`
+ext_inodes.py, ext_journal.py, xfs_log.py, xfs_extents.py, xfs_attributes.py   parts of them
+errors.py      `DiskFsError`, `NotReadError`, `ImageLibraryError`
 """

@@ -8,7 +8,7 @@ import stat
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from struct import Struct, unpack_from
 from typing import Any, Final
@@ -20,7 +20,7 @@ from dissect.btrfs.stream import decode_extent
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
-from diskfs.filesystem import MAX_RUNS, RunList
+from diskfs.filesystem import MAX_RUNS, UNWRITTEN, RunList
 
 _S: Final = 1_000_000_000
 _TOP: Final = 5
@@ -48,12 +48,15 @@ class BtrfsFileSystem:
     root: Final[Id] = (_FIRST, _TOP)
 
     def __init__(self, blocks: Blocks) -> None:
+        self.notes: Sequence[str] = ()
         head = blocks.exactly(0x10000, 4096)
         sector, node = unpack_from("<II", head, 0x90)
         if not 512 <= sector <= 1 << 16 or not sector <= node <= 1 << 16:
             raise DiskFsError("read", "btrfs", f"sectors of {sector} bytes, nodes of {node}")
-        if unpack_from("<Q", head, 0x88)[0] > 1:
-            raise DiskFsError("read", "btrfs", "it lies on several devices")
+        if any(head[0x60:0x68]):  # a tree of what was flushed since the last commit
+            self.notes = (
+                f"what was flushed by fsync since its last commit, up to 30 s before, is not read: {UNWRITTEN}",
+            )
         self._blocks = blocks
         self._fs = Btrfs(blocks)
         self.label: Final[str] = self._fs.label

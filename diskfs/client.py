@@ -15,7 +15,7 @@ import trio
 
 from core.buffers import Buffer
 from core.errors import FormatError
-from diskfs.entries import MAX_NAME, Entry, Id, Volume, bytes_of, entry_from_json, text_of
+from diskfs.entries import MAX_NAME, Entry, Id, Remark, Volume, bytes_of, entry_from_json, printable, text_of
 from diskfs.errors import DiskFsError, ImageLibraryError
 from diskfs.frames import HEADER, PAGE_CONTENT, lengths, pack
 from diskfs.process import Worker
@@ -25,6 +25,8 @@ SILENCE_S: Final = 300.0
 #: Bytes of content that was unpacked for one file and is kept.
 _KEPT_CONTENT: Final = 4 << 20
 _BLOCK: Final = 512
+#: Remarks on one volume, or on the disk.
+_MAX_REMARKS: Final = 300
 
 
 class Source(Protocol):
@@ -90,6 +92,9 @@ class LookedInto:
         self._lock = trio.Lock()
         self._running = worker
         self._volumes: list[Volume] | None = None
+        self._noted: set[bytes] = set()
+        #: What people should know, as it comes up; each once. Whoever has told them empties it.
+        self.remarks: Final[list[Remark]] = []
 
     async def volumes(self) -> Sequence[Volume]:
         """Everything on the disk that may hold a file system.
@@ -101,9 +106,10 @@ class LookedInto:
         if self._volumes is None:
             document, _ = await self._ask({"op": "volumes"}, b"")
             self._volumes = [
-                Volume(bytes_of(name), int(size), str(kind), str(label), str(problem))
+                Volume(bytes_of(name), int(size), printable(str(kind)), str(label), printable(str(problem)))
                 for name, size, kind, label, problem in document["volumes"]
             ]
+            self._note(b"", [Remark(printable(str(text)), bool(is_loss)) for text, is_loss in document["remarks"]])
         return self._volumes
 
     async def entry(self, volume: bytes, id: Id | None = None) -> Entry:
@@ -115,6 +121,8 @@ class LookedInto:
             FleeceError: the disk cannot be read.
         """
         document, _ = await self._ask(_request("entry", volume, id), volume)
+        if id is None:
+            self._note(volume, [Remark(printable(str(text))) for text in document["notes"]])
         return _entry(document["entry"])
 
     async def lookup(self, volume: bytes, id: Id, name: bytes) -> Entry | None:
@@ -138,7 +146,7 @@ class LookedInto:
             name = bytes_of(text)
             if not 0 < len(name) <= MAX_NAME or b"/" in name or b"\0" in name or name in (b".", b".."):
                 raise FormatError("list", self.where, "a name that no directory has")
-            rows.append(Row(name, None, found) if isinstance(found, str) else Row(name, _entry(found)))
+            rows.append(Row(name, None, printable(found)) if isinstance(found, str) else Row(name, _entry(found)))
         return Page(rows, bool(document["more"]) and bool(rows), int(document["dropped"]))
 
     async def xattrs(self, volume: bytes, id: Id) -> list[tuple[bytes, bytes]]:
@@ -193,8 +201,15 @@ class LookedInto:
                     self._running.stop()
                     self._running = None
 
+    def _note(self, volume: bytes, remarks: Sequence[Remark]) -> None:
+        """Keep what is said of a volume, or of the disk, for the first time."""
+        if volume not in self._noted:
+            self._noted.add(volume)
+            where = f"{self.where}/{_shown(volume)}" if volume else self.where
+            self.remarks.extend(one._replace(text=f"{where}: {one.text}") for one in remarks[:_MAX_REMARKS])
+
     async def _ask(self, request: dict[str, Any], volume: bytes) -> tuple[dict[str, Any], bytes]:
-        where = f"{self.where}/{volume.decode('utf-8', 'replace')}" if volume else self.where
+        where = f"{self.where}/{_shown(volume)}" if volume else self.where
         async with self._lock:
             if self._running is None:
                 self._running = Worker()
@@ -216,7 +231,7 @@ class LookedInto:
             return document, data
         if document["error"] == "library":
             raise ImageLibraryError(where, str(document["why"]).split()[2])
-        raise DiskFsError("look into", where, str(document["why"]))
+        raise DiskFsError("look into", where, printable(str(document["why"])))
 
     async def _exchange(self, running: Worker, request: Any, where: str) -> tuple[dict[str, Any], bytes]:
         """Send a request and serve the process until it answers."""
@@ -393,6 +408,10 @@ async def look_into(disks: Disks, number: int, where: str, worker: Worker | None
         yield image
     finally:
         await image.aclose()
+
+
+def _shown(volume: bytes) -> str:
+    return printable(volume.decode("utf-8", "replace"))
 
 
 def _request(op: str, volume: bytes, id: Id | None, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Id: TypeAlias = tuple[int, int]
 
 #: Longest name of an entry, bytes. NTFS has 255 units of 16 bits.
 MAX_NAME: Final = 1024
+#: Letters of what is said of an image.
+_MAX_TEXT: Final = 500
 
 
 class Volume(NamedTuple):
@@ -23,6 +25,13 @@ class Volume(NamedTuple):
     kind: str  #: `ext4`, `xfs`, `swap`, `LVM2 member`, ...; `empty`, `unknown`
     label: str  #: of the file system or of the GPT partition; may be empty
     problem: str  #: why it cannot be looked into; empty if it can, as far as its first blocks tell
+
+
+class Remark(NamedTuple):
+    """Something that people should know of a disk or file system that can be read."""
+
+    text: str
+    is_loss: bool = False  #: something that is there is not shown
 
 
 class Entry(NamedTuple):
@@ -62,6 +71,11 @@ class Run(NamedTuple):
     length: int  #: bytes
     disk: int  #: number of the disk
     position: int  #: on the disk
+
+
+def printable(text: str) -> str:
+    """`text`, which an image may have made up, as a terminal and a log can have it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_TEXT])
 
 
 def text_of(name: bytes) -> str:

@@ -3,6 +3,7 @@
 FleeceError
 ├── FormatError
 │   └── DiskFsError           a partition table, volume group or file system that is unknown, damaged, or asks too much
+│       └── NotReadError      one that is sound, and of a kind that is not read here
 └── ImageLibraryError         the libraries that read file systems are not installed
 """
 
@@ -16,6 +17,10 @@ INSTALL_HINT: Final = "install them with: pip install 'fleece[images]' (the Debi
 
 class DiskFsError(FormatError):
     """What lies on a disk cannot be read as a file system; nothing else is concerned."""
+
+
+class NotReadError(DiskFsError):
+    """A file system is as it should be, and has something that is not known here."""
 
 
 class ImageLibraryError(FleeceError):

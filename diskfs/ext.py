@@ -7,17 +7,17 @@ follows extents that lead to themselves. What the journal holds and was not writ
 """
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from struct import Struct, pack, unpack_from
 from typing import Final
 
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
-from diskfs.errors import DiskFsError
+from diskfs.errors import DiskFsError, NotReadError
 from diskfs.ext_inodes import Inode, Super, value_of
-from diskfs.ext_journal import with_journal
-from diskfs.filesystem import MAX_DIRECTORY, RunList, content
+from diskfs.ext_journal import has_fast_commits, with_journal
+from diskfs.filesystem import MAX_DIRECTORY, UNWRITTEN, RunList, content
 
 _ROOT: Final = 2
 _EXTENTS: Final = 0x80000
@@ -39,17 +39,30 @@ class ExtFileSystem:
     """See `filesystem.FileSystem`."""
 
     def __init__(self, blocks: Blocks) -> None:
+        self.notes: Sequence[str] = ()
         self._super = Super(blocks)
+        self._fast_commits = False
         if self._super.needs_recovery:
             size = self._super.block_size
-            blocks = with_journal(blocks, size, self._journal_extents(blocks))
+            extents = self._journal_extents(blocks)
+            self._fast_commits = has_fast_commits(blocks, size, extents)
+            blocks = with_journal(blocks, size, extents)
             self._super = Super(blocks)
         self._blocks = blocks
+        self.notes = tuple(self._notes(blocks))
         self.kind: Final = self._super.kind
         self.label: Final[str] = self._super.label
         self.root: Final[Id] = (_ROOT, 0)
         self._size: int = self._super.block_size
         self._inode = lru_cache(4096)(self._super.inode)
+
+    def _notes(self, blocks: Blocks) -> Iterator[str]:
+        if self._super.has_errors:
+            yield "the guest found errors in it: what is damaged may be missing or wrong"
+        if self._super.was_in_use and not self._super.has_journal:
+            yield f"it was in use, and has no journal: {UNWRITTEN}"
+        if self._fast_commits:
+            yield f"the newest changes are in its journal as fast commits, which are not read: {UNWRITTEN}"
 
     def entry(self, id: Id) -> Entry:
         """See `FileSystem.entry`."""
@@ -167,7 +180,7 @@ class ExtFileSystem:
     def _journal_extents(self, blocks: Blocks) -> list[tuple[int, int, int]]:
         self._blocks, self._size = blocks, self._super.block_size
         if not self._super.journal:
-            raise DiskFsError("read", "journal", "it lies on another disk")
+            raise NotReadError("read", "journal", "its journal, which has the newest changes, lies on another disk")
         found = self._super.inode(self._super.journal)
         return [(offset, length, position) for offset, length, position in self._extents(found) if position is not None]
 

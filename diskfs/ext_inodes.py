@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from dissect.extfs.c_ext import c_ext
 
 from diskfs.blocks import Blocks
-from diskfs.errors import DiskFsError
+from diskfs.errors import DiskFsError, NotReadError
 
 _S: Final = 1_000_000_000
 _SUPER_AT: Final = 1024
@@ -24,6 +24,13 @@ _SPARSE_SUPER: Final = 0x1  # read-only compatible
 _FILE_TYPES, _RECOVER, _META_BG, _EXTENTS, _64BIT, _LARGE_DIR = 0x2, 0x4, 0x10, 0x40, 0x80, 0x4000
 #: Features that change where things lie, and that are not known here.
 _UNSUPPORTED: Final = {0x1: "compression", 0x8: "being the journal of another one"}
+#: Those that are known, or change nothing for who reads: also mmp, flex_bg, ea_inode, csum_seed, inline_data, encrypt,
+#: casefold.
+_KNOWN: Final = (
+    _FILE_TYPES | _RECOVER | _META_BG | _EXTENTS | _64BIT | _LARGE_DIR
+    | 0x100 | 0x200 | 0x400 | 0x2000 | 0x8000 | 0x10000 | 0x20000
+)  # fmt: skip
+_UNMOUNTED, _ERRORS = 0x1, 0x2  # states
 _INODE: Final = Struct(
     "<H"    #   0  mode
     "H"     #   2  owner, low
@@ -98,8 +105,10 @@ class Super:
             raise DiskFsError("read", "ext", "its superblock is damaged")
         incompatible = int(sb.s_feature_incompat)
         unknown = [name for bit, name in _UNSUPPORTED.items() if incompatible & bit]
+        if not unknown and incompatible & ~_KNOWN:
+            unknown = [f"{incompatible & ~_KNOWN:#x}"]
         if unknown:
-            raise DiskFsError("read", "ext4", f"a feature that is not known here: {', '.join(unknown)}")
+            raise NotReadError("read", "ext4", f"it has a feature that is not known here: {', '.join(unknown)}")
         self.block_size: Final[int] = 1024 << sb.s_log_block_size
         self.inode_size: Final[int] = int(sb.s_inode_size) if sb.s_rev_level else 128
         if not 128 <= self.inode_size <= self.block_size:
@@ -114,8 +123,10 @@ class Super:
         self.journal: Final[int] = int(sb.s_journal_inum)
         self.label: Final[str] = bytes(sb.s_volume_name).partition(b"\0")[0].decode("utf-8", "replace")
         self._large_directories = bool(incompatible & _LARGE_DIR)
-        has_journal = sb.s_feature_compat & _JOURNAL
-        self.kind: Final = "ext4" if incompatible & _EXTENTS else "ext3" if has_journal else "ext2"
+        self.has_journal: Final = bool(sb.s_feature_compat & _JOURNAL)
+        self.was_in_use: Final = not sb.s_state & _UNMOUNTED
+        self.has_errors: Final = bool(sb.s_state & _ERRORS)
+        self.kind: Final = "ext4" if incompatible & _EXTENTS else "ext3" if self.has_journal else "ext2"
         self._table = lru_cache(4096)(self._read_table)
 
     def inode(self, number: int) -> Inode:

@@ -22,6 +22,8 @@ _SUPER: Final = Struct(">12xIIIII")  # bytes of a block, blocks, first of the lo
 _DESCRIPTOR, _COMMIT, _SUPER_V1, _SUPER_V2, _REVOKE = 1, 2, 3, 4, 5
 _ESCAPED, _SAME_UUID, _LAST = 1, 2, 8
 _WIDE, _CSUM_V2, _CSUM_V3, _FAST_COMMIT = 0x2, 0x8, 0x10, 0x20
+_FAST_HEAD: Final = Struct("<HHII")  # tag, bytes, features, transaction
+_FAST_COMMIT_HEAD: Final = 9
 #: Blocks of a journal: 8 GiB in blocks of 4 KiB.
 _MAX_BLOCKS: Final = 1 << 21
 
@@ -81,14 +83,24 @@ def with_journal(blocks: Blocks, size: int, extents: Sequence[tuple[int, int, in
     Raises:
         DiskFsError: the journal is damaged.
     """
+    moved = _Journal(blocks, size, _places(extents, size)).moved()
+    return Replayed(blocks, size, moved) if moved else blocks
+
+
+def _places(extents: Sequence[tuple[int, int, int]], size: int) -> dict[int, int]:
+    """Position of each block of the journal."""
     places: dict[int, int] = {}
     for offset, length, position in extents:
         if len(places) + length // size > _MAX_BLOCKS:
             raise _damaged(f"more than {_MAX_BLOCKS} blocks")
         for number in range(length // size):
             places[offset // size + number] = position + number * size
-    moved = _Journal(blocks, size, places).moved()
-    return Replayed(blocks, size, moved) if moved else blocks
+    return places
+
+
+def has_fast_commits(blocks: Blocks, size: int, extents: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether the journal has fast commits behind its last transaction; arguments and errors as of `with_journal`."""
+    return _Journal(blocks, size, _places(extents, size)).has_fast_commits()
 
 
 class _Journal:
@@ -122,6 +134,18 @@ class _Journal:
             for block, (sequence, position, escaped) in moved.items()
             if block < limit and revoked.get(block, -1) < sequence
         }
+
+    def has_fast_commits(self) -> bool:
+        """See there: the second block of their area names the transaction that would have been the next one."""
+        if not self._features & _FAST_COMMIT:
+            return False
+        tag, _, _, number = _FAST_HEAD.unpack_from(self._block(self._last + 1))
+        if tag != _FAST_COMMIT_HEAD:
+            return False
+        last = self._sequence - 1
+        for sequence, _, _ in self._transactions() if self._start else ():
+            last = sequence
+        return bool(number == (last + 1) & 0xFFFFFFFF)
 
     def _transactions(self) -> Iterator[tuple[int, list[tuple[int, int, bool]], list[int]]]:
         """Sequence, blocks and revoked blocks of each complete transaction, in order."""

@@ -7,7 +7,7 @@ an unknown time zone, are taken for UTC; names are UTF-8, short ones from code p
 
 import calendar
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from struct import Struct
 from typing import Final
@@ -18,7 +18,7 @@ from dissect.fat.fat import FATFS
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
-from diskfs.filesystem import RunList
+from diskfs.filesystem import UNWRITTEN, RunList
 
 _S: Final = 1_000_000_000
 _DIRENT: Final = Struct(
@@ -35,6 +35,10 @@ _DIRENT: Final = Struct(
 _LONG: Final = Struct("<B10sxxB12sxx4s")
 _READ_ONLY, _LABEL, _DIRECTORY, _LONG_NAME = 0x01, 0x08, 0x10, 0x0F
 _DELETED, _LAST = 0xE5, 0x00
+#: In the boot sector: flags of FAT32, and where Linux notes that it is mounted.
+_EXTENDED_FLAGS: Final = 40
+_ONE_TABLE: Final = 0x80
+_STATE: Final = {12: 37, 16: 37, 32: 65}
 #: Bytes of one directory: Windows has 2 MiB.
 _MAX_DIRECTORY: Final = 64 << 20
 
@@ -45,6 +49,7 @@ class FatFileSystem:
     root: Final[Id] = (0, 0)
 
     def __init__(self, blocks: Blocks) -> None:
+        self.notes: Sequence[str] = ()
         self._fs = fs = FATFS(blocks)
         self._blocks = blocks
         self.kind: Final = {Fattype.FAT12: "fat12", Fattype.FAT16: "fat16", Fattype.FAT32: "fat32"}[fs.type]
@@ -60,7 +65,10 @@ class FatFileSystem:
         )
         if self._count <= 0:
             raise DiskFsError("read", self.kind, "it has no clusters")
+        self._table += self._active_table() * int(fs.fat_size) * int(fs.sector_size)
         self._chain = lru_cache(64)(self._read_chain)
+        if self._is_open():
+            self.notes = (f"it was in use: {UNWRITTEN}",)
 
     def entry(self, id: Id) -> Entry:
         """See `FileSystem.entry`."""
@@ -115,6 +123,23 @@ class FatFileSystem:
     def xattrs(self, id: Id) -> Iterator[tuple[bytes, bytes]]:
         """See `FileSystem.xattrs`."""
         return iter(())
+
+    def _active_table(self) -> int:
+        """Number of the table that counts: of FAT32 it may be another than the first, which is stale then."""
+        if self._bits != 32:
+            return 0
+        flags = int.from_bytes(self._blocks.exactly(_EXTENDED_FLAGS, 2), "little")
+        number = flags & 0xF if flags & _ONE_TABLE else 0
+        if number >= int(self._fs.bpb.BPB_NumFATs):
+            raise DiskFsError("read", self.kind, f"table {number} counts, and there are {self._fs.bpb.BPB_NumFATs}")
+        return number
+
+    def _is_open(self) -> bool:
+        """Whether it was not unmounted: Windows notes it in the second row of the table, Linux in the boot sector."""
+        width = 4 if self._bits == 32 else 2
+        row = int.from_bytes(self._blocks.exactly(self._table + width, width), "little")
+        by_windows = self._bits != 12 and not row & (0x08000000 if self._bits == 32 else 0x8000)
+        return by_windows or bool(self._blocks.exactly(_STATE[self._bits], 1)[0] & 1)
 
     def _dirent(self, id: Id) -> tuple[bytes, int, int, int, int, int, int, int]:
         data = self._blocks.exactly(id[0], _DIRENT.size)

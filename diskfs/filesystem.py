@@ -1,6 +1,6 @@
 """What every file system here can do, and what they share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 from diskfs.blocks import Blocks
@@ -15,6 +15,13 @@ MAX_RUNS: Final = 1_000_000
 MAX_DIRECTORY: Final = 512 << 20
 
 
+#: What it means that something was in use which was neither unmounted nor frozen by a guest agent.
+UNWRITTEN: Final = (
+    "unless it was frozen for the backup or unmounted, what was changed last may be missing, be as it was before, or be"
+    " shown although it is gone"
+)
+
+
 class FileSystem(Protocol):
     """A file system that is read; synchronous. Whatever is not as it must be raises any exception."""
 
@@ -26,6 +33,11 @@ class FileSystem(Protocol):
     @property
     def label(self) -> str:
         """As who made it called it."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What people should know of the whole of it: that it was in use, and what that means for what is read."""
         ...
 
     @property

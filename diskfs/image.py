@@ -7,15 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from diskfs.blocks import Blocks, Disk, Fetch, Pieces, Slice
-from diskfs.entries import Volume
-from diskfs.errors import DiskFsError, ImageLibraryError
+from diskfs.entries import Remark, Volume
+from diskfs.errors import DiskFsError, ImageLibraryError, NotReadError
 from diskfs.filesystem import FileSystem
 from diskfs.lvm import PhysicalVolume, VolumeGroup, read_pv
-from diskfs.probe import LVM, READABLE, probe
-from diskfs.tables import Table, read_table
+from diskfs.probe import LVM, READABLE, btrfs_devices, probe
+from diskfs.tables import SECTOR, Table, gpt_without_mbr, read_table
 
 #: Name of the one volume of a disk without partitions.
 RAW: Final = b"raw"
+#: Bytes of the logical sectors of disks that do not have 512.
+_LARGE_SECTOR: Final = 4096
+#: What says nothing about whether a partition really begins somewhere.
+_NOTHING: Final = frozenset({"empty", "unknown"})
 _NOT_READ: Final = {
     "empty": "there is nothing in it",
     "swap": "it is swap space",
@@ -45,6 +49,7 @@ class DiskImage:
         self._disks = [Disk(index, size, fetch) for index, size in enumerate(sizes)]
         self._number = number
         self._parts: dict[bytes, _Part] | None = None
+        self._remarks: list[Remark] = []
         self._systems: dict[bytes, FileSystem | DiskFsError] = {}
 
     def volumes(self) -> list[Volume]:
@@ -54,6 +59,15 @@ class DiskImage:
             DiskFsError: its partition table is damaged.
         """
         return [part.volume for part in self._found().values()]
+
+    def remarks(self) -> list[Remark]:
+        """What is wrong with what says which volumes there are, and yet can be read.
+
+        Raises:
+            DiskFsError: as `volumes`.
+        """
+        self._found()
+        return self._remarks
 
     def file_system(self, name: bytes) -> FileSystem:
         """The file system in the volume `name`.
@@ -84,7 +98,8 @@ class DiskImage:
     def _look(self) -> dict[bytes, _Part]:
         found: dict[bytes, _Part] = {}
         members: list[PhysicalVolume] = []
-        for name, label, use, blocks, problem in _parts_of(self._disks[self._number]):
+        self._remarks.clear()
+        for name, label, use, blocks, problem in _parts_of(self._disks[self._number], self._remarks):
             kind, own_label = ("unknown", "") if problem else (use, "") if use else probe(blocks)
             if kind == LVM:
                 try:
@@ -94,7 +109,7 @@ class DiskImage:
                 except DiskFsError as error:
                     problem = f"it is a physical volume of LVM, and damaged: {error.why}"
             elif not problem:
-                problem = _why_not(kind)
+                problem = _why_not(kind, blocks)
             found[name] = _Part(Volume(name, blocks.size, kind, own_label or label, problem), blocks)
         for group in self._groups(members):
             self._add_group(group, found)
@@ -122,7 +137,7 @@ class DiskImage:
             if disk.number == self._number:
                 continue
             try:
-                for _, _, _, blocks, problem in _parts_of(disk):
+                for _, _, _, blocks, problem in _parts_of(disk, []):
                     if not problem and probe(blocks)[0] == LVM:
                         yield read_pv(blocks)
             except DiskFsError:
@@ -143,32 +158,78 @@ class DiskImage:
             except DiskFsError as error:
                 found[name] = _Part(Volume(name, opened.size, "unknown", "", error.why), opened)
                 continue
-            found[name] = _Part(Volume(name, opened.size, kind, label, _why_not(kind)), opened)
+            found[name] = _Part(Volume(name, opened.size, kind, label, _why_not(kind, opened)), opened)
 
 
-def _parts_of(disk: Blocks) -> Iterator[tuple[bytes, str, str, Blocks, str]]:
+def _parts_of(disk: Blocks, remarks: list[Remark]) -> Iterator[tuple[bytes, str, str, Blocks, str]]:
     """Name, label, use, bytes and problem of each partition, or of the whole disk if it has none.
+
+    What is wrong with the table goes to `remarks`.
 
     Raises:
         DiskFsError: the table is damaged.
     """
-    if probe(disk)[0] in ("fat", "ntfs"):
-        # Their boot sectors look like a partition table.
-        yield RAW, "", "", disk, ""
-        return
-    table: Table | None = read_table(disk)
+    table = _table_of(disk)
     if table is None:
         yield RAW, "", "", disk, ""
         return
+    if table.problem:
+        missing = "; partitions may be missing" if table.is_partial else ""
+        remarks.append(Remark(f"the partition table is damaged: {table.problem}{missing}", table.is_partial))
     for partition in table.partitions:
         blocks = Slice(disk, partition.offset, partition.size)
-        outside = blocks.size <= 0
-        problem = "it lies behind the end of the disk" if outside else ""
+        problem = "it lies behind the end of the disk" if blocks.size <= 0 else ""
+        if not problem and blocks.size < partition.size:
+            remarks.append(Remark(f"part{partition.number} ends behind the end of the disk, and is cut off there"))
         yield b"part%d" % partition.number, partition.name, partition.use, blocks, problem
 
 
-def _why_not(kind: str) -> str:
+def _table_of(disk: Blocks) -> Table | None:
+    """The partition table of a disk; None if it is one file system, or nothing that is known.
+
+    Raises:
+        DiskFsError: the table is damaged.
+    """
+    whole = probe(disk)[0]
+    if whole in ("fat", "ntfs"):
+        # Their boot sectors end like a partition table, and stay where one was written later. As Linux does, rows that
+        # can be those of a table are believed.
+        try:
+            table = read_table(disk)
+        except DiskFsError:
+            return None
+        return table if table is not None and (table.kind == "gpt" or _is_plausible(table, disk.size)) else None
+    table = read_table(disk)
+    if table is None:
+        return gpt_without_mbr(disk) if whole in _NOTHING else None
+    if table.kind == "dos" and disk.size % _LARGE_SECTOR == 0 and not _known_in(table, disk):
+        # It counts in logical sectors, whose size nothing on the disk tells: 512 bytes, unless only with 4096 there is
+        # something where it says that partitions begin.
+        larger = read_table(disk, _LARGE_SECTOR)
+        if larger is not None and _is_plausible(larger, disk.size) and _known_in(larger, disk):
+            return larger
+    return table
+
+
+def _is_plausible(table: Table, size: int) -> bool:
+    """Whether the partitions of an MBR lie on a disk of `size` bytes, behind its beginning and beside each other."""
+    end = SECTOR
+    for partition in sorted(table.partitions, key=lambda one: one.offset):
+        if partition.offset < end or partition.offset + partition.size > size:
+            return False
+        end = partition.offset + partition.size
+    return bool(table.partitions)
+
+
+def _known_in(table: Table, disk: Blocks) -> bool:
+    """Whether one of the partitions begins like something that is known."""
+    return any(probe(Slice(disk, one.offset, one.size))[0] not in _NOTHING for one in table.partitions)
+
+
+def _why_not(kind: str, blocks: Blocks) -> str:
     """Why a volume with this in it cannot be looked into; empty if it can."""
+    if kind == "btrfs" and (devices := btrfs_devices(blocks)) > 1:
+        return f"it is one of {devices} devices of a btrfs, and only those on a single one are read"
     return "" if kind in READABLE else _NOT_READ.get(kind, f"{kind} is not read")
 
 
@@ -179,6 +240,8 @@ def _opened(part: _Part) -> FileSystem | DiskFsError:
         return _open(kind, blocks)
     except ModuleNotFoundError as error:
         raise ImageLibraryError(where, ".".join((error.name or kind).split(".")[:2])) from error
+    except NotReadError as error:
+        return DiskFsError("read", where, f"its file system ({kind}) is not read: {error.why}")
     except DiskFsError as error:
         return DiskFsError("read", where, f"its file system ({kind}) is damaged: {error.why}")
     except MemoryError:

@@ -9,8 +9,9 @@ the file system itself.
 
 import io
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from struct import Struct
 from typing import Any, Final
 
 from dissect.ntfs.c_ntfs import ATTRIBUTE_TYPE_CODE, FILE_NAME_DOS, IO_REPARSE_TAG
@@ -19,7 +20,7 @@ from dissect.ntfs.ntfs import NTFS
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
 from diskfs.errors import DiskFsError
-from diskfs.filesystem import MAX_DIRECTORY, RunList
+from diskfs.filesystem import MAX_DIRECTORY, UNWRITTEN, RunList
 
 _ROOT: Final = 5
 #: Records up to here are the file system's own.
@@ -45,6 +46,32 @@ _FOREIGN: Final = {
 _BEHIND: Final = 128
 _MAX_RUNS: Final = 1_000_000
 _MAX_PACKED: Final = 1 << 40
+_LOG_FILE: Final = 2
+_RESTART_PAGE: Final = Struct("<4s12xI4xH")  # magic, bytes of a page, place of the restart area
+_RESTART_AREA: Final = Struct("<q4xHH")  # LSN, list of clients in use, flags
+_NO_CLIENT: Final = 0xFFFF
+_IS_CLEAN: Final = 0x2
+_MAX_PAGE: Final = 64 << 10
+
+
+def _is_open(log: bytes) -> bool:
+    """Whether the file system was neither unmounted nor its log emptied; `log`: its first two pages of any size."""
+    newest = -1
+    found = False
+    if len(log) < _RESTART_PAGE.size or log[:4] != b"RSTR":
+        return False  # emptied: `ntfs-3g` does so when it mounts
+    size = _RESTART_PAGE.unpack_from(log)[1]
+    for at in (0, size):
+        if size > _MAX_PAGE or at + 512 > len(log) or log[at : at + 4] != b"RSTR":
+            continue
+        _, _, area = _RESTART_PAGE.unpack_from(log, at)
+        if area + _RESTART_AREA.size > 510:  # the last two bytes of 512 are kept elsewhere
+            continue
+        sequence, clients, flags = _RESTART_AREA.unpack_from(log, at + area)
+        if sequence > newest:
+            newest = sequence
+            found = clients != _NO_CLIENT and not flags & _IS_CLEAN
+    return found
 
 
 class NtfsFileSystem:
@@ -54,6 +81,7 @@ class NtfsFileSystem:
     root: Final[Id] = (_ROOT, 0)
 
     def __init__(self, blocks: Blocks) -> None:
+        self.notes: Sequence[str] = ()
         head = blocks.exactly(0, 512)
         sector = int.from_bytes(head[11:13], "little")
         if sector not in (256, 512, 1024, 2048, 4096) or not head[13]:
@@ -68,6 +96,7 @@ class NtfsFileSystem:
         if not 256 <= self._cluster <= 2 << 20 or not 512 <= self._fs._record_size <= 1 << 16:
             raise DiskFsError("read", "ntfs", f"clusters of {self._cluster}, records of {self._fs._record_size} bytes")
         self.label: Final = str(self._fs.volume_name or "")
+        self.notes = tuple(self._notes())
         self._record = lru_cache(4096)(self._read_record)
         self._stream = lru_cache(8)(self._open)
 
@@ -156,6 +185,16 @@ class NtfsFileSystem:
         if len(record.data) == self._fs._record_size:
             record.data += bytes(_BEHIND)
         return record
+
+    def _notes(self) -> Iterator[str]:
+        """Whether it was in use: the log is never replayed here. What is wrong with the log harms nothing."""
+        try:
+            log = self._fs.mft.get(_LOG_FILE).open().read(2 * _MAX_PAGE)
+        except Exception:  # whatever a library makes of damage
+            yield f"its log cannot be read: {UNWRITTEN}"
+            return
+        if _is_open(log):
+            yield f"it was in use, and its log is not read: {UNWRITTEN}"
 
     def _read_record(self, number: int) -> Any:
         record = self._fs.mft.get(number)

@@ -56,6 +56,11 @@ def probe(blocks: Blocks) -> tuple[str, str]:
     return "unknown" if any(head) else "empty", ""
 
 
+def btrfs_devices(blocks: Blocks) -> int:
+    """Of how many devices a btrfs is made, one of which is `blocks`."""
+    return int.from_bytes(blocks.exactly(0x10088, 8), "little")
+
+
 def _ext_version(head: bytes) -> str:
     compatible, incompatible = (int.from_bytes(head[at : at + 4], "little") for at in (0x45C, 0x460))
     if incompatible & 0x40:  # extents

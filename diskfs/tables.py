@@ -73,10 +73,15 @@ class Table(NamedTuple):
     kind: str  #: `gpt` or `dos`
     partitions: list[Partition]
     problem: str  #: what is wrong with it; empty if nothing is
+    is_partial: bool = False  #: partitions may be missing
 
 
-def read_table(disk: Blocks) -> Table | None:
+def read_table(disk: Blocks, sector: int = SECTOR) -> Table | None:
     """The partition table of `disk`; None if it has none.
+
+    Args:
+        disk: the whole of it.
+        sector: bytes in which an MBR counts: those of the disk's logical sectors, which it does not say itself.
 
     Raises:
         DiskFsError: it has one that cannot be used.
@@ -89,26 +94,36 @@ def read_table(disk: Blocks) -> Table | None:
         return _gpt(disk)
     if any(active not in (0, 0x80) for active, _, _, _ in rows) or not any(kind and size for _, kind, _, size in rows):
         return None  # boot sectors of file systems have this signature, too
-    return _mbr(disk, rows)
+    return _mbr(disk, rows, sector)
+
+
+def gpt_without_mbr(disk: Blocks) -> Table | None:
+    """The GPT of a disk whose MBR was lost; None if there is none whose first copy is sound."""
+    try:
+        table = _gpt(disk)
+    except DiskFsError:
+        return None
+    # A second copy alone is what is left of a disk that was emptied.
+    return None if table.problem else table._replace(problem="the MBR that announces its GPT is missing")
 
 
 def _rows(sector: bytes) -> Iterator[tuple[int, int, int, int]]:
     return (_ROW.unpack_from(sector, _FIRST_ROW + number * _ROW.size) for number in range(4))
 
 
-def _mbr(disk: Blocks, rows: list[tuple[int, int, int, int]]) -> Table:
+def _mbr(disk: Blocks, rows: list[tuple[int, int, int, int]], unit: int) -> Table:
     found: list[Partition] = []
     problem = ""
     for number, (_, kind, start, size) in enumerate(rows, 1):
         if kind in _EXTENDED and size:
-            problem = _logical(disk, start, found) or problem
+            problem = _logical(disk, start, found, unit) or problem
         elif kind and size:
-            found.append(Partition(number, start * SECTOR, size * SECTOR, ""))
+            found.append(Partition(number, start * unit, size * unit, ""))
     found.sort()
-    return Table("dos", found, problem)
+    return Table("dos", found, problem, bool(problem))
 
 
-def _logical(disk: Blocks, first: int, found: list[Partition]) -> str:
+def _logical(disk: Blocks, first: int, found: list[Partition], unit: int) -> str:
     """Add the logical partitions of the extended one that begins at sector `first`; says what is wrong with them."""
     seen: set[int] = set()
     here = first
@@ -117,7 +132,7 @@ def _logical(disk: Blocks, first: int, found: list[Partition]) -> str:
         if here in seen or len(seen) >= _MAX_LOGICAL:
             return "the chain of logical partitions does not end"
         seen.add(here)
-        sector = disk.read_at(here * SECTOR, SECTOR)
+        sector = disk.read_at(here * unit, SECTOR)
         if len(sector) < SECTOR or sector[510:512] != _SIGNATURE:
             return "the chain of logical partitions is broken"
         behind = None
@@ -127,7 +142,7 @@ def _logical(disk: Blocks, first: int, found: list[Partition]) -> str:
             if kind in _EXTENDED:
                 behind = first + start if behind is None else behind
             elif kind and place < 2:
-                found.append(Partition(number, (here + start) * SECTOR, size * SECTOR, ""))
+                found.append(Partition(number, (here + start) * unit, size * unit, ""))
                 number += 1
         if behind is None:
             return ""
@@ -137,8 +152,10 @@ def _logical(disk: Blocks, first: int, found: list[Partition]) -> str:
 def _gpt(disk: Blocks) -> Table:
     wrong = "its header is missing"
     for sector in _GPT_SECTORS:
-        last = disk.size // sector - 1
-        for place, problem in ((1, ""), (last, "its first copy is damaged, the second one is used")):
+        # Where the disk has grown, the second copy is where the first one says, and not at the end.
+        places = dict.fromkeys((1, disk.size // sector - 1, _other_copy(disk, sector)))
+        for place in places:
+            problem = "" if place == 1 else "the first copy of its GPT is damaged, the second one is used"
             try:
                 found = _gpt_at(disk, sector, place)
             except DiskFsError as error:
@@ -147,6 +164,12 @@ def _gpt(disk: Blocks) -> Table:
             if found is not None:
                 return Table("gpt", found, problem)
     raise DiskFsError("read", "partition table", f"the GPT is damaged: {wrong}")
+
+
+def _other_copy(disk: Blocks, sector: int) -> int:
+    """Where the first header says that the second one is: not checked."""
+    data = disk.read_at(sector, _GPT_HEADER.size)
+    return int(_GPT_HEADER.unpack(data)[5]) if data[:8] == b"EFI PART" and len(data) == _GPT_HEADER.size else 1
 
 
 def _gpt_at(disk: Blocks, sector: int, place: int) -> list[Partition] | None:

@@ -142,13 +142,16 @@ class Server:
     def _answered(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         if request["op"] == "volumes":
             volumes = [[text_of(one.name), *one[1:]] for one in self._image.volumes()]
-            return {"volumes": volumes}, b""
+            return {"volumes": volumes, "remarks": [list(one) for one in self._image.remarks()]}, b""
         name = bytes_of(request["volume"])
         system = self._image.file_system(name)
         id = (int(request["id"][0]), int(request["id"][1])) if "id" in request else system.root
         match request["op"]:
             case "entry":
-                return {"entry": entry_to_json(_sound(system.entry(id)))}, b""
+                document: dict[str, Any] = {"entry": entry_to_json(_sound(system.entry(id)))}
+                if "id" not in request:
+                    document["notes"] = list(system.notes)
+                return document, b""
             case "lookup":
                 found = self._listing(name, system, id).find(bytes_of(request["name"]))
                 return {"entry": None if found is None else entry_to_json(_sound(system.entry(found)))}, b""

@@ -1,13 +1,13 @@
 """XFS, by the structures of dissect.xfs.
 
 Directories and extents are read here: the library (3.13) takes a directory's blocks for those of the file system, where
-they may be larger, and shows what lay on the disk before where an extent was allocated and never written. The log is
-not replayed: what it holds and was not written to its place is as it was before. A guest agent that freezes the file
-system, and an unmount, write all of it.
+they may be larger, and shows what lay on the disk before where an extent was allocated and never written. What the log
+holds and was not written to its place yet is read from there (`xfs_log.py`), as a disk is backed up while its file
+system is mounted.
 """
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from struct import Struct, unpack_from
 from typing import Any, Final
@@ -17,10 +17,11 @@ from dissect.xfs.xfs import XFS
 
 from diskfs.blocks import Blocks
 from diskfs.entries import Entry, Id, Run
-from diskfs.errors import DiskFsError
-from diskfs.filesystem import MAX_DIRECTORY, RunList, content
+from diskfs.errors import DiskFsError, NotReadError
+from diskfs.filesystem import MAX_DIRECTORY, UNWRITTEN, RunList, content
 from diskfs.xfs_attributes import AttributeBlocks, short_attributes
 from diskfs.xfs_extents import Extent, ExtentTree, listed
+from diskfs.xfs_log import Geometry, with_log
 
 _S: Final = 1_000_000_000
 _DEVICE, _LOCAL, _EXTENTS, _TREE = 0, 1, 2, 3
@@ -34,6 +35,10 @@ _UNUSED: Final = b"\xff\xff"
 _TAIL: Final = Struct(">II")  # rows of the hash table at the end of a single block, and how many of them are stale
 _SHORT_HEADER: Final = Struct(">BB")
 _MAX_INODE_BITS: Final = 56
+#: Features that are known, or change nothing for who reads: types in directories, sparse inodes, another UUID, big
+#: times, repair needed, big counters, exchanged ranges, parents, a directory of metadata.
+_KNOWN: Final = 0x1FF
+_REALTIME: Final = 0x1
 
 
 class XfsFileSystem:
@@ -53,6 +58,10 @@ class XfsFileSystem:
             or size << dirblklog > 1 << 16
         ):
             raise DiskFsError("read", "xfs", "its superblock is damaged")
+        self.notes: Sequence[str] = ()
+        if unpack_from(">H", head, 100)[0] & 15 == 5 and (unknown := unpack_from(">I", head, 216)[0] & ~_KNOWN):
+            raise NotReadError("read", "xfs", f"it has a feature that is not known here: {unknown:#x}")
+        blocks = self._with_log(blocks, size, head)
         self._blocks = blocks
         self._fs = XFS(blocks)
         self.label: Final[str] = self._fs.name
@@ -118,6 +127,8 @@ class XfsFileSystem:
         found = self._inode(id[0])
         if int(found.inode.di_format) == _LOCAL:
             return None
+        if int(found.inode.di_flags) & _REALTIME:
+            raise DiskFsError("read", f"inode {id[0]}", "its content lies on the realtime device, which is not read")
         runs = RunList(self._blocks, int(found.size))
         for offset, position, length, unwritten in self._extents(found):
             if not unwritten:
@@ -144,6 +155,20 @@ class XfsFileSystem:
             found_at = listed(data, int(found.attr_extents)) if form == _EXTENTS else self._trees.extents(data)
             blocks = AttributeBlocks(self._blocks, self._size, (self._in_bytes(one)[:3] for one in found_at))
             yield from blocks.attributes()
+
+    def _with_log(self, blocks: Blocks, size: int, head: bytes) -> Blocks:
+        """The volume with what its log holds; without it, and a note that says so, if that cannot be read."""
+        (first,), (count,) = unpack_from(">Q", head, 48), unpack_from(">I", head, 96)
+        ag_blocks, shift = unpack_from(">I", head, 84)[0], head[124]
+        place = ((first >> shift) * ag_blocks + (first & (1 << shift) - 1)) * size
+        has_crc = unpack_from(">H", head, 100)[0] & 15 == 5
+        try:
+            if not first:
+                raise DiskFsError("read", "log", "it lies on another disk")
+            return with_log(blocks, Geometry(place, count * size, unpack_from(">H", head, 104)[0], has_crc))
+        except DiskFsError as error:
+            self.notes = (f"its log is not read ({error.why}): {UNWRITTEN}",)
+            return blocks
 
     def _read_inode(self, number: int) -> Any:
         found = self._fs.get_inode(number)

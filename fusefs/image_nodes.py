@@ -5,6 +5,7 @@ node stands for one entry of a file system in one content of an image, so its in
 never change.
 """
 
+import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from repository.interface import FileInfo
 
 T = TypeVar("T")
 
+_LOG: Final = logging.getLogger(__name__)
 #: What is added to the name of an image.
 SUFFIX: Final = b".d"
 #: The file that says what is on the disk.
@@ -38,6 +40,7 @@ class DiskFolder(Folder):
         self.snapshot: Final[Snapshot] = owner.snapshot
         self.filename: Final = info.filename
         self._csum = b""
+        self._told: frozenset[str] = frozenset()  # what the log has of it already
 
     async def ask(self, question: Callable[[LookedInto], Awaitable[T]]) -> T:
         """The answer to `question`.
@@ -90,8 +93,17 @@ class DiskFolder(Folder):
             folder = children.setdefault(group, GroupFolder(self.shared, self.below(group), self.mtime_ns))
             assert isinstance(folder, GroupFolder)
             folder.entries[name] = await self._root(volume)
+        lease, image = await self.acquire()
+        try:
+            remarks = [one.text for one in image.remarks]
+        finally:
+            lease.release()
+        told, self._told = self._told, frozenset(remarks)
+        for text in remarks:
+            if text not in told:
+                _LOG.warning("%s", text)
         if VOLUMES not in children:
-            children[VOLUMES] = TextFile(self, self.below(VOLUMES), _table(volumes))
+            children[VOLUMES] = TextFile(self, self.below(VOLUMES), _table(volumes, remarks))
         return children
 
     async def _root(self, volume: Volume) -> Node:
@@ -109,13 +121,14 @@ class DiskFolder(Folder):
         return b"%b\0%b\0%b\0%d\0%d" % (self.path, self._csum, volume, *entry.id)
 
 
-def _table(volumes: Sequence[Volume]) -> bytes:
-    """The volumes for people: name, bytes, file system, label, and why one is not shown."""
+def _table(volumes: Sequence[Volume], remarks: Sequence[str]) -> bytes:
+    """The volumes for people: name, bytes, file system, label, and why one is not shown; then what is to be known."""
     lines = []
     for one in volumes:
         label = one.label if one.label.isprintable() else "?"
         text = f"{one.name.decode('utf-8', 'replace')}\t{one.size}\t{one.kind}\t{label}\t{one.problem}"
         lines.append(f"{text.rstrip()}\n")
+    lines += [f"# {text}\n" for text in remarks]
     return "".join(lines).encode()
 
 

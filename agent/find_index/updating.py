@@ -200,7 +200,7 @@ class Updater:
             return Part(name, state, encrypted)
         quiet = Progress()
         try:
-            async with open_image_of(replace(opened, progress=quiet), name) as accessor:
+            async with open_image_of(replace(opened, progress=quiet), name, names_only=True) as accessor:
                 entries = index_entries(accessor, opened.snapshot, name)
                 state = await self._write(f"{opened.snapshot} {name}", (stream, root), source, entries, task)
         except (FormatError, KeyNeededError):

@@ -57,6 +57,27 @@ def test_a_disk_is_listed_and_searched_as_archives_are(stored: Fleece, disk: Mad
         assert why in refused.err
 
 
+def test_that_a_file_system_was_in_use_is_said_once_by_what_reads_it_and_not_by_what_looks_for_names(
+    stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]
+) -> None:
+    image = tmp_path / "disk.raw"
+    (start,) = partitioned(image, [made("fat12").path])
+    with image.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\1", start + 37)
+    done = stored("backup", f"d.img:{image}", "--backup-type", "vm", "--backup-id", "100")
+    assert done.code == 0, done
+    for command in (
+        ("ls", "vm/100/latest", "d.img/part1", "--recursive"),
+        ("restore", "vm/100/latest", "d.img/part1", tmp_path / "out"),
+    ):
+        said = stored(*command)
+        assert said.code == 3, said
+        assert said.err.count("d.img/part1: it was in use: unless it was frozen for the backup or unmounted") == 1
+    assert (tmp_path / "out/hello.txt").read_text() == "hello"
+    found = stored("find", "/hello.txt", "--all-snapshots", "--images")
+    assert (found.code, len(found.out.splitlines())) == (0, 1), found
+
+
 def test_files_of_two_backups_of_a_disk_are_compared(
     stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]
 ) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from diskfs import btrfs, ext
+from diskfs import btrfs, ext, ntfs, xfs
+from diskfs.blocks import Blocks
 from diskfs.entries import Id
 from diskfs.errors import DiskFsError
 from diskfs.image import RAW
+from diskfs.worker import Listing
 from tests.diskfs.reading import Files, content, walk
 from tests.support.disk_images import FAT_KINDS, KERNEL_KINDS, MadeImage, differences
 
@@ -79,6 +81,151 @@ def test_what_is_in_the_journal_only_is_read_from_there(
     # Without it, it would not be.
     monkeypatch.setattr(ext, "with_journal", lambda blocks, *_: blocks)
     assert sorted(name for name, _ in walk(files(image.path).image().file_system(RAW))) != sorted(found)
+
+
+def test_what_is_in_the_log_of_xfs_only_is_read_from_there(
+    made: Callable[[str], MadeImage], files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = made("xfs-dirty")
+    source = files(image.path)
+    system = source.image().file_system(RAW)
+    assert system.notes == ()
+    found = dict(walk(system))
+    assert sorted(found) == sorted(image.entries)
+    wrong = {}
+    for path, entry in found.items():
+        wanted = image.entries[path]
+        data = content(source, system, entry) if "sha256" in wanted else b""
+        xattrs = dict(system.xattrs(entry.id)) if "xattrs" in wanted else {}
+        if different := differences(entry, wanted, data, xattrs):
+            wrong[path] = different
+    assert wrong == {}
+
+    # Without it, it would not be; and where it cannot be read, that is said.
+    def refuse(*_: object) -> Blocks:
+        raise DiskFsError("read", "log", "it is damaged: no record is at its end")
+
+    monkeypatch.setattr(xfs, "with_log", refuse)
+    old = files(image.path).image().file_system(RAW)
+    assert "its log is not read (it is damaged: no record is at its end)" in " ".join(old.notes)
+    assert b"new" not in Listing(old, old.root).names
+
+
+def test_a_damaged_log_of_xfs_is_said_to_be_so_and_the_file_system_is_read_without_it(
+    made: Callable[[str], MadeImage], files: Callable[..., Files]
+) -> None:
+    source = files(made("xfs-dirty").path)
+    head = source.fetch(0, 0, 512)
+    size, blocks, shift = int.from_bytes(head[4:8], "big"), int.from_bytes(head[84:88], "big"), head[124]
+    first, count = int.from_bytes(head[48:56], "big"), int.from_bytes(head[96:100], "big")
+    start = ((first >> shift) * blocks + (first & (1 << shift) - 1)) * size
+    log = source.fetch(0, start, count * size)
+    # A mount puts empty ones of the cycle before behind them.
+    sign = b"\xfe\xed\xba\xbe" + (1).to_bytes(4, "big")
+    records = [start + at for at in range(0, len(log), 512) if log[at : at + 8] == sign]
+    assert len(records) > 2
+    honest = source.fetch
+    for broken, why in ((records[1:-1], "is none of a record"), (records, "no record is at its end")):
+
+        def fetch(disk: int, offset: int, length: int, broken: list[int] = broken) -> bytes:
+            found = bytearray(honest(disk, offset, length))
+            for place in broken:
+                if offset <= place < offset + length:
+                    found[place - offset + 2] ^= 1
+            return bytes(found)
+
+        source.fetch = fetch  # type: ignore[method-assign]
+        system = source.image().file_system(RAW)
+        (note,) = system.notes
+        assert why in note
+        assert sum(name.startswith(b"/old/file") for name, _ in walk(system)) == 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "note"),
+    [
+        ("btrfs", 0x10060, b"\1", "flushed by fsync since its last commit"),
+        ("fat16", 37, b"\1", "it was in use"),
+        ("fat32", 65, b"\1", "it was in use"),
+        ("ext2", 1024 + 58, b"\0", "it was in use, and has no journal"),
+        ("ext4", 1024 + 58, b"\3", "the guest found errors in it"),
+    ],
+)
+def test_a_file_system_that_was_in_use_says_so(
+    kind: str, place: int, value: bytes, note: str, made: Callable[[str], MadeImage], files: Callable[..., Files]
+) -> None:
+    source = files(made(kind).path)
+    assert source.image().file_system(RAW).notes == ()
+    honest = source.fetch
+
+    def fetch(disk: int, offset: int, length: int) -> bytes:
+        found = bytearray(honest(disk, offset, length))
+        if offset <= place < offset + length:
+            found[place - offset : place - offset + 1] = value
+        return bytes(found)
+
+    source.fetch = fetch  # type: ignore[method-assign]
+    (said,) = source.image().file_system(RAW).notes
+    assert note in said
+
+
+def test_an_ntfs_was_in_use_if_its_log_has_clients_and_is_not_called_clean() -> None:
+    def page(sequence: int, clients: int, flags: int) -> bytes:
+        head = b"RSTR".ljust(16, b"\0") + (4096).to_bytes(4, "little") * 2 + (48).to_bytes(2, "little")
+        area = sequence.to_bytes(8, "little") + bytes(4) + clients.to_bytes(2, "little") + flags.to_bytes(2, "little")
+        return (head.ljust(48, b"\0") + area).ljust(4096, b"\0")
+
+    assert ntfs._is_open(page(5, 0, 0))
+    assert not ntfs._is_open(page(5, 0xFFFF, 0))
+    assert not ntfs._is_open(page(5, 0, 2))
+    assert ntfs._is_open(page(5, 0xFFFF, 0) + page(6, 0, 0))
+    assert not ntfs._is_open(page(7, 0xFFFF, 0) + page(6, 0, 0))
+    assert not ntfs._is_open(b"\xff" * 8192)
+    assert not ntfs._is_open(b"RSTR" + b"\xff" * 8000)
+
+
+def test_of_fat32_the_table_that_counts_is_read(made: Callable[[str], MadeImage], files: Callable[..., Files]) -> None:
+    image = made("fat32")
+    source = files(image.path)
+    head = source.fetch(0, 0, 512)
+    sector, table = int.from_bytes(head[11:13], "little"), int.from_bytes(head[14:16], "little")
+    length = int.from_bytes(head[36:40], "little") * sector
+    data = bytearray(image.path.read_bytes())
+    data[table * sector : table * sector + length] = bytes(length)  # the first one is stale
+    data[40] = 0x80 | 1
+    source.fetch = lambda disk, offset, length: bytes(data[offset : offset + length])  # type: ignore[method-assign]
+    system = source.image().file_system(RAW)
+    assert sorted(dict(walk(system))) == sorted(image.entries)
+    data[40] = 0x80 | 2
+    with pytest.raises(DiskFsError, match="table 2 counts, and there are 2"):
+        source.image().file_system(RAW)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "why"),
+    [
+        ("ext4", 1024 + 98, b"\x80", "is not read: it has a feature that is not known here: 0x800000"),
+        ("xfs", 216, b"\x80", "is not read: it has a feature that is not known here: 0x80000000"),
+        ("btrfs", 0x10088, b"\3", "it is one of 3 devices of a btrfs, and only those on a single one are read"),
+    ],
+)
+def test_what_is_sound_and_not_read_is_not_called_damaged(
+    kind: str, place: int, value: bytes, why: str, made: Callable[[str], MadeImage], files: Callable[..., Files]
+) -> None:
+    source = files(made(kind).path)
+    honest = source.fetch
+
+    def fetch(disk: int, offset: int, length: int) -> bytes:
+        found = bytearray(honest(disk, offset, length))
+        if offset <= place < offset + length:
+            found[place - offset : place - offset + 1] = value
+        return bytes(found)
+
+    source.fetch = fetch  # type: ignore[method-assign]
+    with pytest.raises(DiskFsError) as caught:
+        source.image().file_system(RAW)
+    assert why in caught.value.why
+    assert "damaged" not in caught.value.why
 
 
 def test_what_the_guest_encrypts_is_said_to_be_so_and_is_no_content(

@@ -81,6 +81,89 @@ def test_the_second_copy_of_a_gpt_is_used_where_the_first_is_damaged(
         table_of(data)
 
 
+def test_the_second_copy_of_a_gpt_is_found_where_the_first_one_says_on_a_disk_that_has_grown(
+    disk: Callable[[str], tuple[bytearray, list[dict[str, int]]]],
+) -> None:
+    data, _ = disk("gpt")
+    whole = table_of(data)
+    assert whole is not None
+    data[1024 + 40] ^= 0xFF  # its rows
+    table = table_of(data + bytes(4 * _MIB))
+    assert table is not None
+    assert table.partitions == whole.partitions
+
+
+def looked_at(data: bytes | bytearray) -> tuple[list[tuple[bytes, str]], list[str]]:
+    """Volumes and their kinds, and what is said of the table."""
+    image = DiskImage([len(data)], 0, lambda _, offset, length: bytes(data[offset : offset + length]))
+    return [(one.name, one.kind) for one in image.volumes()], [one.text for one in image.remarks()]
+
+
+def test_what_is_wrong_with_a_table_that_is_read_is_said(
+    disk: Callable[[str], tuple[bytearray, list[dict[str, int]]]],
+) -> None:
+    data, _ = disk("gpt")
+    volumes, said = looked_at(data)
+    assert said == []
+    damaged = bytearray(data)
+    damaged[512 + 40] ^= 0xFF
+    assert looked_at(damaged) == (
+        volumes,
+        ["the partition table is damaged: the first copy of its GPT is damaged, the second one is used"],
+    )
+    damaged = bytearray(data)
+    damaged[:512] = bytes(512)
+    assert looked_at(damaged) == (
+        volumes, ["the partition table is damaged: the MBR that announces its GPT is missing"],
+    )  # fmt: skip
+    damaged[512:1024] = bytes(512)  # a disk that was emptied
+    assert looked_at(damaged) == ([(b"raw", "unknown")], [])
+    data, wanted = disk("dos")
+    data[wanted[2]["start"] * 512 + 510] = 0
+    volumes, said = looked_at(data)
+    assert [name for name, _ in volumes] == [b"part1", b"part2", b"part4"]
+    assert said == [
+        "the partition table is damaged: the chain of logical partitions is broken; partitions may be missing"
+    ]
+    data, _ = disk("gap")
+    struct.pack_into("<I", data, 446 + 16 + 12, 1 << 20)
+    assert looked_at(data)[1] == ["part2 ends behind the end of the disk, and is cut off there"]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "dos"])
+def test_a_boot_sector_of_fat_that_was_left_behind_does_not_hide_a_table(
+    kind: str, disk: Callable[[str], tuple[bytearray, list[dict[str, int]]]]
+) -> None:
+    data, _ = disk(kind)
+    wanted = looked_at(data)
+    # What mkfs.fat leaves of it: jump, name and geometry.
+    data[:36] = b"\xebX\x90mkfs.fat" + struct.pack("<HBHBHHBH4xII", 512, 1, 32, 2, 0, 0, 0xF8, 0, 0, 81920)[:25]
+    assert looked_at(data) == wanted
+    # As a disk that is FAT as a whole has them: no rows, or rows that are no partitions.
+    for rows in (bytes(64), b"\0\1\1\0\6\1\1\0" + struct.pack("<II", 0, 81920) + bytes(48), b"Invalid".ljust(64)):
+        data[446:510] = rows
+        assert looked_at(data) == ([(b"raw", "fat")], [])
+
+
+def test_an_mbr_counts_in_sectors_of_4096_bytes_where_only_that_leads_to_something() -> None:
+    data = bytearray(8 * _MIB)
+    data[510:512] = b"\x55\xaa"
+    data[446:462] = struct.pack("<B3xB3xII", 0, 0x83, 256, 512)
+    data[462:478] = struct.pack("<B3xB3xII", 0, 0x05, 1024, 512)
+    chain = 1024 * 4096
+    data[chain + 446 : chain + 462] = struct.pack("<B3xB3xII", 0, 0x83, 64, 128)
+    data[chain + 510 : chain + 512] = b"\x55\xaa"
+    assert [name for name, _ in looked_at(data)[0]] == [b"part1"]
+    at = 256 * 4096
+    data[at + 0x438 : at + 0x43A] = b"\x53\xef"
+    assert looked_at(data) == ([(b"part1", "ext2"), (b"part5", "empty")], [])
+    # Where there is something with 512 as well, that is meant.
+    at = 256 * 512
+    data[at + 0x438 : at + 0x43A] = b"\x53\xef"
+    assert (b"part1", "ext2") in looked_at(data)[0]
+    assert (b"part5", "empty") not in looked_at(data)[0]
+
+
 def test_logical_partitions_that_lead_to_themselves_are_shown_once(
     disk: Callable[[str], tuple[bytearray, list[dict[str, int]]]],
 ) -> None:

@@ -28,6 +28,7 @@ def test_file_systems_of_an_image_lie_beside_it(
     # The superblock of the last one says that its blocks are huge.
     with image.open("r+b") as changed:
         os.pwrite(changed.fileno(), b"\xff\xff", starts[3] + 1024 + 24)
+        os.pwrite(changed.fileno(), b"\1", starts[1] + 37)  # Linux had the FAT mounted
 
     async def fill() -> None:
         repo = await open_local(store_folder)
@@ -43,6 +44,9 @@ def test_file_systems_of_an_image_lie_beside_it(
         volumes = (disk / "VOLUMES").read_text().splitlines()
         assert volumes[0].split("\t") == ["part1", str(48 << 20), "ext4"]
         assert volumes[2].split("\t")[2:] == ["unknown", "", "nothing that is known is in it"]
+        assert volumes[4].startswith("# vm/100/")
+        assert "drive-scsi0.img/part2: it was in use: unless" in volumes[4]
+        assert len(volumes) == 5
         root = os.fsencode(disk / "part1")
         found: dict[bytes, bytes] = {}
         for where, folders, files in os.walk(root):

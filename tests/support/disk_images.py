@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import stat
 import struct
 import subprocess
@@ -70,6 +71,8 @@ def made_image(kind: str) -> MadeImage:
         image = folder / "disk.img"
         if kind == "ext4-dirty":
             found = _dirty(image, folder)
+        elif kind == "xfs-dirty":
+            found = _xfs_dirty(image, folder)
         elif kind in KERNEL_KINDS:
             found = _by_kernel(kind, image, folder / "mnt")
         elif kind in FAT_KINDS:
@@ -199,10 +202,56 @@ def _dirty(image: Path, folder: Path) -> dict[str, Any]:
         finally:
             subprocess.run(["umount", point], check=True, timeout=60)
     live.unlink()
+    return _recovered(image, folder, point)
+
+
+def _xfs_dirty(image: Path, folder: Path) -> dict[str, Any]:
+    """The same of an XFS, whose log has everything first."""
+    _root()
+    live, point = folder / "live.img", folder / "mnt"
+    _sized(live, 320 * _MIB)
+    run_tool(["mkfs.xfs", "-q", "-f", live])
+    point.mkdir()
+    draw = random.Random(4)
+    with _loop(live) as device:
+        _mount(["mount", device, point], point)
+        try:
+            (point / "old/gone").mkdir(parents=True)
+            for number in range(300):
+                (point / f"old/file{number}").write_text(f"{number}")
+                (point / f"old/gone/file{number}").write_text(f"{number}")
+            for flag in ("-f", "-u"):
+                subprocess.run(["fsfreeze", flag, point], check=True, timeout=60)
+            for number in range(0, 300, 2):
+                (point / f"old/file{number}").unlink()
+            shutil.rmtree(point / "old/gone")
+            (point / "old/file1").write_text("changed")
+            (point / "new").mkdir()
+            for number in range(400):
+                (point / f"new/a name that is long enough to fill blocks {number}").write_text(f"{number}")
+            with (point / "pieces").open("wb") as file:
+                for number in range(300):
+                    os.pwrite(file.fileno(), draw.randbytes(4096), number * 16384)
+            for length in (5, 300, 1000):
+                (point / f"link{length}").symlink_to("x" * length)
+            for length in (10, 3000, 30_000):
+                os.setxattr(point / "old/file1", f"user.of{length}", draw.randbytes(length))
+            os.mknod(point / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            os.link(point / "old/file3", point / "new/hard")
+            os.sync()
+            subprocess.run(["cp", "--sparse=always", live, image], check=True, timeout=60)
+        finally:
+            subprocess.run(["umount", point], check=True, timeout=60)
+    live.unlink()
+    return _recovered(image, folder, point)
+
+
+def _recovered(image: Path, folder: Path, point: Path) -> dict[str, Any]:
+    """What is in a copy of `image` when the kernel has replayed its journal."""
     recovered = folder / "recovered.img"
     subprocess.run(["cp", "--sparse=always", image, recovered], check=True, timeout=60)
     with _loop(recovered) as device:
-        _mount(["mount", device, point], point)  # the kernel replays the journal
+        _mount(["mount", device, point], point)
         try:
             found = dict(_entries(point))
         finally:
