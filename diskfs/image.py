@@ -11,7 +11,7 @@ from diskfs.entries import Remark, Volume
 from diskfs.errors import DiskFsError, ImageLibraryError, NotReadError
 from diskfs.filesystem import FileSystem
 from diskfs.lvm import PhysicalVolume, VolumeGroup, read_pv
-from diskfs.probe import LVM, READABLE, btrfs_devices, probe
+from diskfs.probe import LVM, READABLE, btrfs_devices, probe, stated_size
 from diskfs.tables import SECTOR, Table, gpt_without_mbr, read_table
 
 #: Name of the one volume of a disk without partitions.
@@ -110,6 +110,9 @@ class DiskImage:
                     problem = f"it is a physical volume of LVM, and damaged: {error.why}"
             elif not problem:
                 problem = _why_not(kind, blocks)
+            if not problem and (stated := stated_size(kind, blocks)) > blocks.size:
+                part = f"{name.decode()} has {blocks.size} bytes, its file system {stated}"
+                self._remarks.append(Remark(f"{part}: it is cut off, or one of the disks of an array"))
             found[name] = _Part(Volume(name, blocks.size, kind, own_label or label, problem), blocks)
         for group in self._groups(members):
             self._add_group(group, found)

@@ -23,6 +23,10 @@ _MDA: Final = Struct("<I16sIQQ")  # CRC of the rest of the sector, magic, versio
 _MDA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
 _TEXT: Final = Struct("<QQII")  # offset in the area, bytes, CRC, flags
 _IGNORED: Final = 1
+#: Magic, features, copies, own number; changes of state; those that failed, bit by bit; filled and synchronised up to.
+_RAID: Final = Struct("<4sIIIQQQQ")
+_RAID_MAGIC: Final = b"DmRd"
+_ALL: Final = (1 << 64) - 1
 _CRC_START: Final = 0xF597A6CF
 #: Bytes of a group's description; each volume takes a few hundred.
 _MAX_TEXT: Final = 8 << 20
@@ -214,18 +218,19 @@ class VolumeGroup:
 
     def volumes(self) -> Iterator[tuple[str, Blocks | DiskFsError]]:
         """Each logical volume that users see, or why it cannot be read."""
-        stores = {
-            segment.get("cow_store")
-            for section in self._volumes.values()
-            for segment in section.values()
-            if isinstance(segment, dict)
-        }
+        segments = [
+            segment for section in self._volumes.values() for segment in section.values() if isinstance(segment, dict)
+        ]
+        stores = {str(segment.get(key)) for segment in segments for key in ("cow_store", "merging_store")}
+        merging = {str(segment.get("origin")) for segment in segments if "merging_store" in segment}
         for name, section in self._volumes.items():
             if "VISIBLE" not in _listed(section, "status"):
                 continue
             try:
                 if name in stores:
                     raise _unsupported("it is a snapshot volume")
+                if name in merging:
+                    raise _unsupported("a snapshot is being merged into it: neither has all of its content")
                 yield name, self._open(name, ())
             except DiskFsError as error:
                 yield name, error
@@ -262,7 +267,7 @@ class VolumeGroup:
         if kind == "mirror":
             legs = _listed(segment, "mirrors")[::2]
         elif kind == "raid1":
-            legs = _listed(segment, "raids")[1::2]
+            legs = self._sound_legs(_listed(segment, "raids"), above)
         else:
             raise _unsupported(f"volumes of type {kind[:40] or 'none'} are not read")
         wrong = _unsupported("no copy of it is there")
@@ -272,6 +277,31 @@ class VolumeGroup:
             except DiskFsError as error:
                 wrong = error
         raise wrong
+
+    def _sound_legs(self, raids: list[Any], above: tuple[str, ...]) -> list[Any]:
+        """The copies of a RAID 1, those first that were there until the end: one that failed is older.
+
+        Raises:
+            DiskFsError: all copies have failed.
+        """
+        found: list[tuple[bool, int, int, Any]] = []  # whether it was filled, events, less its place, copy
+        failed: dict[int, int] = {}  # by number of events
+        for place, (meta, image) in enumerate(zip(raids[:16:2], raids[1:16:2], strict=False)):
+            filled, events = False, 0
+            try:
+                head = self._open(str(meta), above).read_at(0, _RAID.size)
+            except DiskFsError:
+                head = b""
+            if len(head) == _RAID.size and head[:4] == _RAID_MAGIC:
+                _, _, _, _, events, failures, upto, _ = _RAID.unpack(head)
+                filled = upto == _ALL
+                failed[events] = failed.get(events, 0) | failures
+            found.append((filled, events, -place, image))
+        lost = failed[max(failed)] if failed else 0
+        sound = sorted((one for one in found if not lost >> -one[2] & 1), key=lambda one: one[:3], reverse=True)
+        if not sound:
+            raise _unsupported("no copy of it is there that is up to date")
+        return [image for _, _, _, image in sound]
 
     def _stripes(self, segment: Mapping[str, Any], count: int, above: tuple[str, ...]) -> Blocks:
         stripes = _listed(segment, "stripes")

@@ -31,7 +31,7 @@ def disk(stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]) -> Ma
 def test_a_disk_is_listed_and_searched_as_archives_are(stored: Fleece, disk: MadeImage) -> None:
     volumes = stored.json("ls", "vm/100/latest", "drive-scsi0.img")
     assert [(one["path"], one["file-system"], one["label"], one["problem"]) for one in volumes] == [
-        ("/part1", "fat", "", None),
+        ("/part1", "fat", "ESP", None),
         ("/part2", "ext4", "root", None),
         ("/part3", "unknown", "", "nothing that is known is in it"),
     ]

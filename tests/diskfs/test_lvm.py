@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diskfs.blocks import Disk, Slice
+from diskfs.blocks import Blocks, Disk, Slice
 from diskfs.errors import DiskFsError
 from diskfs.image import DiskImage
 from diskfs.lvm import PhysicalVolume, VolumeGroup, parse
@@ -138,12 +139,12 @@ def test_a_group_without_one_of_its_disks_says_which_is_missing(
 _PV = Slice(Disk(0, 64 * _MIB, lambda _, offset, length: bytes(length)), 0, 64 * _MIB)
 
 
-def volumes_of(volumes: str) -> dict[str, Any]:
+def volumes_of(volumes: str, pv: Blocks = _PV) -> dict[str, Any]:
     text = f"""guest {{ id = "G" seqno = 3 status = ["RESIZEABLE"] extent_size = 2048
         physical_volumes {{ pv0 {{ id = "A-B" pe_start = 2048 pe_count = 60 }} }}
         logical_volumes {{ {volumes} }} }}"""
     found = parse(text)["guest"]
-    return dict(VolumeGroup([PhysicalVolume("AB", _PV, found, "guest")]).volumes())
+    return dict(VolumeGroup([PhysicalVolume("AB", pv, found, "guest")]).volumes())
 
 
 def lv(name: str, segment: str) -> str:
@@ -177,6 +178,48 @@ def test_volumes_that_cannot_be_are_said_to_be_so_and_harm_no_other(volumes: str
     assert isinstance(found["good"], Slice)
     assert isinstance(found["a"], DiskFsError)
     assert why in found["a"].why
+
+
+def test_a_volume_that_a_snapshot_is_merged_into_is_not_read() -> None:
+    origin = lv("origin", 'type = "striped" stripes = ["pv0", 0]')
+    store = lv("new", 'type = "striped" stripes = ["pv0", 8]')
+    hidden = 'snapshot0 { status = ["READ"] segment1 { type = "snapshot" start_extent = 0 extent_count = 4 '
+    found = volumes_of(f'{origin} {store} {hidden} origin = "origin" cow_store = "new" }} }}')
+    assert isinstance(found["origin"], Slice)
+    found = volumes_of(f'{origin} {store} {hidden} origin = "origin" merging_store = "new" }} }}')
+    assert "a snapshot is being merged into it" in found["origin"].why
+    assert "it is a snapshot volume" in found["new"].why
+
+
+@pytest.mark.parametrize(
+    ("supers", "wanted"),
+    [
+        ([(5, 0, -1), (5, 0, -1)], 0),
+        ([(5, 0, -1), (9, 0b01, -1)], 1),  # the first one had failed, and does not know it
+        ([(9, 0b10, -1), (5, 0, -1)], 0),
+        ([(9, 0, 4096), (9, 0, -1)], 1),  # the first one is being filled
+        ([None, (5, 0, -1)], 1),
+        ([None, None], 0),
+        ([(9, 0b11, -1), (9, 0b11, -1)], None),
+    ],
+)
+def test_of_a_raid_1_a_copy_is_read_that_is_up_to_date(
+    supers: list[tuple[int, int, int] | None], wanted: int | None
+) -> None:
+    data = bytearray(64 * _MIB)
+    for number, one in enumerate(supers):
+        if one is not None:
+            events, failed, filled = one
+            struct.pack_into("<4s12xQQq", data, (1 + 20 + number) * _MIB, b"DmRd", events, failed, filled)
+    pv = Slice(Disk(0, len(data), lambda _, offset, length: bytes(data[offset : offset + length])), 0, len(data))
+    parts = "".join(lv(name, f'type = "striped" stripes = ["pv0", {at}]') for name, at in (("m0", 20), ("m1", 21)))
+    parts += "".join(lv(name, f'type = "striped" stripes = ["pv0", {at}]') for name, at in (("i0", 30), ("i1", 40)))
+    found = volumes_of(parts + lv("a", 'type = "raid1" raids = ["m0", "i0", "m1", "i1"]'), pv)["a"]
+    if wanted is None:
+        assert "no copy of it is there that is up to date" in found.why
+    else:
+        (run,) = found.places(0, 512, 0)
+        assert run.position == (1 + (30, 40)[wanted]) * _MIB
 
 
 @pytest.mark.parametrize(

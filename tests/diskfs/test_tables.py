@@ -164,6 +164,27 @@ def test_an_mbr_counts_in_sectors_of_4096_bytes_where_only_that_leads_to_somethi
     assert (b"part5", "empty") not in looked_at(data)[0]
 
 
+def test_what_has_its_signs_far_behind_is_named() -> None:
+    for place, sign, kind in (
+        (0x20000 + 5 * 1024, b"\x0c\xb1\xba\0\0\0\0\0", "ZFS member"),
+        (3 * _MIB - (64 << 10), b"\xfc\x4e\x2b\xa9", "MD RAID member"),  # form 0.90
+        (3 * _MIB + (24 << 10), b"\xfc\x4e\x2b\xa9", "MD RAID member"),  # form 1.0
+    ):
+        data = bytearray(3 * _MIB + (32 << 10))
+        data[place : place + len(sign)] = sign
+        assert looked_at(data) == ([(b"raw", kind)], [])
+
+
+def test_a_file_system_that_is_larger_than_its_volume_is_said_to_be_so() -> None:
+    data = bytearray(8 * _MIB)
+    data[:4] = b"XFSB"
+    struct.pack_into(">IQ", data, 4, 4096, 8 * _MIB // 4096)
+    assert looked_at(data) == ([(b"raw", "xfs")], [])
+    struct.pack_into(">IQ", data, 4, 4096, 3 * 8 * _MIB // 4096)
+    said = f"raw has {8 * _MIB} bytes, its file system {24 * _MIB}: it is cut off, or one of the disks of an array"
+    assert looked_at(data) == ([(b"raw", "xfs")], [said])
+
+
 def test_logical_partitions_that_lead_to_themselves_are_shown_once(
     disk: Callable[[str], tuple[bytearray, list[dict[str, int]]]],
 ) -> None:
