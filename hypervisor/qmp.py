@@ -285,7 +285,7 @@ async def _session(where: str, timeout_s: float) -> AsyncIterator[Qmp]:
         hint = "is the VM running?" if isinstance(error, FileNotFoundError | ConnectionRefusedError) else ""
         raise QmpConnectError("connect to QEMU at", where, os_reason(error), hint) from error
     except trio.TooSlowError as error:
-        raise _held(where, timeout_s) from error
+        raise _held(where, timeout_s, None) from error
     async with _over(sock, where, timeout_s) as qmp:
         yield qmp
 
@@ -323,13 +323,14 @@ def _hung_up(error: QmpError) -> bool:
     )
 
 
-def _held(where: str, timeout_s: float) -> QmpConnectError:
-    return QmpConnectError(
-        "connect to QEMU at",
-        where,
-        f"no greeting within {timeout_s:g} s: another client holds the socket",
-        "give the VM a second one: -qmp unix:PATH,server=on,wait=off",
-    )
+def _held(where: str, timeout_s: float, peer: Peer | None) -> QmpConnectError:
+    why = f"no greeting within {timeout_s:g} s"
+    if peer is not None and peer.stopped():
+        return QmpConnectError(
+            "connect to QEMU at", where, f"{why}: its process {peer.pid} is stopped", f"kill -CONT {peer.pid}"
+        )
+    hint = "give the VM a second one: -qmp unix:PATH,server=on,wait=off"
+    return QmpConnectError("connect to QEMU at", where, f"{why}: another client holds the socket, or QEMU hangs", hint)
 
 
 class _Session:
@@ -355,12 +356,12 @@ class _Session:
 
         try:
             async with trio_asyncio.open_loop() as loop:
-                client = _Client()
+                client, peer = _Client(), peer_of(sock)
                 try:
                     with trio.fail_after(timeout_s):
                         await loop.run_aio_coroutine(client.connect(sock))
                 except (ConnectError, trio.TooSlowError) as error:
-                    self._failure = self._translated(error, timeout_s)
+                    self._failure = self._translated(error, timeout_s, peer, greeted=client.greeting is not None)
                     return
                 self._client, self._run_coroutine = client, loop.run_aio_coroutine
                 self._settled.set()
@@ -405,9 +406,14 @@ class _Session:
             return cause
         return QmpLostError(what, self._where, "the connection is lost", "QEMU has ended, or closed its QMP socket")
 
-    def _translated(self, error: ConnectError | trio.TooSlowError, timeout_s: float) -> QmpConnectError:
-        if isinstance(error, trio.TooSlowError):
-            failure = _held(self._where, timeout_s)
+    def _translated(
+        self, error: ConnectError | trio.TooSlowError, timeout_s: float, peer: Peer, *, greeted: bool
+    ) -> QmpConnectError:
+        if isinstance(error, trio.TooSlowError) and greeted:
+            why = f"it greets, and does not answer within {timeout_s:g} s"
+            failure = QmpConnectError("connect to QEMU at", self._where, why)
+        elif isinstance(error, trio.TooSlowError):
+            failure = _held(self._where, timeout_s, peer)
         elif isinstance(error.exc, OSError):
             failure = QmpConnectError("connect to QEMU at", self._where, os_reason(error.exc))
         elif isinstance(error.exc, EOFError):

@@ -29,6 +29,13 @@ class Peer:
         """Whether that very process still runs; one that was never visible (in another container) may, so True."""
         return self.start_time is None or process_start_time(self.pid) == self.start_time
 
+    def stopped(self) -> bool:
+        """Whether it was stopped by a signal, or by who debugs it; False if that cannot be told."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
+        except OSError:
+            return False
+
 
 def process_start_time(pid: int) -> int | None:
     """When process `pid` started, in clock ticks after boot; None if there is none, or a zombie."""

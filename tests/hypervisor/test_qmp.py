@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from hypervisor.unix_socket import Peer, process_start_time
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu
 from tests.support.scripted_qmp import HANG_UP, SILENCE, Raw, Refusal, ScriptedQmp
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -125,6 +127,26 @@ async def test_a_second_client_is_told_who_holds_the_socket(vm: RunningQemu) -> 
                 pass
     async with connect(vm.qmp) as qmp:
         await qmp.execute("query-status")
+
+
+async def test_a_qemu_that_is_stopped_is_told_from_one_that_another_client_holds(vm: RunningQemu) -> None:
+    os.kill(vm.pid, signal.SIGSTOP)
+    try:
+        await until(Peer(vm.pid, 0, 0, None).stopped)
+        with pytest.raises(QmpConnectError, match=rf"its process {vm.pid} is stopped; kill -CONT"):
+            async with connect(vm.qmp, timeout_s=0.2):
+                pass
+    finally:
+        os.kill(vm.pid, signal.SIGCONT)
+    async with connect(vm.qmp) as qmp:
+        await qmp.execute("query-status")
+
+
+async def test_who_greets_and_then_says_nothing_is_told() -> None:
+    async with ScriptedQmp({"qmp_capabilities": SILENCE}).serving() as path:
+        with pytest.raises(QmpConnectError, match=r"it greets, and does not answer within 0\.3 s"):
+            async with connect(path, timeout_s=0.3):
+                pass
 
 
 async def test_sessions_nest_and_end_in_any_order(qemu: QemuBinary) -> None:

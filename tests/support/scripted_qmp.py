@@ -131,10 +131,10 @@ class ScriptedQmp:
     async def _obey(self, stream: trio.SocketStream, request: dict[str, Any]) -> bool:
         command, arguments = request["execute"], request.get("arguments", {})
         answer: Answer
-        if command == "qmp_capabilities":
-            answer = {}
-        elif command in self.answers:
+        if command in self.answers:
             answer = self.answers[command]
+        elif command == "qmp_capabilities":
+            answer = {}
         elif command == "query-version":
             answer = {"qemu": dict(zip(("major", "minor", "micro"), self.version, strict=True)), "package": ""}
         elif command == "query-commands":
