@@ -118,18 +118,21 @@ async def _feed(stream: trio.abc.SendStream, data: bytes) -> None:
 async def _copy(output: trio.abc.ReceiveStream, log: Callable[[str], None]) -> None:
     """Log what comes; too much is read and dropped, so that the script never waits."""
     left, line = _MAX_OUTPUT, b""
-    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        async for data in output:
-            taken = data[: max(left, 0)]
-            if left > 0 >= left - len(data):
-                taken += b"\n(the script says more than is logged)\n"
-            left -= len(data)
-            *lines, line = (line + taken).split(b"\n")
-            for one in lines:
-                _log_line(one, log)
-            line = line[: 4 * _MAX_LINE]
-    if line:
-        _log_line(line, log)
+    try:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in output:
+                taken = data[: max(left, 0)]
+                if left > 0 >= left - len(data):
+                    taken += b"\n(the script says more than is logged)\n"
+                left -= len(data)
+                *lines, line = (line + taken).split(b"\n")
+                for one in lines:
+                    _log_line(one, log)
+                line = line[: 4 * _MAX_LINE]
+    finally:
+        # Also if somebody keeps the output open: the last line need not end.
+        if line:
+            _log_line(line, log)
 
 
 def _log_line(line: bytes, log: Callable[[str], None]) -> None:

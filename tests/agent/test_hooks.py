@@ -155,7 +155,7 @@ async def test_a_process_that_a_script_leaves_behind_does_not_hold_up_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_DRAIN_S", 0.1)
-    path = script(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo done")
+    path = script(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; printf done")
     said: list[str] = []
     began = time.monotonic()
     await Hook(path).call(("job-init",), {}, said.append)
