@@ -39,16 +39,20 @@ def agent(
     """
     import trio
 
+    from agent.config import parse_config, read_config
     from agent.host_agent import ChildRunner, HostAgent, run_until_signal
     from agent.monitoring.watching import AgentWatch
     from agent.places import private_run_dir, state_dir
 
     def load() -> "Config":
-        invocation.__dict__.pop("config", None)
-        return invocation.config
+        path, must_exist = invocation.config_place()
+        text = read_config(path, must_exist=must_exist)
+        config = parse_config(text, str(path))
+        runner.config = text
+        return config
 
     private_run_dir()
     say = (lambda text: None) if invocation.quiet else to_stderr
-    runner = ChildRunner(invocation.config_path, stop_timeout)
+    runner = ChildRunner(stop_timeout_s=stop_timeout)
     watch = AgentWatch(state_dir(), invocation.registry, say, runner.refresh)
     trio.run(run_until_signal, HostAgent(load, runner, state_dir(), say, watch=watch))

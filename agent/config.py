@@ -275,22 +275,30 @@ def load_config(path: Path, *, must_exist: bool) -> Config:
     """The configuration in the file `path`; an empty one if the file is not there and need not be.
 
     Raises:
-        UsageError: unreadable, too large, or as `parse_config`.
+        UsageError: as `read_config` and `parse_config`.
+    """
+    return parse_config(read_config(path, must_exist=must_exist), str(path))
+
+
+def read_config(path: Path, *, must_exist: bool) -> str:
+    """The text of the file `path`, for `parse_config`; an empty one if it is not there and need not be.
+
+    Raises:
+        UsageError: unreadable, too large, or no UTF-8.
     """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_SIZE + 1)
     except FileNotFoundError:
         if not must_exist:
-            return Config()
+            return ""
         raise UsageError("read the configuration", str(path), "there is no such file") from None
     except OSError as error:
         raise UsageError("read the configuration", str(path), os_reason(error)) from error
     if len(raw) > MAX_CONFIG_SIZE:
         raise UsageError("read the configuration", str(path), f"larger than {MAX_CONFIG_SIZE} bytes")
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError("read the configuration", f"{path}:{line}", "it is not UTF-8") from None
-    return parse_config(text, str(path))

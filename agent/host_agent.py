@@ -48,9 +48,13 @@ RunJob = Callable[[str], Awaitable[int]]
 
 @dataclass(slots=True)
 class ChildRunner:
-    """Runs jobs as `fleece job run NAME`; what they say goes to where the agent's own words go."""
+    """Runs jobs as `fleece job run NAME`; what they say goes to where the agent's own words go.
 
-    config: Path | None = None  #: `--config`
+    They get the configuration that the agent has, not what its file has become meanwhile: while it is being edited, or
+    after a reload that was refused, jobs could not even begin with that.
+    """
+
+    config: str | None = None  #: the text of the configuration; None: the file is read
     stop_timeout_s: float = STOP_TIMEOUT_S
     program: Sequence[str] = (sys.executable, "-P", "-m", "agent.main")
 
@@ -77,12 +81,18 @@ class ChildRunner:
             FleeceError: no process can be started.
         """
         line = [*self.program, *arguments, "--quiet"]
-        line += [] if self.config is None else ["--config", str(self.config)]
         environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
         try:
-            process = await trio.lowlevel.open_process(
-                line, stdin=DEVNULL, stdout=DEVNULL, env=environment, start_new_session=True
-            )
+            # In memory: a full disk does not matter, nobody else can read it, and nothing is left of it.
+            with open(os.memfd_create("fleece-config"), "wb") as file:  # noqa: PTH123, ASYNC230
+                if self.config is not None:
+                    file.write(self.config.encode())
+                    file.flush()
+                    line += ["--config", f"/proc/self/fd/{file.fileno()}"]
+                process = await trio.lowlevel.open_process(
+                    line, stdin=DEVNULL, stdout=DEVNULL, env=environment, start_new_session=True,
+                    pass_fds=(file.fileno(),),
+                )  # fmt: skip
         except OSError as error:
             raise FleeceError("start", f"'fleece {' '.join(arguments)}'", os_reason(error)) from error
         try:

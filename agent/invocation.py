@@ -79,13 +79,19 @@ class Invocation:
             UsageError: it is not valid.
         """
         from agent.config import load_config
+
+        path, must_exist = self.config_place()
+        return load_config(path, must_exist=must_exist)
+
+    def config_place(self) -> tuple[Path, bool]:
+        """Where the configuration file is, and whether it must be there."""
         from agent.places import config_file
 
         if self.config_path is not None:
-            return load_config(self.config_path, must_exist=True)
+            return self.config_path, True
         if named := os.environ.get("FLEECE_CONFIG"):
-            return load_config(Path(named), must_exist=True)
-        return load_config(config_file(), must_exist=False)
+            return Path(named), True
+        return config_file(), False
 
     @cached_property
     def registry(self) -> "Registry":

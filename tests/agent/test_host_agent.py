@@ -271,6 +271,18 @@ async def test_a_job_that_was_done_when_the_agent_ended_it_is_not_run_again(
     assert found == ((START + 120 if again else START + 14 * HOUR), "sweep")
 
 
+async def test_a_job_gets_the_configuration_that_the_agent_has_and_not_what_its_file_has_become(tmp_path: Path) -> None:
+    script, seen = tmp_path / "job", tmp_path / "seen"
+    script.write_text(f'#!/bin/sh\n[ "$5" = --config ] && cat "$6" >{seen}\n')
+    script.chmod(0o755)
+    (tmp_path / "fleece.toml").write_text("in the middle of being edited")
+    runner = ChildRunner(program=(str(script),))
+    for text in (DAILY, f"# {'é' * 200_000}\n{DAILY}"):
+        runner.config = text
+        assert await runner("sweep") == 0
+        assert seen.read_text() == text
+
+
 async def test_a_second_agent_is_refused_and_a_state_that_cannot_be_written_stops_no_job(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
