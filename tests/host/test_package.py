@@ -77,6 +77,9 @@ def test_upgrade_removal_and_purge_beside_a_running_backup(host: HypervisorHost,
     vm.check("rm /run/hold")
     vm.until("tail -n1 /var/lib/fleece/jobs/night/history.jsonl | grep -q '\"ok\"'")
     assert len(host.snapshots()) == 2
+    # The dirty bitmap that the interrupted backup had set aside counts on: nothing was written, so nothing was read.
+    (guest,) = json.loads(vm.check("tail -n1 /var/lib/fleece/jobs/night/history.jsonl"))["result"]["guests"]
+    assert (guest["reasons"], guest["new"]) == ([], guest["read"]), guest
 
     vm.check("touch /run/hold; systemctl start --no-block fleece-job@night")
     vm.until("test -e /run/in-backup")
