@@ -114,6 +114,8 @@ def _host(add: _Families, document: Mapping[str, Any]) -> None:
     add.gauge("fleece_metrics_timestamp_seconds", "When these figures were collected.", document["time"])
     add.gauge("fleece_agent_up", "Whether the agent runs.", agent["running"])
     add.gauge("fleece_agent_start_timestamp_seconds", "When the agent was started.", agent["since"])
+    refused = None if not agent["running"] else agent["refused"] is not None
+    add.gauge("fleece_agent_configuration_refused", "Whether the agent could not take the last configuration.", refused)
 
 
 def _job(add: _Families, job: Mapping[str, Any]) -> None:

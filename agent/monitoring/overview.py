@@ -75,15 +75,17 @@ def agent_path(state_dir: Path) -> Path:
 
 
 def agent_state(state_dir: Path, now: float) -> dict[str, Any]:
-    """Whether the agent runs, since when, and which jobs it knows to be running."""
+    """Whether the agent runs, since when, and why it could not take the configuration that is there."""
     found = read_document(agent_path(state_dir)) or {}
     since, seen, pid = (found.get(name) for name in ("since", "seen", "pid"))
+    refused = found.get("refused")
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (since, seen, pid))
     alive = numbers and -60 <= now - float(seen or 0) < _AGENT_PATIENCE_S and _lives(pid)
     return {
         "running": bool(alive),
         "since": since if alive else None,
         "version": found.get("version") if alive else None,
+        "refused": refused if alive and isinstance(refused, str) else None,
     }
 
 

@@ -97,6 +97,8 @@ def find_problems(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _problems(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if not document["agent"]["running"]:
         yield "warn", "the agent does not run: no job is begun by itself, unless timers do it"
+    if document["agent"]["refused"]:
+        yield "bad", f"the agent goes on with an old configuration: {document['agent']['refused']}"
     for store in document["stores"]:
         yield from _store_problems(store)
     for job in document["jobs"]:

@@ -58,17 +58,19 @@ class AgentWatch:
     _config: "Config | None" = None
     _changed: trio.Event = field(default_factory=trio.Event)
     _since: float = 0.0
+    _refused: str | None = None  #: why the configuration that is there now was not taken
 
     def take(self, config: "Config") -> None:
         """This is the configuration from now on."""
         again = self._config is not None
-        self._config = config
+        self._config, self._refused = config, None
         self._changed.set()
         if again:
             self._events().emit("agent-reload", "the agent has read its configuration again", error=None)
 
     def refused(self, error: FleeceError) -> None:
         """A changed configuration is not valid."""
+        self._refused = str(error)
         self._events().emit("agent-reload", "the agent goes on with the old configuration", error=str(error))
 
     def left_out(self, name: str) -> None:
@@ -125,6 +127,7 @@ class AgentWatch:
         path = agent_path(self.state_dir)
         while True:
             sign = {"since": self._since, "seen": self.now(), "pid": os.getpid(), "version": version()}
+            sign["refused"] = self._refused
             await self._safely(in_io_thread(write_document, path, sign))
             await self._safely(self._monitoring().textfile())
             await trio.sleep(BEAT_S)

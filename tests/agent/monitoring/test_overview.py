@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -148,8 +149,6 @@ def test_libvirt_that_does_not_answer_hides_neither_the_rest_nor_what_is_known_o
 
 
 def test_the_agent_is_up_as_long_as_it_says_so(tmp_path: Path) -> None:
-    import os
-
     for sign, up in (
         ({"since": NOW - 100, "seen": NOW - 30, "pid": os.getpid(), "version": "1"}, True),
         ({"since": NOW - 1000, "seen": NOW - 900, "pid": os.getpid(), "version": "1"}, False),
@@ -159,6 +158,16 @@ def test_the_agent_is_up_as_long_as_it_says_so(tmp_path: Path) -> None:
     ):
         write_document(agent_path(tmp_path), sign)
         assert overview(config(""), tmp_path, NOW)["agent"]["running"] is up
+
+
+def test_an_agent_that_goes_on_with_an_old_configuration_is_told_of(tmp_path: Path) -> None:
+    sign: dict[str, Any] = {"since": NOW - 100, "seen": NOW - 30, "pid": os.getpid(), "version": "1"}
+    for refused, told in ((None, False), ("fleece.toml:3: no valid TOML", True), (5, False)):
+        write_document(agent_path(tmp_path), {**sign, "refused": refused})
+        document = overview(config(""), tmp_path, NOW)
+        assert values(families(document)["fleece_agent_configuration_refused"]) == [told]
+        problem = ("bad", f"the agent goes on with an old configuration: {refused}")
+        assert (problem in find_problems(document)) is told
 
 
 def families(document: dict[str, Any]) -> dict[str, Metric]:

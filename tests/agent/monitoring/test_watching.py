@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from agent.config import Config
 from agent.host_agent import HostAgent
 from agent.monitoring.messages import Message
-from agent.monitoring.overview import agent_path
+from agent.monitoring.overview import agent_path, agent_state
 from agent.monitoring.watching import AgentWatch
 from agent.registry import Registry
 from tests.support.waiting import PATIENCE_S, until
@@ -149,7 +149,14 @@ async def test_a_reload_is_an_event_and_so_is_one_that_is_refused(
         await watched.agent.reload()
         watched.text += "[nothing]\n"
         await watched.agent.reload()
+        await trio.sleep(100)
+        refused = agent_state(tmp_path, watched.agent.now())["refused"]
+        watched.text = ""
+        await watched.agent.reload()
+        await trio.sleep(100)
+        assert agent_state(tmp_path, watched.agent.now())["refused"] is None
         watched.agent.stop()
+    assert "nothing is no known option" in refused
     reloads = [event["error"] for event in watched.events if event["event"] == "agent-reload"]
     assert reloads[0] is None
     assert "nothing is no known option" in reloads[1]
