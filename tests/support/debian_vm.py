@@ -25,6 +25,7 @@ must be `read_only`, or `save` fails.
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -44,8 +45,9 @@ from tests.support.guest import GuestError, small_guest
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import VmDisk
 
-#: Seconds after which a VM is ended, whatever it is doing: even if the tests were killed, nothing stays for long.
-LIFETIME_S: Final = 1800
+#: Seconds after which a VM is ended, whatever it is doing: even if the tests were killed, nothing stays for long. One
+#: VM serves all tests of a host, which takes the better part of an hour with the long ones.
+LIFETIME_S: Final = 5400 if os.environ.get("FLEECE_TEST_LONG") else 1800
 #: Seconds for a start: a busy machine takes ten times the ten seconds it should.
 BOOT_S: Final = 300.0
 #: Seconds for a line.
