@@ -81,6 +81,10 @@ async def test_what_is_handed_over_is_checked(worker: Worker, tmp_path: Path) ->
             with pytest.raises(Died, match=match):
                 await plugin("backup_vm", 100, CONFIG, {DEVICE: broken}, {})
             await plugin("backup_cleanup", 100, "qemu", 0, {})
+        await plugin("backup_init", 100, "qemu", START)
+        with pytest.raises(Died, match="'much' is no limit of bandwidth"):
+            await plugin("backup_vm", 100, CONFIG, {DEVICE: volume}, {"bandwidth-limit": "much"})
+        await plugin("backup_cleanup", 100, "qemu", 0, {})
         assert disk.read_bytes() == b"\x01" * (8 * MIB)
         assert plugin.children() == []
 

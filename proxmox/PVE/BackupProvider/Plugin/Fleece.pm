@@ -163,8 +163,16 @@ sub _guest {
     return (
         'guest-config' => PVE::Fleece::Process::packed($guest_config),
         'firewall-config' => PVE::Fleece::Process::packed($info->{'firewall-config'}),
-        'bandwidth-limit' => int($info->{'bandwidth-limit'} // 0),
+        'bandwidth-limit' => _limit($info->{'bandwidth-limit'}),
     );
+}
+
+# What is no number must not pass for "none".
+sub _limit {
+    my ($limit) = @_;
+    return 0 if !defined($limit) || $limit eq '';
+    die "'$limit' is no limit of bandwidth\n" if $limit !~ m/\A(-?\d{1,18})(?:\.\d*)?\z/;
+    return int($1);
 }
 
 sub _volume {
