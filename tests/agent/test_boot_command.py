@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.boot_trials import emulated_tpm, parse_signs
+from agent.boot_trials import BootResult, emulated_tpm, keep_evidence, parse_signs
 from core.errors import SourceError, UsageError
 from core.progress import Progress
+from hypervisor.boot_signs import Picture
 from hypervisor.boot_trial import Sign, TrialOptions, try_boot
 from hypervisor.boot_watch import Trial
 from hypervisor.machine import Device, Machine, MachineDisk
@@ -111,6 +112,15 @@ def test_signs_are_read() -> None:
     assert [one.kind for one in parse_signs([])] == ["guest-agent", "serial", "screen"]
     with pytest.raises(UsageError, match="no sign of life"):
         parse_signs(["guest-agent:x"])
+
+
+async def test_evidence_that_cannot_be_kept_is_a_warning_beside_the_result(tmp_path: Path) -> None:
+    trial = Trial(alive=True, picture=Picture.parse(b"P6\n1 1\n255\nabc"), serial=b"web login: ")
+    result = BootResult("vm/100/2026-01-02T03:04:05Z", trial, 1, 1, (), 1.0)
+    progress = Progress()
+    await keep_evidence(result, tmp_path / "gone" / "a.png", tmp_path / "a.log", progress)
+    assert (result.screenshot, result.serial_log) == (None, tmp_path / "a.log")
+    assert [f"cannot write {tmp_path}/gone/a.png" in line for line in progress.warnings] == [True]
 
 
 def family(pid: int) -> list[int]:
