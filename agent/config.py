@@ -24,6 +24,7 @@ from agent.config_types import (
     ServerText,
     Size,
     SyncLevel,
+    Uuid,
     checked,
 )
 from agent.job_sections import JOB_MODELS, Duration, JobName, JobSection
@@ -96,6 +97,7 @@ class VmSection(KeySettings):
     id: BackupId | None = None  #: backup id, NAME if not given
     tags: list[str] = Field(default_factory=list)  #: words by which jobs choose VMs
     qmp: AbsolutePath | None = None  #: QMP socket
+    uuid: Uuid | None = None  #: of the VM behind `qmp`; another one there is refused
     libvirt: str | None = None  #: name or UUID of a domain of libvirt, instead of `qmp`
     connect: str | None = None  #: which libvirt; None: that of the host for root, else the user's own
     guest_agent: AbsolutePath | None = None  #: socket of the guest agent

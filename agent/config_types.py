@@ -55,10 +55,20 @@ def _check_server(text: str) -> None:
     RemoteAddress.parse(text)
 
 
+def _uuid(text: str) -> str:
+    import uuid
+
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise ValueError("a UUID is needed, 01234567-89ab-cdef-0123-456789abcdef") from error
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Owner = Annotated[str, checked(check_owner)]
 Size = Annotated[str, checked(parse_size)]
 NamespaceText = Annotated[str, checked(Namespace.parse)]
+Uuid = Annotated[str, AfterValidator(_uuid)]  #: in its usual form, small letters
 BackupId = Annotated[str, checked(lambda text: Group.parse(f"{BackupType.VM.value}/{text}"))]
 Fingerprint = Annotated[str, checked(_check_fingerprint)]
 ServerText = Annotated[str, checked(_check_server)]

@@ -22,6 +22,7 @@ from hypervisor.domain_xml import (
 )
 from hypervisor.errors import VmStateError, VmUnsupportedError
 from hypervisor.libvirt_host import check_no_job, domain_state, volume_path
+from hypervisor.vm import check_identity
 
 if TYPE_CHECKING:
     from agent.config import VmSection
@@ -116,11 +117,15 @@ def _with_places(section: "VmSection", vm: LibvirtVm) -> "VmSection":
 
 
 async def check_idle(settings: "VmSettings") -> None:
-    """Refuse while libvirt is at work on the domain.
+    """Refuse while libvirt is at work on the domain, and what is another VM than the one that is meant.
 
     Raises:
         VmStateError: it is.
+        FleecingError: it is another VM.
+        QmpError, QmpAnswerError: QEMU cannot be talked to.
     """
+    if settings.qmp is not None and settings.section.uuid is not None:
+        await check_identity(str(settings.qmp), settings.section.uuid)
     if settings.libvirt is not None and settings.libvirt.active:
         await check_no_job(settings.libvirt.address)
 

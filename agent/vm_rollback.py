@@ -25,6 +25,7 @@ from hypervisor.discovery import Disk
 from hypervisor.errors import DiskNameError
 from hypervisor.machine_model import special_archives
 from hypervisor.rollback import RolledDisk, put_aside
+from hypervisor.vm import check_identity
 from repository.interface import Repository
 from repository.locate import check_index, load_manifest
 from repository.restore import restore_disk
@@ -70,6 +71,7 @@ async def roll_back(
     Returns what became of each disk, and whether the guest runs now.
 
     Raises:
+        FleecingError: another VM than the one that is meant answers at the socket.
         FormatError: the snapshot has failed its last verification; `unverified` believes it all the same.
         UsageError, DiskNameError: the VM's socket is not known, or a disk is not one of the VM or has another size.
         NotFoundError, KeyNeededError: as `vm_restore.chosen_disks`.
@@ -79,6 +81,8 @@ async def roll_back(
     """
     if settings.qmp is None:
         raise UsageError("roll back", settings.label, "its QMP socket is not known", "give --qmp SOCKET")
+    if settings.section.uuid is not None:
+        await check_identity(str(settings.qmp), settings.section.uuid)
     # What the disks have now is lost with the first write, and at the bad chunk it would end.
     if not unverified and (opened.manifest.verify_state or {}).get("state") == "failed":
         raise FormatError(

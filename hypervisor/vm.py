@@ -28,6 +28,7 @@ from hypervisor.bitmaps import (
     target_id,
 )
 from hypervisor.block_graph import block_nodes, children, released
+from hypervisor.checked import field, of_type, printable
 from hypervisor.cmdline import took_over
 from hypervisor.discovery import OUR_PREFIX, Disk, capabilities, check_vm
 from hypervisor.errors import FleecingError, VmStateError, VmUnsupportedError
@@ -55,6 +56,7 @@ __all__ = [
     "Finished",
     "FrozenView",
     "Scratch",
+    "check_identity",
     "cleanup",
     "frozen_view",
     "preview",
@@ -372,6 +374,28 @@ async def cleanup(
             error.add_note(line)
         raise
     return done
+
+
+async def check_identity(qmp_path: str, uuid: str) -> None:
+    """Make sure that the VM behind a socket is the one that is meant.
+
+    Args:
+        qmp_path: QMP socket.
+        uuid: as QEMU was given it by `-uuid`.
+
+    Raises:
+        FleecingError: it is another.
+        QmpError, QmpAnswerError: QEMU cannot be talked to.
+    """
+    async with connect(qmp_path) as qmp:
+        where = f"{qmp_path}, query-uuid"
+        found = field(of_type(await qmp.execute("query-uuid"), dict, where), "UUID", str, where)
+        if found.lower() == uuid.lower():
+            return
+        named = of_type(await qmp.execute("query-name"), dict, where).get("name")
+    who = f" ({printable(named)})" if isinstance(named, str) else ""
+    why = f"the VM there has the UUID {printable(found)}{who}, and {uuid} is meant"
+    raise FleecingError("use the VM at", qmp_path, why, "does another VM have that socket now?")
 
 
 async def _remove_older(qmp: Qmp, target: str | None, before: int) -> list[str]:

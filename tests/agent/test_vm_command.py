@@ -14,11 +14,13 @@ import pytest
 import trio
 
 from agent.config import Config
+from agent.libvirt_vm import check_idle
 from agent.vm_backup import is_running
 from agent.vm_settings import VmOptions, resolve_vm
+from hypervisor.errors import FleecingError
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
-from tests.support.scripted_qmp import ScriptedAgent
+from tests.support.scripted_qmp import ScriptedAgent, ScriptedQmp
 
 from .conftest import Answer, Fleece
 
@@ -262,6 +264,20 @@ async def test_mount_points_a_pause_and_the_age_of_bitmaps_are_options(
         cleaned = await document(configured, "vm", "cleanup", *target, "--bitmaps-older-than", "30d")
         assert cleaned == {"done": [f"removed the dirty bitmap {old} on fmt-disk0"]}
         assert len(await vm.bitmaps("fmt-disk0")) == 1
+
+
+async def test_a_socket_behind_which_another_vm_is_now_is_refused() -> None:
+    ours, other = "01234567-89ab-cdef-0123-456789abcdef", "11111111-89ab-cdef-0123-456789abcdef"
+    answers: dict[str, Any] = {"query-uuid": {"UUID": ours}, "query-name": {"name": "database\x1b"}}
+    async with ScriptedQmp(answers).serving() as path:
+        config = Config.model_validate({"vm": {"web": {"qmp": str(path), "uuid": ours.upper()}}})
+        settings = resolve_vm(config, VmOptions(name="web"))
+        await check_idle(settings)
+        answers["query-uuid"] = {"UUID": other}
+        with pytest.raises(
+            FleecingError, match=rf"the VM there has the UUID {other} \(database.*\), and {ours} is meant"
+        ):
+            await check_idle(settings)
 
 
 async def test_a_socket_with_too_many_waiting_clients_belongs_to_a_running_vm(tmp_path: Path) -> None:
