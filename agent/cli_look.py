@@ -225,6 +225,8 @@ def find(
     from repository.archive import open_cache
     from repository.stored_bytes import CACHE_SIZE
 
+    if not pattern:
+        raise UsageError("find", "''", "the pattern is empty", "'**' finds everything")
     if pattern.startswith("!"):
         raise UsageError(
             "find", repr(pattern), "a pattern to find cannot be negated", "write '\\!' for the character itself"

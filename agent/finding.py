@@ -104,34 +104,42 @@ async def _find(
     repository: Repository, selection: Selection, known: Answers, query: Query, codec: ChunkCodec, cache: ChunkCache,
     progress: Progress, add: Callable[[Found], None],
 ) -> None:  # fmt: skip
+    met: set[str] = set()  # archives that were looked into
     for snapshot, one in selection.snapshots.items():
         try:
-            if await _answered(known, snapshot, one, query, progress, add):
+            if await _answered(known, snapshot, one, query, progress, add, met):
                 continue
             async with open_snapshot(repository, snapshot, codec, cache, progress) as opened:
                 if query.images and await _find_in_named_image(opened, query, add):
+                    met.add(query.archive_name or "")
                     continue
                 if (states := _states(known.parts, snapshot, one, query)) is not None:
-                    await _from_index(known, snapshot, states, query.archive_name, add)
+                    await _from_index(known, snapshot, states, query.archive_name, add, met)
                 else:
-                    await _find_in_archives(opened, one, query, add)
+                    await _find_in_archives(opened, one, query, add, met)
                 if query.images and query.archive is None:
                     if (states := _states(known.images, snapshot, one, query)) is not None:
-                        await _from_index(known, snapshot, states, None, add)
+                        await _from_index(known, snapshot, states, None, add, met)
                     else:
                         await _find_in_images(opened, query, add)
         except FleeceError as error:
             if one.named or isinstance(error, TargetError):
                 raise
             progress.warn(f"{in_namespace(snapshot)} was left out: {error}")
+    if query.archive_name is not None and not met and selection.snapshots:
+        hint = "" if query.images or ".img" not in str(query.archive) else "; disk images are looked into with --images"
+        progress.warn(f"none of the snapshots has an archive {query.archive} that could be looked into{hint}")
 
 
-async def _find_in_archives(opened: OpenSnapshot, one: Selected, query: Query, add: Callable[[Found], None]) -> None:
+async def _find_in_archives(
+    opened: OpenSnapshot, one: Selected, query: Query, add: Callable[[Found], None], met: set[str]
+) -> None:
     only = query.archive_name
     if query.archive is not None and one.named:
         only = opened.file_archive(query.archive)
     for name in opened.file_archives:
         if only in (None, name):
+            met.add(name)
             await find_in(opened, name, query.pattern, query.letters, add)
 
 
@@ -157,8 +165,9 @@ async def _find_in_images(opened: OpenSnapshot, query: Query, add: Callable[[Fou
 
 
 async def _answered(
-    known: Answers, snapshot: Snapshot, one: Selected, query: Query, progress: Progress, add: Callable[[Found], None]
-) -> bool:
+    known: Answers, snapshot: Snapshot, one: Selected, query: Query, progress: Progress, add: Callable[[Found], None],
+    met: set[str],
+) -> bool:  # fmt: skip
     """Whether the index had the whole answer, which `add` got then."""
     states = _states(known.parts, snapshot, one, query)
     disks = _states(known.images, snapshot, one, query) if query.images else []
@@ -166,8 +175,8 @@ async def _answered(
         return False
     for warning in known.notes.get(snapshot, ()):
         progress.warn(warning)
-    await _from_index(known, snapshot, states, query.archive_name, add)
-    await _from_index(known, snapshot, disks, None, add)
+    await _from_index(known, snapshot, states, query.archive_name, add, met)
+    await _from_index(known, snapshot, disks, None, add, met)
     return True
 
 
@@ -181,8 +190,10 @@ def _states(
 
 
 async def _from_index(
-    known: Answers, snapshot: Snapshot, states: list[tuple[str, int]], only: str | None, add: Callable[[Found], None]
-) -> None:
+    known: Answers, snapshot: Snapshot, states: list[tuple[str, int]], only: str | None, add: Callable[[Found], None],
+    met: set[str],
+) -> None:  # fmt: skip
     for name, state in states:
         if only in (None, name):
+            met.add(name)
             await known.found(snapshot, name, state, add)

@@ -135,6 +135,11 @@ class Server:
             return {"error": "disk", "why": "it is damaged: it leads to itself"}, b""
         except Exception as error:
             return {"error": "disk", "why": f"it is damaged: {reason(error)}"}, b""
+        except BaseException as error:
+            # What a library in Rust makes of an index that is too large is no `Exception`.
+            if type(error).__name__ != "PanicException":
+                raise
+            return {"error": "disk", "why": f"it is damaged: {reason(error)}"}, b""
         finally:
             if self._has_failed:
                 self._forget()

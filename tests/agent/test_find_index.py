@@ -113,6 +113,17 @@ async def test_named_snapshots_and_groups_use_what_is_indexed_and_add_nothing(fi
             await finder.find("x", recursive=True)
 
 
+async def test_an_archive_that_no_snapshot_has_is_no_answer_without_a_word(finder: Finder) -> None:
+    await fill(finder)
+    for archive, more in (("rot", ""), ("disk.img", "; disk images are looked into with --images")):
+        for index in (False, True):
+            found, warnings = await finder.find("hosts", archive=archive, index=index)
+            assert found == []
+            assert warnings == [f"none of the snapshots has an archive {archive} that could be looked into{more}"]
+    # Some have it: nothing is wrong; with nothing to be found in it neither.
+    assert (await finder.find("nothing", archive="etc"))[1] == []
+
+
 async def test_what_is_indexed_is_not_read_again(finder: Finder) -> None:
     await fill(finder)
     direct = await finder.find("*o*", index=False)

@@ -134,7 +134,7 @@ def test_what_cannot_be_listed(look: Look, tree: Path, tmp_path: Path) -> None:
     assert error("diff", snapshot, snapshot, "other")["hint"] == "they have root.pxar, x.conf"
     assert error("diff", snapshot, snapshot, "root.pxar/none")["why"] == "the archive has no such entry"
     for wrong in (
-        ["find", "!x"], ["find", "[x"], ["find", "x", "--type", "z"], ["find", "x", "--type", ""],
+        ["find", "!x"], ["find", "[x"], ["find", ""], ["find", "x", "--type", "z"], ["find", "x", "--type", ""],
         ["find", "x", snapshot, "--all-snapshots"], ["find", "x", "a/b/c/d"], ["ls", snapshot, "root.pxar/../x"],
         ["diff", snapshot, snapshot, "x.conf/y"],
     ):  # fmt: skip

@@ -192,6 +192,24 @@ class _Endless:
         return self.entry(id)
 
 
+def test_a_panic_of_a_library_in_rust_is_an_error_of_the_image_and_ends_nothing() -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        root = (2, 0)
+
+        def entry(self, id: object) -> Entry:
+            raise PanicException("index out of bounds: the len is 433 but the index is 18446744073709550000")
+
+    server = worker.Server(None, [1 << 20], 0)  # type: ignore[arg-type]
+    server._image._systems[b"raw"] = Panicking()  # type: ignore[assignment]
+    server._image._parts = {}
+    answer, _ = server.answer({"op": "entry", "volume": "raw"})
+    assert answer["error"] == "disk"
+    assert answer["why"].startswith("it is damaged: PanicException: index out of bounds")
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
