@@ -268,6 +268,7 @@ class Walk(Message):
     directory: Base64
     sources: list[Base64]  #: mount points in it that belong to the container
     exclude: Annotated[list[Base64], Field(max_length=4096)]
+    skip_lost_and_found: bool = False  #: of each file system: the container's root may not read it
 
 
 M = TypeVar("M", bound=Message)

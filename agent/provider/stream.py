@@ -113,6 +113,7 @@ def send_archive(walk: Walk, fd: int) -> CreateReport:
         exclude=tuple(MatchPattern.parse(pattern.removeprefix(b".") if pattern[:2] == b"./" else pattern)
                       for pattern in walk.exclude),
         include_devices=tuple(os.fsdecode(os.path.join(walk.directory, source)) for source in walk.sources),  # noqa: PTH118
+        skip_lost_and_found=walk.skip_lost_and_found,
     )  # fmt: skip
     report = create_archive(directory, archive, None, options, catalog=writer)
     writer.finish()

@@ -216,6 +216,8 @@ sub backup_container {
             directory => PVE::Fleece::Process::packed($info->{directory}),
             sources => [map { PVE::Fleece::Process::packed($_) } @{ $info->{sources} // [] }],
             exclude => [map { PVE::Fleece::Process::packed($_) } @{ $exclude_patterns // [] }],
+            # It belongs to the host's root. A warning in each backup would hide others.
+            'skip-lost-and-found' => PVE::Fleece::Process::boolean($info->{'backup-user-id'}),
         },
     );
     return;
