@@ -339,19 +339,28 @@ async def emulated_tpm(machine: Machine, files: dict[str, bytes], progress: Prog
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-async def keep_evidence(result: BootResult, screenshot: Path | None, serial_log: Path | None) -> None:
+async def keep_evidence(
+    result: BootResult, screenshot: Path | None, serial_log: Path | None, progress: Progress
+) -> None:
     """Write the last picture as a PNG file, and what the serial port said.
 
-    Raises:
-        TargetError: a file cannot be written.
+    What cannot be written is a warning: whether the machine lives is known all the same.
     """
     picture = result.trial.picture
     if screenshot is not None and picture is not None:
-        await in_io_thread(_write, screenshot, await in_io_thread(picture.png))
-        result.screenshot = screenshot
+        png = await in_io_thread(picture.png)
+        result.screenshot = await _kept(screenshot, png, progress)
     if serial_log is not None:
-        await in_io_thread(_write, serial_log, result.trial.serial)
-        result.serial_log = serial_log
+        result.serial_log = await _kept(serial_log, result.trial.serial, progress)
+
+
+async def _kept(path: Path, content: bytes, progress: Progress) -> Path | None:
+    try:
+        await in_io_thread(_write, path, content)
+    except TargetError as error:
+        progress.warn(str(error))
+        return None
+    return path
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """`fleece test-boot`: whether a machine starts from its backup."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,7 +102,7 @@ def try_a_boot(
         picture = screenshot
         if picture is None and not result.trial.alive:
             picture = _own_place(state_dir() / "test-boot", str(found))
-        await keep_evidence(result, picture, serial_log)
+        await keep_evidence(result, picture, serial_log, progress)
         return result
 
     result = invocation.run(work, what="test", where=snapshot)
@@ -154,10 +155,11 @@ def _at_least_a_second(option: str, text: str) -> float:
 
 def _own_place(folder: Path, snapshot: str) -> Path:
     """Where the picture of a guest that did not come to life is kept, among the last ones."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pictures = sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    for old in pictures[: -(_KEPT_PICTURES - 1)]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):  # whoever writes there finds out
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        pictures = sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
+        for old in pictures[: -(_KEPT_PICTURES - 1)]:
+            old.unlink(missing_ok=True)
     return folder / f"{snapshot.replace('/', '-').replace(':', '')}.png"
 
 

@@ -107,7 +107,7 @@ async def _one(
     try:
         result = await try_snapshot(repository, snapshot, order, codec=codec, progress=progress)
         file = re.sub(r"[^A-Za-z0-9_.-]", "-", name.replace(":", ""))
-        await keep_evidence(result, screens / f"{file}.png", screens / f"{file}.log")
+        await keep_evidence(result, screens / f"{file}.png", screens / f"{file}.log", progress)
     except FleeceError as error:
         progress.log(f"{name}: {error}")
         return {"snapshot": name, "alive": False, "sign": None, "reason": str(error)[:500], "after-s": None}

@@ -13,9 +13,14 @@ from hypervisor.errors import BootTrialError
 from hypervisor.machine import Backing
 
 
+def scratch_folder() -> str:
+    """Where what the guest writes lies."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
 def nameless() -> int:
     """A file without a name in the folder for temporary files."""
-    folder = os.environ.get("TMPDIR") or "/var/tmp"
+    folder = scratch_folder()
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             return os.dup(file.fileno())

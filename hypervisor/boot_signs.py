@@ -51,6 +51,14 @@ FAILURES: Final[Sequence[tuple[re.Pattern[str], str]]] = tuple(
         (r"UEFI Interactive Shell|(?m:^Shell> ?$)", "the firmware ends in its shell"),
     )
 )  # fmt: skip
+#: A question for the passphrase of a disk, which nobody will answer: neither life nor, where a key may come by itself,
+#: death.
+_PASSPHRASE: Final = re.compile(
+    r"(?i)(?:enter passphrase|enter password|unlock disk|passphrase for|password for)[^\n]{0,120}:?"
+    r"|enter the (?:pin|password|recovery key)[^\n]{0,80}"
+)
+#: Characters at the end of what was said in which it is looked for.
+_QUESTION: Final = 400
 #: A boot loader that waits for somebody: neither life nor death.
 _NOT_YET: Final = re.compile(r"GNU GRUB|Press any key to boot|Use the .{0,40} keys to select|Boot Menu")
 #: Lines of firmware.
@@ -70,6 +78,16 @@ def failure_in(text: str) -> str | None:
         if (match := pattern.search(text)) is not None:
             return f"{meaning} ({' '.join(match[0].split())[:80]!r})"
     return None
+
+
+def passphrase_in(text: str) -> str | None:
+    """The question for a passphrase with which `text` ends; None if there is none, or it has been answered."""
+    found = None
+    for match in _PASSPHRASE.finditer(text.rstrip()[-_QUESTION:]):
+        found = match
+    if found is None or LOGIN.search(found.string, found.end()) is not None:
+        return None
+    return " ".join(found[0].split())[:80]
 
 
 def only_firmware(text: str) -> bool:

@@ -4,6 +4,7 @@ Its disks are read over NBD; what it writes goes to files without a name, which 
 no network, and QEMU itself as few rights as possible (`confined.py`).
 """
 
+import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -13,9 +14,9 @@ from typing import Final
 
 import trio
 
-from core.errors import os_reason
+from core.errors import TargetError, os_reason
 from core.limits import in_io_thread
-from hypervisor.boot_ends import Ends, connected, nameless, open_ends
+from hypervisor.boot_ends import Ends, connected, nameless, open_ends, scratch_folder
 from hypervisor.boot_watch import NotStartedError, Trial, Watch
 from hypervisor.boot_watch import Sign as Sign
 from hypervisor.boot_watch import TrialOptions as TrialOptions
@@ -55,8 +56,8 @@ async def try_boot(
         linger: called with the machine's control when it is certain whether it lives, before it ends.
 
     Raises:
-        BootTrialError: QEMU is missing or does not start the machine, or KVM is wanted and does not work.
-        TargetError: there is no space for what the guest writes.
+        BootTrialError: QEMU is missing or does not start the machine, KVM is wanted and does not work, or there is no
+            space for what the guest writes.
     """
     program = options.program or f"qemu-system-{machine.arch}"
     known = await _machine_types(program)
@@ -179,7 +180,12 @@ class _Attempt:
     async def _disk(self, ends: Ends, number: int, address: NbdAddress, size: int) -> Backing:
         overlay = await in_io_thread(nameless)
         ends.keep(overlay)
-        await create_qcow2(Path(f"/proc/{os.getpid()}/fd/{overlay}"), size)
+        try:
+            await create_qcow2(Path(f"/proc/{os.getpid()}/fd/{overlay}"), size)
+        except TargetError as error:  # its words are about a name that nobody knows
+            why = os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in error.why else error.why
+            where = f"a temporary file in {scratch_folder()}"
+            raise BootTrialError("make", where, why, "set TMPDIR to a folder with more room") from error
         ends.overlays.append(overlay)
         server = await in_io_thread(connected, address.socket)
         ends.keep(server)

@@ -12,13 +12,14 @@ import trio
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from hypervisor import checked
-from hypervisor.boot_ends import Ends
+from hypervisor.boot_ends import Ends, scratch_folder
 from hypervisor.boot_signs import (
     LOGIN,
     Picture,
     Serial,
     failure_in,
     only_firmware,
+    passphrase_in,
     plain,
     processors,
     screen_text,
@@ -123,6 +124,7 @@ class Watch:
         self._still_since = started
         self._rest: list[bool] = []  #: whether the processors were at rest, since then
         self._changes = 0  #: pictures that were not like the one before
+        self._asks: dict[str, str] = {}  #: where it asks for a passphrase, and how
         self._scope = trio.CancelScope()
 
     async def until_decided(self) -> None:
@@ -140,6 +142,9 @@ class Watch:
                 if not self._trial.reason:
                     self._trial.after_s = trio.current_time() - self._started
                     self._trial.reason = f"no sign of life within {self._options.timeout_s:.0f} s"
+                    for where, question in self._asks.items():
+                        self._trial.reason += f"; {where} it asks for a passphrase ({question!r})"
+                        break
                     self._note(self._trial.reason)
                 await self._last_look(qmp)
                 if self._linger is not None:
@@ -215,6 +220,7 @@ class Watch:
         if (failure := failure_in(text)) is not None:
             self._decide_death(f"on the serial port: {failure}")
             return
+        self._note_question("on the serial port", text)
         for sign in self._options.signs:
             if sign.kind == "serial" and (match := (sign.pattern or LOGIN).search(text)) is not None:
                 words = checked.printable(" ".join(match[0].split()), 80)
@@ -258,7 +264,17 @@ class Watch:
         if (failure := failure_in(text)) is not None:
             self._decide_death(f"on the screen: {failure}")
             return
+        if picture.is_text:
+            self._note_question("on the screen", plain(text))
         await self._stands_still(qmp, picture, text)
+
+    def _note_question(self, where: str, text: str) -> None:
+        question = passphrase_in(text)
+        if question is None:
+            self._asks.pop(where, None)
+        elif where not in self._asks:
+            self._asks[where] = checked.printable(question, 80)
+            self._note(f"{where} it asks for a passphrase")
 
     async def _state(self, qmp: Qmp) -> None:
         where = f"{qmp.where}, query-status"
@@ -269,7 +285,7 @@ class Watch:
             self._trial.transient = True
             self._decide_death("the accelerator gave up")
         elif status == "io-error":
-            self._decide_death("a disk cannot be read or written")
+            self._decide_death(await self._disk_fault(qmp))
         elif status == "shutdown":
             if self._trial.restarts >= _RESTARTS:
                 self._decide_death(f"the guest has ended or started anew {self._trial.restarts + 1} times")
@@ -283,6 +299,13 @@ class Watch:
                 ("set-action", {"reboot": "shutdown"}),
             ):
                 await qmp.execute(command, arguments)
+
+    async def _disk_fault(self, qmp: Qmp) -> str:
+        where = f"{qmp.where}, query-block"
+        for entry in checked.objects(await qmp.execute("query-block"), where):
+            if checked.optional(entry, "io-status", str, where) == "nospace":
+                return f"there is no space left in {scratch_folder()} for what the guest writes: set TMPDIR"
+        return "a disk cannot be read or written"
 
     async def _picture(self, qmp: Qmp) -> Picture | None:
         self._ends.clear_canvas()
@@ -302,7 +325,7 @@ class Watch:
             self._changes += 1
             self._still, self._still_since, self._rest = picture, now, []
             return
-        if not self._wants("screen") or picture.blank or (picture.is_text and only_firmware(plain(text))):
+        if not self._wants("screen") or self._asks or picture.blank or (picture.is_text and only_firmware(plain(text))):
             return
         # Without text that tells them apart: the firmware's own picture is not the guest's.
         if self._efi and self._changes < 3:

@@ -13,6 +13,7 @@ from hypervisor.boot_signs import (
     Serial,
     failure_in,
     only_firmware,
+    passphrase_in,
     plain,
     processors,
     screen_text,
@@ -97,6 +98,29 @@ def test_a_screen_of_firmware_or_of_a_waiting_boot_loader_is_no_life() -> None:
     assert only_firmware("SeaBIOS (version 1.16.2-debian)\n\nBooting from Hard Disk...\n")
     assert only_firmware("                GNU GRUB  version 2.06\n  *Debian GNU/Linux")
     assert not only_firmware("SeaBIOS (version 1.16.2)\nBooting from Hard Disk...\nweb login: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Please unlock disk vda3_crypt: ",
+        "Begin: Waiting.\nPlease enter passphrase for disk QEMU_HARDDISK (root): ",
+        "Attempting to decrypt master key...\nEnter passphrase for hd0,msdos1 (88296): ",
+        "Enter passphrase for /dev/vda3: \n\n",
+    ],
+)
+def test_a_question_for_a_passphrase_is_one_until_it_is_answered(text: str) -> None:
+    assert (passphrase_in(text) or "nothing") in " ".join(text.split())
+    assert failure_in(text) is None
+    assert passphrase_in(text + "secret\nDebian 12\nweb login: ") is None
+    assert passphrase_in(text + "\n[  OK  ] Started something.service\n" * 20) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "web login: ", "Password: ", "Forward Password Requests to Wall Directory Watch."]
+)
+def test_what_is_no_question_for_a_passphrase(text: str) -> None:
+    assert passphrase_in(text) is None
 
 
 def test_the_memory_of_a_text_screen_is_read() -> None:

@@ -3,7 +3,8 @@
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,41 @@ async def test_a_screen_that_stands_still_with_a_processor_at_rest_is_life(qemu:
 async def test_a_screen_that_stands_still_over_a_dead_processor_is_not(then: str) -> None:
     found = await trial(say(serial="x", screen="something\nbroken", then=then), signs=[Sign("screen")], timeout_s=3.0)
     assert (found.alive, found.reason) == (False, "no sign of life within 3 s")
+
+
+@pytest.mark.parametrize("where", ["screen", pytest.param("serial", marks=pytest.mark.long)])
+async def test_a_guest_that_asks_for_a_passphrase_is_not_alive(where: str) -> None:
+    question = "Please unlock disk vda3_crypt: "
+    disk = say(screen=question) if where == "screen" else say(serial=question, screen="something at rest")
+    found = await trial(disk, timeout_s=3.0)
+    assert not found.alive
+    assert found.reason.startswith("no sign of life within 3 s; on the ")
+    assert found.reason.endswith("it asks for a passphrase ('unlock disk vda3_crypt:')")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)]
+    if subprocess.run(mounting, capture_output=True, check=False, timeout=60).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True, timeout=60)
+
+
+async def test_what_a_guest_cannot_write_for_lack_of_space_is_told_as_that(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(small))
+    found = await trial(say(serial="x", then="write", size=64 * MIB))
+    assert (found.alive, found.reason) == (
+        False, f"there is no space left in {small} for what the guest writes: set TMPDIR",
+    )  # fmt: skip
+    with suppress(OSError), (small / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(BootTrialError, match=f"a temporary file in {small}: No space left on device; set TMPDIR"):
+        await trial(say(serial="x"))
 
 
 @pytest.mark.long
