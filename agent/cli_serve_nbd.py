@@ -122,6 +122,8 @@ def serve_nbd(
             "warnings": invocation.warnings,
         }
         invocation.emit(told, lambda: _lines(told, quiet=invocation.quiet), cost=False)
+        if foreground and not invocation.is_json:
+            invocation.show_warnings()  # while there is time to do something about it
 
     hold_here_or_beside(invocation, offer, order, tell, foreground=foreground, label=f"{snapshot} {archive}")
 

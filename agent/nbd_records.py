@@ -22,6 +22,7 @@ from core.limits import in_io_thread
 from hypervisor import checked
 from hypervisor.dirty_regions import Region
 from hypervisor.nbd_devices import DeviceUse, NbdHost
+from hypervisor.nbd_endpoint import remove_stale_of
 from hypervisor.nbd_files import remove_left
 from hypervisor.unix_socket import process_start_time
 
@@ -268,6 +269,8 @@ async def _clean(holding: Holding, host: NbdHost) -> list[str]:
                 done.append(f"{disk.path} of process {holding.pid}, which was killed, is free again")
         elif disk.file is not None and await remove_left(Path(disk.file)):
             done.append(f"removed {disk.file} of process {holding.pid}, which was killed")
+        elif disk.uri is not None and await in_io_thread(remove_stale_of, disk.uri):
+            done.append(f"removed the socket of process {holding.pid}, which was killed: {disk.uri}")
     qmp = holding.source.get("qmp")
     if isinstance(qmp, str):
         from hypervisor.errors import QmpConnectError

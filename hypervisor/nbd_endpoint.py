@@ -112,6 +112,16 @@ def _remove_stale(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_stale_of(uri: str) -> bool:
+    """Remove the unix socket that `uri` names, if the server behind it has ended; True if that was so. Blocks."""
+    path = urllib.parse.parse_qs(urllib.parse.urlsplit(uri).query).get("socket")
+    if not path or not Path(path[0]).is_socket():
+        return False
+    with contextlib.suppress(OSError):
+        _remove_stale(Path(path[0]))
+    return not Path(path[0]).exists()
+
+
 def greets(uri: str, timeout_s: float) -> bool:
     """Whether an NBD server answers at `uri`, which may want TLS before it says more."""
     parts = urllib.parse.urlsplit(uri)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -234,11 +235,21 @@ async def test_what_is_no_empty_file_is_not_removed(kernel: FakeNbd, records: Re
     (tmp_path / "other").touch()
     names = ("empty", "content", "link", "none")
     disks = [HeldDisk(name, SIZE, file=str(tmp_path / name)) for name in names]
-    records.save(Holding(2**22 + 1, 7, SOURCE, time.time(), None, disks))
-    assert await clean_left(records, kernel.host()) == [
-        f"removed {tmp_path}/empty of process 4194305, which was killed"
-    ]
-    assert [name for name in (*names, "other") if (tmp_path / name).exists()] == ["content", "link", "other"]
+    uris = []
+    with socket.socket(socket.AF_UNIX) as left, socket.socket(socket.AF_UNIX) as used:
+        for number, one in enumerate((left, used)):
+            one.bind(str(tmp_path / f"s{number}"))
+            uris.append(str(NbdAddress.unix(tmp_path / f"s{number}", "")))
+            disks.append(HeldDisk(f"s{number}", SIZE, uri=uris[-1]))
+        left.close()
+        used.listen()
+        records.save(Holding(2**22 + 1, 7, SOURCE, time.time(), None, disks))
+        assert await clean_left(records, kernel.host()) == [
+            f"removed {tmp_path}/empty of process 4194305, which was killed",
+            f"removed the socket of process 4194305, which was killed: {uris[0]}",
+        ]
+    there = ["content", "link", "other", "s1"]
+    assert [name for name in (*names, "other", "s0", "s1") if (tmp_path / name).exists()] == there
 
 
 # -- records ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,16 @@ def test_in_the_foreground_it_ends_with_the_signal(stored: Fleece, snapshot: str
     assert not path.exists()
 
 
+def test_in_the_foreground_a_warning_comes_while_it_is_served(stored: Fleece, snapshot: str) -> None:
+    running = stored.start("serve-nbd", snapshot, "drive-scsi0.img", "--listen", "0.0.0.0:0", "--foreground", "-q")
+    assert running.stderr is not None
+    assert running.stderr.readline() == "Warning:\n"
+    assert "can read the disk" in running.stderr.readline()
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 3
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
