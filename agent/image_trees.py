@@ -77,6 +77,9 @@ async def open_image_of(
     opened: OpenSnapshot, name: str, worker: Worker | None = None, *, names_only: bool = False
 ) -> AsyncIterator[ImageAccessor]:
     """As `open_image_tree`, of a snapshot that is open."""
+    for file in disk_files(opened.manifest):
+        if name in (file, strip_archive_type(file)):
+            opened.needs_key(opened.manifest.file(file))  # which also says what was given in its place
     async with open_image_tree(
         opened.reader, opened.codec, opened.manifest, name, opened.cache, opened.progress.warn, worker,
         names_only=names_only,

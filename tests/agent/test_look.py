@@ -391,6 +391,11 @@ def test_keys_are_needed_for_names_but_not_for_ranges(look: Look, tree: Path, tm
         answer = look.fleece(*verb, "--output", "json")
         assert (answer.code, answer.out) == (1, "")
         assert "--keyfile" in answer.error["hint"]
+    other = tmp_path / "other"
+    assert look.fleece("key", "create", other, "--kdf", "none").code == 0
+    answer = look.fleece("ls", sealed, "disk.img", "--keyfile", other, "--output", "json")
+    assert answer.code == 1
+    assert "is needed, given is " in answer.error["why"]
     (change,) = look.json("diff", sealed, later, "disk.img")
     assert (change["offset"], change["length"]) == (0, 4 << 20)
     assert look.paths("ls", sealed, "root.pxar", "-r", "--keyfile", str(key)) == EVERYTHING
