@@ -20,7 +20,11 @@ pytestmark = pytest.mark.vm
 LONG_S = 1700
 
 JOB_DROP_IN = "/etc/systemd/system/fleece-job@.service.d/rights.conf"
-#: What docs/agent.md names for a QEMU of a test boot that shall be nobody, in a network of its own.
+#: What docs/agent.md names for a sendmail that becomes another user.
+BECOME = (
+    "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_KILL\nSystemCallFilter=@setuid\nNoNewPrivileges=no\n"
+)
+#: What it names for a QEMU of a test boot that shall be nobody, in a network of its own.
 NOBODY = (
     "[Service]\nCapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_SYS_ADMIN\n"
     "SystemCallFilter=@setuid\nRestrictNamespaces=net\n"
@@ -55,9 +59,9 @@ def until_known(host: HypervisorHost, *jobs: str) -> None:
         host.vm.until(f"grep -q '\"{job}\"' /var/lib/fleece/agent/schedule.json")
 
 
-def notify(host: HypervisorHost, how: str = "") -> None:
+def notify(host: HypervisorHost, how: str = "", at: str = "fleece-vm") -> None:
     """Each run of a job tells `nobody` by mail from now on; `how` has more settings."""
-    section = '\n[notify.one]\ntype = "mail"\nto = "nobody@fleece-vm"\nfrom = "fleece@fleece-vm"\non = "always"\n'
+    section = f'\n[notify.one]\ntype = "mail"\nto = "nobody@{at}"\nfrom = "fleece@{at}"\non = "always"\n'
     host.vm.write("/etc/fleece/fleece.toml", f"{CONFIG}{section}{how}\n")
 
 
@@ -95,7 +99,18 @@ def test_mails_leave_by_the_mailers_that_hosts_have(host: HypervisorHost) -> Non
     log = vm.check("fleece job log night")
     assert "notification one failed: cannot send a mail by /usr/sbin/sendmail: " in log
     assert 'smtp = "127.0.0.1:25"' in log
-    assert host.runs() == ["ok"] * 5
+    # Its server takes it, and so does its sendmail with the drop-in of the documentation. Both go on at once.
+    vm.check("rm -f /var/log/exim4/mainlog")
+    notify(host, 'smtp = "127.0.0.1:25"', at="localhost")
+    host.run_job()
+    vm.until("grep -q Completed /var/log/exim4/mainlog && test $(exim4 -bpc) = 0")
+    vm.check("rm -f /var/log/exim4/mainlog")
+    notify(host, at="localhost")
+    vm.write(JOB_DROP_IN, BECOME)
+    vm.check("systemctl daemon-reload")
+    host.run_job()
+    vm.until("grep -q Completed /var/log/exim4/mainlog && test $(exim4 -bpc) = 0")
+    assert host.runs() == ["ok"] * 7
 
 
 @pytest.mark.long
