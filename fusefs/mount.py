@@ -34,7 +34,7 @@ from fusefs.nodes import Folder, Shared
 from fusefs.opened import OpenSnapshot, open_snapshot
 from fusefs.options import MountOptions
 from fusefs.pool import IDLE_S, SnapshotPool
-from fusefs.tree import ArchiveFolder, NamespaceFolder, find_parts, one_archive
+from fusefs.tree import ArchiveFolder, NamespaceFolder, SnapshotFolder, find_parts, one_archive
 from repository.archive import open_cache
 from repository.interface import Repository
 
@@ -53,6 +53,13 @@ class OneArchive:
 
     snapshot: Snapshot | Group
     name: str  #: with or without type extension
+
+
+@dataclass(frozen=True, slots=True)
+class OneSnapshot:
+    """Show the archives of a single snapshot instead of the tree."""
+
+    snapshot: Snapshot
 
 
 def mount(
@@ -121,7 +128,7 @@ async def serve(
     *,
     key: CryptKey | None = None,
     ns: Namespace = ROOT,
-    archive: OneArchive | None = None,
+    archive: OneArchive | OneSnapshot | None = None,
     options: MountOptions | None = None,
     idle_s: float = IDLE_S,
     ready: Callable[[], None] = lambda: None,
@@ -135,7 +142,7 @@ async def serve(
         mountpoint: a real path that `check_mountpoint` found fit.
         key: as `mount`.
         ns: as `mount`.
-        archive: as `mount`.
+        archive: show this only.
         options: as `mount`.
         idle_s: seconds a snapshot stays locked after its last use.
         ready: called once requests are answered.
@@ -157,7 +164,9 @@ async def serve(
             uid=options.uid,
             gid=options.gid,
         )
-        source = repo.name if archive is None else f"{repo.name}:{archive.snapshot}/{archive.name}"
+        source = repo.name
+        if archive is not None:
+            source += f":{archive.snapshot}" + (f"/{archive.name}" if isinstance(archive, OneArchive) else "")
         # Before there is a mount: a signal that nobody waits for would leave it behind.
         with _signals() as signals:
             _attach(operations, mountpoint, mount_options(options.source or source, options.fuse))
@@ -178,8 +187,12 @@ async def serve(
         nursery.cancel_scope.cancel()
 
 
-async def _root(shared: Shared, ns: Namespace, archive: OneArchive | None) -> Folder | FileArchive:
+async def _root(shared: Shared, ns: Namespace, archive: OneArchive | OneSnapshot | None) -> Folder | FileArchive:
     """The root of the tree, read once so that errors come before the mount is made."""
+    if isinstance(archive, OneSnapshot):
+        archives = SnapshotFolder(shared, b"", await shared.repo.snapshot(archive.snapshot))
+        await archives.children()
+        return archives
     if archive is None:
         folder = NamespaceFolder(shared, b"", ns)
         await folder.children()

@@ -1,15 +1,15 @@
 """A restore by Proxmox VE through its backup provider: one session for one guest.
 
-Disks of a VM are served over NBD, each on a socket of its own, and shown as files, as long as the plugin wants; the
-files of a container are a mounted folder, or a tar file. All of it ends with the session. docs/proxmox-provider.md,
-"Restore".
+Disks of a VM are files of a mount, or served over NBD, each on a socket of its own; the files of a container are a
+mounted folder, or a tar file. All of it ends with the session. docs/proxmox-provider.md, "What holds what".
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,8 +37,6 @@ from core.errors import FleeceError, NotFoundError, TargetError, UsageError, os_
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from datastore.names import ArchiveKind, archive_kind, complete_archive_name
-from hypervisor.errors import NbdDeviceError
-from hypervisor.nbd_files import mounted_file, remove_left
 from hypervisor.nbd_server import serve_disk
 from hypervisor.unix_socket import process_start_time
 from repository.archive import ArchiveReader, open_archive_reader
@@ -84,13 +82,36 @@ class ServedImage:
         return found
 
 
+#: Mounts what the session restores from on a folder, until it is taken away; calls back when it is usable.
+Mount = Callable[[Path, Callable[[], None]], Awaitable[None]]
+
+
+async def mounted(folder: Path, nursery: trio.Nursery, mount: Mount) -> Path:
+    """A mount in `folder`, as long as `nursery` lives; returns where.
+
+    Raises:
+        FleeceError: it cannot be mounted. If it is taken away, `nursery` fails.
+    """
+    at = folder / "root"
+    at.mkdir(mode=0o700)
+
+    async def serve(*, task_status: trio.TaskStatus[None]) -> None:
+        await mount(at, task_status.started)
+        raise TargetError("show the files in", str(at), "the mount was taken away")
+
+    await nursery.start(serve)
+    return at
+
+
 class VmRestore:
     """The disks of one VM."""
 
-    def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery) -> None:
-        self._snapshot, self._folder, self._nursery = snapshot, folder, nursery
+    def __init__(self, snapshot: OpenSnapshot, folder: Path, nursery: trio.Nursery, mount: Mount) -> None:
+        self._snapshot, self._folder, self._nursery, self._mount = snapshot, folder, nursery, mount
         self._served: dict[str, trio.CancelScope] = {}
         self._ended: dict[str, trio.Event] = {}
+        self._shown: set[str] = set()
+        self._mounted: Path | None = None
 
     @property
     def volumes(self) -> dict[str, dict[str, int]]:
@@ -112,38 +133,60 @@ class VmRestore:
             raise UsageError("answer", call, "it is no call of a restore of a VM")
         if call == "restore-vm-volume-init":
             wanted = parsed(RestoreVolumeInit, parameters, call)
-            if wanted.device in self._served:
+            if wanted.device in self._served or wanted.device in self._shown:
                 raise UsageError("serve", wanted.device, "it is served already")
-            found: dict[str, Any] = await self._nursery.start(self._serve, wanted.device, wanted.as_file)
-            return found
+            if wanted.as_file:
+                return {"path": str(await self._show(wanted.device))}
+            return {"uri": str(await self._nursery.start(self._serve, wanted.device))}
         device = parsed(RestoreVolume, parameters, call).device
+        if device in self._shown:
+            self._shown.remove(device)  # the mount stays, for others
+            return {}
         if device not in self._served:
             raise UsageError("end the service of", device, "it was not served")
         self._served[device].cancel()
         await self._ended[device].wait()
         return {}
 
-    async def _serve(self, device: str, as_file: bool, *, task_status: trio.TaskStatus[dict[str, str]]) -> None:
+    def _archive(self, device: str) -> str:
+        """The archive of a disk, by its whole name.
+
+        Raises:
+            NotFoundError, KeyNeededError: there is none, or it cannot be read.
+        """
         if device not in self.volumes:
             raise NotFoundError("restore", self._snapshot.where(f"{device}.img"), "the backup has no such disk")
-        snapshot, name = self._snapshot, complete_archive_name(f"{device}.img")
-        snapshot.needs_key(snapshot.manifest.file(name))
+        name = complete_archive_name(f"{device}.img")
+        self._snapshot.needs_key(self._snapshot.manifest.file(name))
+        return name
+
+    async def _show(self, device: str) -> Path:
+        """The disk as a file."""
+        self._archive(device)
+        if self._mounted is None:
+            self._mounted = await mounted(self._folder, self._nursery, self._mount)
+        path = self._mounted / f"{device}.img"
+        try:
+            # In a thread: this process answers the question.
+            found = (await in_io_thread(path.stat)).st_size
+        except OSError as error:
+            raise TargetError("show the disk in", str(path), os_reason(error)) from error
+        if found != self.volumes[device]["size"]:
+            raise TargetError("show the disk in", str(path), f"it has {found} B there")
+        self._shown.add(device)
+        return path
+
+    async def _serve(self, device: str, *, task_status: trio.TaskStatus[object]) -> None:
+        snapshot, name = self._snapshot, self._archive(device)
         ended = trio.Event()
         try:
             with trio.CancelScope() as scope:
                 reader = await open_archive_reader(
                     snapshot.reader, snapshot.codec, snapshot.manifest, name, snapshot.cache
                 )
-                async with AsyncExitStack() as stack:
-                    serving = serve_disk(ServedImage(reader), where=snapshot.where(f"{device}.img"))
-                    address = await stack.enter_async_context(serving)
-                    found = {"uri": str(address)}
-                    if as_file:
-                        path = self._folder / f"{device}.raw"
-                        await stack.enter_async_context(mounted_file(address, path, reader.size))
-                        found = {"path": str(path)}
+                async with serve_disk(ServedImage(reader), where=snapshot.where(f"{device}.img")) as address:
                     self._served[device], self._ended[device] = scope, ended
-                    task_status.started(found)
+                    task_status.started(address)
                     await trio.sleep_forever()
         finally:
             self._served.pop(device, None)
@@ -188,7 +231,7 @@ class ContainerRestore:
             raise NotFoundError("restore", self._snapshot.where(ROOT), "the backup has no files of a container")
         self._snapshot.needs_key(entry)
 
-    async def begin_mount(self, mount: Callable[[Path, Callable[[], None]], Any]) -> Path:
+    async def begin_mount(self, mount: Mount) -> Path:
         """Show the files as a folder; returns it.
 
         Raises:
@@ -196,15 +239,7 @@ class ContainerRestore:
             FleeceError: it cannot be mounted.
         """
         self._check()
-        folder = self._folder / "root"
-        folder.mkdir(mode=0o700)
-
-        async def serve(*, task_status: trio.TaskStatus[None]) -> None:
-            await mount(folder, task_status.started)
-            raise TargetError("show the files in", str(folder), "the mount was taken away")
-
-        await self._nursery.start(serve)
-        return folder
+        return await mounted(self._folder, self._nursery, mount)
 
     async def answer(self, call: str, parameters: object) -> dict[str, Any]:
         """Do one call.
@@ -235,11 +270,11 @@ async def serve_restore(channel: Channel, storage: UsedStorage, request: Restore
             if request.mechanism == "tar":
                 path = await container.make_tar(stack)
             else:
-                path = await container.begin_mount(lambda at, ready: _mount(storage, request, at, ready))
+                path = await container.begin_mount(partial(_mount, storage, request, ROOT))
             channel.answer({"path": str(path)})
             answer = container.answer
         else:
-            machine = VmRestore(snapshot, folder, nursery)
+            machine = VmRestore(snapshot, folder, nursery, partial(_mount, storage, request, None))
             if not machine.volumes:
                 raise NotFoundError("restore", request.archive_name, "the backup has no disks")
             channel.answer({"volumes": machine.volumes})
@@ -254,19 +289,22 @@ async def serve_restore(channel: Channel, storage: UsedStorage, request: Restore
                 channel.answer(result)
 
 
-async def _mount(storage: UsedStorage, request: OfArchive, folder: Path, ready: Callable[[], None]) -> None:
-    """Show the files of the container in `folder` until it is taken away; cancelled, it is unmounted."""
-    from fusefs.mount import OneArchive, serve
+async def _mount(
+    storage: UsedStorage, request: OfArchive, archive: str | None, folder: Path, ready: Callable[[], None]
+) -> None:
+    """Show an archive (None: all of the snapshot) in `folder` until it is taken away; cancelled, it is unmounted."""
+    from fusefs.mount import OneArchive, OneSnapshot, serve
     from fusefs.mountpoint import check_fuse
 
     check_fuse()
+    snapshot = request.snapshot(storage.ns)
     async with storage.open() as repository:
         await serve(
             repository,
             folder,
             key=storage.reading_key.key,
             ns=storage.ns,
-            archive=OneArchive(request.snapshot(storage.ns), ROOT),
+            archive=OneSnapshot(snapshot) if archive is None else OneArchive(snapshot, archive),
             ready=ready,
         )
 
@@ -281,8 +319,7 @@ async def private_folder() -> AsyncIterator[Path]:
     above = private_run_dir() / "provider"
     try:
         above.mkdir(mode=0o700, exist_ok=True)
-        for left in await in_io_thread(_left, above):
-            await _remove(left)
+        await in_io_thread(_remove_left, above)
         begun = f"{_FOLDER}{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
         folder = Path(tempfile.mkdtemp(prefix=begun, dir=above))
     except OSError as error:
@@ -293,34 +330,22 @@ async def private_folder() -> AsyncIterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _left(above: Path) -> list[Path]:
-    """The folders of processes that have ended."""
-    found = []
+def _remove_left(above: Path) -> None:
+    """Remove the folders of processes that have ended, and their mounts."""
     for folder in above.glob(f"{_FOLDER}*"):
         parts = folder.name.removeprefix(_FOLDER).split("-")
         if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts[:2]):
             continue
         if process_start_time(int(parts[0])) != int(parts[1]):
-            found.append(folder)
-    return found
+            _remove(folder)
 
 
-async def _remove(folder: Path) -> None:
+def _remove(folder: Path) -> None:
     """Remove the folder of a process that has ended, with what is mounted in it, as far as that is possible."""
     from fusefs.kernel import detach
 
-    def remove() -> list[Path]:
-        # What cannot be looked at is a mount whose server is gone.
-        detach(str(folder / "root"))
-        for entry, end in ((folder / "root", os.rmdir), (folder / "root.tar", os.unlink)):
-            with suppress(OSError):
-                end(entry)
+    # What cannot be looked at is a mount whose server is gone.
+    detach(str(folder / "root"))
+    for entry, end in ((folder / "root", os.rmdir), (folder / "root.tar", os.unlink), (folder, os.rmdir)):
         with suppress(OSError):
-            return list(folder.iterdir())
-        return []
-
-    for path in await in_io_thread(remove):
-        with suppress(NbdDeviceError):
-            await remove_left(path)  # the disk of a VM
-    with suppress(OSError):
-        os.rmdir(folder)  # noqa: PTH106 - a single system call
+            end(entry)
