@@ -74,6 +74,7 @@ def test_a_backup_in_flight_is_gone_when_the_server_was_killed_and_the_next_one_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEECE_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr("repository.remote.session._GONE_S", 0.5)  # the socket of the killed one takes connections
     assert run(["datastore", "create", str(tmp_path / "store"), "--name", "main"]) == 0
     access = AccessStore(tmp_path / "server")
     access.add_user(AuthId(TOKEN.user))

@@ -226,7 +226,8 @@ async def test_a_job_that_is_interrupted_is_told_in_a_short_time_only_to_who_wan
     tmp_path: Path, store_folder: Path
 ) -> None:
     host = Host(tmp_path, teller(tmp_path).replace('"always"', '["failure", "interrupted"]'), store_folder)
-    host.config.job["night"].__dict__["hook"] = script(tmp_path / "hook", f"touch {tmp_path}/hooked; exec sleep 1000")
+    text = f"[ -e {tmp_path}/hooked ] && exit; touch {tmp_path}/hooked; exec sleep 1000"  # not in what follows the end
+    host.config.job["night"].__dict__["hook"] = script(tmp_path / "hook", text)
     async with trio.open_nursery() as nursery:
 
         async def end() -> None:
