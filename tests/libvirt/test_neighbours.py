@@ -313,7 +313,8 @@ async def test_a_guest_that_is_frozen_too_late_is_thawed_when_libvirt_hears_of_i
     web.domain.agentSetResponseTimeout(-2, 0)  # for ever, which is libvirt's own way
     done = await web.fleece.run("vm", "backup", "web", timeout_s=180)
     assert done.code == 3, done.err
-    assert any("the agent has not answered the order to freeze" in one for one in done.document["warnings"])
+    warnings = done.document["warnings"]
+    assert any("the agent has not answered the order to freeze" in one for one in warnings), warnings
     assert (await web.guest.run("test -e /tmp/asked && test ! -e /tmp/frozen"))[0] == 0
     await web.guest.check("touch /tmp/go")
     with trio.fail_after(180):
