@@ -22,7 +22,7 @@ from hypervisor.children import Child
 from hypervisor.dirty_regions import Region
 from hypervisor.nbd_address import NbdAddress
 from hypervisor.nbd_devices import NbdHost
-from hypervisor.nbd_files import is_mounted, mounted_file
+from hypervisor.nbd_files import find_nbdfuse, is_mounted, mounted_file
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -91,10 +91,25 @@ async def hold(
                 nursery.start_soon(listen)
                 for words in await clean_left(order.records, order.host):
                     _LOG.info("%s", words)
+                await in_io_thread(_check, order)
                 await _hold(offer, order, ready, end)
             nursery.cancel_scope.cancel()
     _LOG.info("ended: %s", ended[0])
     return ended[0]
+
+
+def _check(order: HoldOrder) -> None:
+    """Look whether it can be done at all: a VM is not to be frozen for nothing.
+
+    Raises:
+        NbdDeviceError: it cannot.
+    """
+    if order.served:
+        return
+    if order.files is not None:
+        find_nbdfuse(str(order.files))
+    else:
+        order.host.check()
 
 
 @contextmanager
@@ -117,6 +132,8 @@ async def _hold(
     try:
         async with offer as offered, AsyncExitStack() as stack:
             disks = [_planned(disk, order) for disk in offered.disks]
+            if order.files is None and not order.served:
+                await in_io_thread(order.host.check, len(disks))
             holding = replace(holding, source=offered.source, disks=disks)
             await in_io_thread(records.save, holding)
             children: dict[str, Child] = {}

@@ -263,6 +263,25 @@ class NbdHost:
             if number not in reserved and self._is_there(number) and self.use_of(number) is None:
                 yield number
 
+    def check(self, count: int = 1) -> None:
+        """Look whether `count` devices could be connected now; who connects them may find others quicker all the same.
+
+        Raises:
+            NbdDeviceError: no `qemu-nbd`, no kernel module, or too few free devices.
+        """
+        find_tool("qemu-nbd", NbdDeviceError)
+        free = len(list(self._candidates(self._load())))
+        if free == 0:
+            raise self._none_free()
+        if free < count:
+            raise self._none_free(f"{count} are needed, and of {self.count()} only {free} can be used: the others")
+
+    def _none_free(self, which: str = "") -> NbdDeviceError:
+        return NbdDeviceError(
+            "find", "a free device /dev/nbdX", f"{which or f'all {self.count()}'} are in use, reserved or missing",
+            "'fleece nbd list' shows who uses them; the module's parameter nbds_max says how many there are",
+        )  # fmt: skip
+
     # -- connecting -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -314,10 +333,7 @@ class NbdHost:
                 if _TAKEN not in words:
                     raise NbdDeviceError("connect", str(path), words or f"qemu-nbd ended with exit code {child.code}")
                 _LOG.info("%s was taken by somebody else; trying another one", path)
-        raise NbdDeviceError(
-            "find", "a free device /dev/nbdX", f"all {self.count()} are in use, reserved or missing",
-            "'fleece nbd list' shows who uses them; the module's parameter nbds_max says how many there are",
-        )  # fmt: skip
+        raise self._none_free()
 
     async def _wait_for(self, number: int, child: Child) -> DeviceUse | None:
         """The device's use by `child`, None if that ended instead."""

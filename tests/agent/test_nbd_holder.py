@@ -51,12 +51,13 @@ class Offered:
 
     def __init__(self, names: tuple[str, ...] = ("a.img",), **more: Any) -> None:
         self.names, self.more = names, more
-        self.ended = False
+        self.begun = self.ended = False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Offer]:
         address = NbdAddress.unix("/run/x", "x")
         regions = [Region(0, 4096), Region(65536, 512)]
+        self.begun = True
         try:
             yield Offer(dict(SOURCE), [OfferedDisk(name, address, SIZE, regions) for name in self.names], **self.more)
         finally:
@@ -99,6 +100,31 @@ async def test_a_signal_ends_it_and_all_is_as_before(kernel: FakeNbd, records: R
     assert await held_until_ended(offered, order, work) == f"{number.name} received"
     assert (kernel.user(0), kernel.user(1), offered.ended) == (None, None, True)
     assert not records.folder.exists()
+
+
+async def test_no_view_is_made_where_there_is_nothing_to_show_it_with(
+    kernel: FakeNbd, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM would be frozen for nothing."""
+    offered = Offered(("a.img", "b.img"))
+
+    async def failed(words: str, files: Path | None = None) -> None:
+        with pytest.raises(NbdDeviceError, match=words):
+            await hold(offered.open(), HoldOrder(records, kernel.host(), SOURCE, files), lambda document: None)
+        assert (records.load(), kernel.calls()) == ([], [])
+
+    for number in range(kernel.devices - 1):
+        kernel.take(number)
+    await failed("2 are needed, and of 4 only 1 can be used: the others are in use, reserved or missing")
+    assert (offered.begun, offered.ended) == (True, True)  # before, it is not known how many disks there are
+    offered.begun = False
+    kernel.take(kernel.devices - 1)
+    await failed("all 4 are in use, reserved or missing")
+    (kernel.root / "sys/module/nbd/parameters/nbds_max").unlink()
+    await failed("the kernel module nbd is not loaded; as root: modprobe nbd")
+    monkeypatch.setenv("PATH", str(kernel.root / "nothing"))
+    await failed("nbdfuse is not installed", kernel.root)
+    assert not offered.begun
 
 
 async def test_its_time_is_up(kernel: FakeNbd, records: Records) -> None:
