@@ -94,18 +94,25 @@ async def send_webhook(section: "WebhookSection", message: "Message", timeout_s:
     )
     pool = HttpPool(TlsPin.parse(section.fingerprint, only=section.fingerprint is not None), max_connections=1)
     where, status = section.url, 0
+
+    def begun(answered: int) -> int:
+        # It says whether the message was taken, whatever becomes of the rest: nobody is told twice because of that.
+        nonlocal status
+        status = answered
+        return _MAX_ANSWER
+
     try:
-        with trio.move_on_after(timeout_s) as scope:
-            answer = await pool.exchange(request, limit=lambda status: _MAX_ANSWER, on_sent=lambda: None, fresh=True)
-            status = answer.status
+        with trio.move_on_after(timeout_s):
+            await pool.exchange(request, limit=begun, on_sent=lambda: None, fresh=True)
     except HttpError as error:
-        temporary = error.fault in (Fault.CONNECT, Fault.LOST, Fault.TIMEOUT)
-        hint = "fingerprint names the server's certificate" if error.fault is Fault.CERTIFICATE else ""
-        raise DeliveryError("send a webhook to", where, error.why, hint, temporary=temporary) from None
+        if not status:
+            temporary = error.fault in (Fault.CONNECT, Fault.LOST, Fault.TIMEOUT)
+            hint = "fingerprint names the server's certificate" if error.fault is Fault.CERTIFICATE else ""
+            raise DeliveryError("send a webhook to", where, error.why, hint, temporary=temporary) from None
     finally:
         with trio.CancelScope(shield=True):
             await pool.aclose()
-    if scope.cancelled_caught:
+    if not status:
         raise DeliveryError("send a webhook to", where, f"no answer in {timeout_s:.0f} s", temporary=True)
     if 300 <= status < 400:
         why = f"the server answers {status}, a redirect, and none is followed"

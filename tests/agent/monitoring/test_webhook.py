@@ -87,7 +87,7 @@ async def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
         (answer(404), "404", False),
         (DROP, "without an answer", True),
         (b"SSH-2.0-x\r\n\r\n", "illegal", False),
-        (b"HTTP/1.1 200 ok\r\ncontent-length: 99999999\r\n\r\n", "at most", False),
+        (b"HTTP/1.1 503 busy\r\ncontent-length: 99999999\r\n\r\n", "503", True),
     ],
 )
 async def test_what_servers_answer_is_an_error_that_tells_whether_it_may_pass(
@@ -98,6 +98,14 @@ async def test_what_servers_answer_is_an_error_that_tells_whether_it_may_pass(
         with pytest.raises(DeliveryError, match=words) as raised:
             await send_webhook(webhook(f'url = "http://127.0.0.1:{peer.port}/"'), a_message(), 60)
     assert raised.value.temporary == temporary
+
+
+@pytest.mark.parametrize("rest", [b"content-length: 99999999\r\n\r\n", b"content-length: 9\r\n\r\nhalf", b"\r\n"])
+async def test_what_was_taken_is_not_sent_again_because_of_what_else_the_server_says(rest: bytes) -> None:
+    peer = WebPeer([b"HTTP/1.1 200 ok\r\n" + rest])
+    async with listening(peer):
+        await send_webhook(webhook(f'url = "http://127.0.0.1:{peer.port}/"'), a_message(), 2)
+    assert len(peer.requests) == 1
 
 
 async def test_a_server_that_hangs_and_one_that_is_gone(tmp_path: Path) -> None:
