@@ -148,10 +148,14 @@ def run(invocation: Invocation, name: JobName) -> None:
 
 
 def _result_lines(result: dict[str, Any]) -> list[str]:
-    """The figures of a run for people; what a bucket cost is in its log."""
+    """The figures of a run for people; what a bucket cost is in its log. Names and errors are anybody's words."""
+    from agent.monitoring.templates import one_line
+
     lines = [f"  {key}: {value}" for key, value in result.items() if key not in ("s3", "guests")]
     for guest in result.get("guests", ()):
-        lines.append(f"  {guest['guest']}: {guest['error'] or guest['snapshot'] or ''} ({guest['state']})")
+        what = guest["error"] or guest["snapshot"]
+        said = f"{guest['guest']}: {what} ({guest['state']})" if what else f"{guest['guest']}: {guest['state']}"
+        lines.append(f"  {one_line(said, 1000)}")
     return lines
 
 

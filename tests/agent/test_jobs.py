@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli_job import _result_lines
 from agent.job_store import KEPT_RUNS, MAX_LOG_SIZE, JobStore, LogFile, split_run
 from core.errors import BusyError, FleeceError, NotFoundError
 
@@ -42,6 +43,16 @@ type = "gc"
 repository = "/nowhere/at/all"
 """)
     return fleece
+
+
+def test_guests_are_told_a_line_each_whatever_they_are_called() -> None:
+    guests = [
+        {"guest": "a\nb\x1b[2J", "error": None, "snapshot": None, "state": "skipped"},
+        {"guest": "web", "error": "QEMU says\r\n'no'", "snapshot": None, "state": "failed"},
+    ]
+    assert _result_lines({"ok": 0, "guests": guests}) == [
+        "  ok: 0", "  a b [2J: skipped", "  web: QEMU says 'no' (failed)",
+    ]  # fmt: skip
 
 
 def test_a_prune_job_does_what_prune_does_and_is_recorded(jobs: Fleece, store_folder: Path) -> None:
