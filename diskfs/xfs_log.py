@@ -40,6 +40,8 @@ _PER_HEADER: Final = 32 << 10
 #: Bytes of the largest record, and how many of them may be on their way to the disk at once.
 _MAX_RECORD: Final = 256 << 10
 _IN_FLIGHT: Final = 8
+#: Blocks of the log that these take, with their headers.
+_WINDOW: Final = _IN_FLIGHT * (_MAX_RECORD // _BLOCK + _MAX_RECORD // _PER_HEADER)
 _OPERATION: Final = Struct(">IIBBxx")  # transaction, bytes, who, flags
 _START, _COMMIT, _CONTINUES, _CONTINUED, _END, _UNMOUNT = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _TRANSACTION_HEADER: Final = 16
@@ -240,6 +242,8 @@ class _Log:
             raise DiskFsError("read", "log", f"it holds more than {_MAX_ACTIVE >> 20} MiB")
         while left > 0:
             found = self._record(here)
+            if found is None and left <= _WINDOW:
+                return  # several are on their way at once, and a later one was there before this one: this is the end
             if found is None:
                 raise _damaged(f"its block {here} is none of a record")
             yield found[0][5], found[1]
@@ -263,8 +267,7 @@ class _Log:
 
     def _newest(self, head: int) -> tuple[int, tuple[int, ...], bytes] | None:
         """Begin, header and data of the newest record that is whole; None if there is none at all."""
-        window = min(self._count, _IN_FLIGHT * (_MAX_RECORD // _BLOCK + _IN_FLIGHT))
-        for back in range(1, window + 1):
+        for back in range(1, min(self._count, _WINDOW) + 1):
             start = (head - back) % self._count
             if self._raw(start, 1)[:4] == _MAGIC:
                 found = self._record(start)
