@@ -24,6 +24,7 @@ tells what happens in a QEMU during a backup, and why.
     discovery.py    `capabilities`, `survey`, `list_disks`, `check_vm`: what a running VM has, and whether it can start
     guest_agent.py  `frozen`, `thaw_leftover`: the guest's file systems stand still (by `freeze_child.py`)
     pause.py        `paused`: the guest's processors stand still (by `resume_child.py`, of a domain `resume_domain.py`)
+    server_in_qemu.py  `start_server`: QEMU's own NBD server, whatever user that QEMU has
     size_marks.py   `add_marks`, `unsure`: whether a disk was smaller since its bitmap began
     disk_names.py   `archive_name`, `image_path`: what disks are called
     cmdline.py      `command_line`: how QEMU was started, secrets masked

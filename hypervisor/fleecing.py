@@ -8,7 +8,6 @@ at QEMU alone (`leftovers.py`).
 
 import contextlib
 import os
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from hypervisor.nbd_client import NbdAddress, NbdSourceError
 from hypervisor.pause import Pause, Paused, paused
 from hypervisor.qmp import Qmp, connect
 from hypervisor.scratch import Scratch, hanging
+from hypervisor.server_in_qemu import start_server
 from hypervisor.state import DiskState, Run, RunState
 
 T = TypeVar("T")
@@ -225,53 +225,7 @@ class Fleecing(ABC):
         await self.run.save(self.state)
 
     async def _start_server(self, qmp: Qmp) -> None:
-        arguments = {"max-connections": 16 + 4 * len(self.disks)}
-        path = self.run.socket
-        try:
-            await qmp.execute("nbd-server-start", {"addr": _unix(path), **arguments})
-        except QmpCommandError as refused:
-            if "already running" in refused.desc:
-                self.state.nbd_server = False
-                await self.run.save(self.state)
-                raise FleecingError(
-                    "start the NBD server of",
-                    self.qmp_path,
-                    "it is running already, for somebody else",
-                    "QEMU has only one; stop it with nbd-server-stop when its user is done",
-                ) from refused
-            await self._start_on_open_socket(qmp, path, arguments, refused)
-
-    async def _start_on_open_socket(
-        self, qmp: Qmp, path: Path, arguments: Mapping[str, object], refused: QmpCommandError
-    ) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)  # noqa: PTH108 - what QEMU's own try may have left
-                listening.bind(str(path))
-                listening.listen(16)
-            except OSError as error:
-                raise FleecingError("listen at", str(path), os_reason(error)) from error
-            try:
-                await qmp.get_fd(listening.fileno(), "fleece-nbd")
-                address = {"type": "fd", "data": {"str": "fleece-nbd"}}
-                await qmp.execute("nbd-server-start", {"addr": address, **arguments})
-            except QmpCommandError as error:
-                await self._start_in_folder_of(qmp, arguments, refused, error)
-
-    async def _start_in_folder_of(
-        self, qmp: Qmp, arguments: Mapping[str, object], refused: QmpCommandError, cause: QmpCommandError
-    ) -> None:
-        """Where a security module allows neither: in the folder that libvirt has made for sockets of this QEMU."""
-        folder = await qmp.socket_folder()
-        try:
-            if folder is None:
-                raise cause
-            path = Path(folder) / "fleece-nbd"
-            await qmp.execute("nbd-server-start", {"addr": _unix(path), **arguments})
-        except QmpCommandError as error:
-            raise FleecingError("start the NBD server of", self.qmp_path, refused.desc) from error
-        self.run.socket = path
+        await start_server(qmp, self.run, self.state, disks=len(self.disks), fault=FleecingError)
 
     async def _read_maps(self, qmp: Qmp, maps: Iterable[DirtyMap]) -> None:
         """Read what changed. A bitmap must not stay exported: a resize of the disk would abort QEMU meanwhile."""
@@ -343,10 +297,6 @@ class Fleecing(ABC):
         undone.images = True
         await remove_files(self.run, self.state, self.scratch.folder, undone)
         return False
-
-
-def _unix(path: Path) -> dict[str, object]:
-    return {"type": "unix", "data": {"path": str(path)}}
 
 
 def _unreachable(path: str, error: OSError) -> QmpConnectError:

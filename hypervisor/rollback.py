@@ -32,6 +32,7 @@ from hypervisor.leftovers import clean_killed, none_ours
 from hypervisor.live_source import read_dirty_map
 from hypervisor.nbd_client import NbdAddress, open_nbd
 from hypervisor.qmp import Qmp, connect
+from hypervisor.server_in_qemu import start_server
 from hypervisor.state import WRITING, DiskState, Run, RunState, clean_dead, exclusive, half_disks
 from hypervisor.targets import NbdTarget
 from hypervisor.vm import flavour_of
@@ -230,7 +231,7 @@ async def _set_up(qmp: Qmp, back: Rollback, on_step: Callable[[str], None]) -> N
         on_step("put its disks aside")
         await _lead_elsewhere(qmp, back)
         on_step("start the NBD server")
-        await _start_server(qmp, back)
+        await start_server(qmp, back.run, back.state, disks=len(back.disks), fault=RollbackError)
         for one in back.disks:
             if one.bitmap is not None:
                 await _read_map(qmp, back, one)
@@ -238,23 +239,6 @@ async def _set_up(qmp: Qmp, back: Rollback, on_step: Callable[[str], None]) -> N
             await _export(qmp, one, "e", f"fleece-o{one.number}", f"disk{one.number}", writable=True)
     except QmpCommandError as error:
         raise RollbackError("put the disks aside of the VM at", qmp.where, str(error)) from error
-
-
-async def _start_server(qmp: Qmp, back: Rollback) -> None:
-    address = {"type": "unix", "data": {"path": str(back.run.socket)}}
-    back.state.nbd_server = True
-    await back.run.save(back.state)  # before: killed in between, the next one stops it
-    try:
-        await qmp.execute("nbd-server-start", {"addr": address, "max-connections": 16 + 4 * len(back.disks)})
-    except QmpCommandError as error:
-        back.state.nbd_server = False
-        await back.run.save(back.state)
-        if "already running" not in error.desc:
-            raise
-        raise RollbackError(
-            "start the NBD server of", qmp.where, "it is running already, for somebody else",
-            "QEMU has only one; stop it with nbd-server-stop when its user is done",
-        ) from error  # fmt: skip
 
 
 async def _lead_elsewhere(qmp: Qmp, back: Rollback) -> None:

@@ -379,18 +379,25 @@ async def test_a_qemu_that_ends_in_the_middle_is_told_then_and_by_the_next_backu
                 assert any(said in line for line in progress.warnings) is told
 
 
-async def test_an_nbd_server_of_somebody_else_is_left_alone(
+async def test_an_nbd_server_of_somebody_else_is_left_alone_and_a_qemu_of_another_user_gets_a_socket(
     distribution: QemuBinary, store_folder: Path, tmpfs: Path
 ) -> None:
-    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+    # `nobody` may not make a socket in our folder.
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"], "-runas", "nobody") as bench:
         await bench.backup(1000)
         await bench.vm.execute("cont")
-        address = {"type": "unix", "data": {"path": str(bench.vm.folder / "theirs")}}
-        await bench.vm.execute("nbd-server-start", {"addr": address})
+        await bench.write(2)
+        await bench.vm.execute(
+            "nbd-server-start", {"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}}
+        )
         with pytest.raises(RollbackError, match="running already, for somebody else"):
             await bench.roll_back(1000)
         assert (await bench.status(), await bench.nodes()) == ("running", set())
         await bench.vm.execute("block-export-add", {"type": "nbd", "id": "x", "node-name": "fmt-disk0"})
+        await bench.vm.execute("block-export-del", {"id": "x"})
+        await bench.vm.execute("nbd-server-stop")
+        await bench.roll_back(1000)
+        assert await bench.content() == bench.kept[1000]
 
 
 async def test_what_cannot_be_rolled_back_is_refused_and_the_guest_goes_on(

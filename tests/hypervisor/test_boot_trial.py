@@ -129,6 +129,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", tmp_path], check=True, timeout=60)
 
 
+@pytest.mark.long
 async def test_what_a_guest_cannot_write_for_lack_of_space_is_told_as_that(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
