@@ -2,7 +2,8 @@
 
 import sys
 import time
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -367,10 +368,14 @@ class _Job:
             async with _standard_output() as write:
                 await restore_stream(self._reader, self._codec, self._manifest, entry.filename, write, self._progress)
             return
+        from core.limits import in_io_thread
+        from hypervisor.nbd_address import is_nbd_uri
         from hypervisor.targets import open_target
 
+        stays = is_nbd_uri(target) or await in_io_thread(_has_content, Path(target))
         async with open_target(target, entry.size, force=self._force, format=self._format) as disk:
-            await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
+            with partly_written([target] if stays else [], self._progress):
+                await restore_disk(self._reader, self._codec, self._manifest, entry.filename, disk, self._progress)
 
     async def _blob(self, entry: "ManifestFile", target: str) -> int:
         from repository.restore import restore_blob
@@ -389,6 +394,25 @@ class _Job:
         else:
             await in_io_thread(write_small_file, Path(target), data, self._force)
         return len(data)
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_block_device() or (path.is_file() and path.stat().st_size > 0)
+
+
+@contextmanager
+def partly_written(targets: Sequence[str], progress: "Progress") -> Iterator[None]:
+    """Say that `targets`, which may grow meanwhile, hold a part of an image if the block fails or is cancelled."""
+    try:
+        yield
+    except BaseException as error:
+        if targets:
+            words = f"{', '.join(targets)} may hold a part of the image only"
+            if isinstance(error, Exception):
+                error.add_note(words)
+            else:
+                progress.warn(words)
+        raise
 
 
 def _inside_folder(target: str, name: str) -> str:

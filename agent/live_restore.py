@@ -33,6 +33,7 @@ from agent.vm_restore import (
     make_folder,
     plan_disks,
     read_small_files,
+    refuse_live,
     small_files,
 )
 from agent.vm_script import RUN_FOLDER, ScriptOptions, firmware_for, machine_of, tpm_folder, write_script
@@ -86,14 +87,11 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
     """Make targets and files, and write down what is about to be done; failed, nothing is left but (with force) less.
 
     Raises:
-        TargetError, DiskInUseError, UsageError, NotFoundError: as `vm_restore.restore_vm`; also for an NBD target,
-            which cannot be restored to live.
+        TargetError, DiskInUseError, BusyError, UsageError, NotFoundError: as `vm_restore.restore_vm`; also for an NBD
+            target, which cannot be restored to live.
     """
     folder = await in_io_thread(order.folder.absolute)
-    if await in_io_thread((folder / STATE_NAME).exists):
-        raise BusyError(
-            "restore to", str(folder), "a live restore is under way there", f"fleece vm restore --resume {folder}"
-        )
+    await in_io_thread(refuse_live, folder)
     planned = [
         # Without links: made, and removed after a failure, is what they lead to.
         disk if disk.kind != "file" else replace(disk, target=await in_io_thread(os.path.realpath, disk.target))

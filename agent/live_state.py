@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
-from agent.vm_restore import RestoredDisk, RestoredVm
+from agent.vm_restore import LIVE_STATE_NAME, RestoredDisk, RestoredVm
 from core.errors import NotFoundError, TargetError, UsageError, os_reason
 from hypervisor import checked
 from hypervisor.live_restore import LiveDisk
 
-#: In the machine's folder, as long as its disks are not whole.
-STATE_NAME: Final = "live-restore.json"
+STATE_NAME: Final = LIVE_STATE_NAME
 _VERSION: Final = 1
 _MAX_STATE: Final = 1 << 20
 

@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from agent.cli_restore import write_small_file
+from agent.cli_restore import partly_written, write_small_file
 from agent.snapshot_archives import OpenSnapshot
 from core.disks import DiskTarget
-from core.errors import NotFoundError, TargetError, UsageError, os_reason
+from core.errors import BusyError, NotFoundError, TargetError, UsageError, os_reason
 from core.limits import in_io_thread
 from core.progress import Progress
 from core.units import format_size
@@ -32,6 +32,8 @@ from repository.restore import restore_blob, restore_disk
 
 #: Ends the names of indexes of disk images.
 _IMAGE_INDEX: Final = ".img.fidx"
+#: In the machine's folder, as long as its disks are not whole and it runs all the same. docs/vm-restore.md, "Live".
+LIVE_STATE_NAME: Final = "live-restore.json"
 _FORCE_HINT: Final = "use another folder, or --force to replace it"
 
 
@@ -270,6 +272,7 @@ async def restore_vm(opened: OpenSnapshot, order: RestoreOrder, progress: Progre
 
     Raises:
         TargetError, DiskInUseError: a target is too small, in use, there already, or cannot be written.
+        BusyError: as `refuse_live`.
         NotFoundError, UsageError, KeyNeededError: as `plan_disks`.
         FleeceError: the snapshot cannot be read, what starts the machine cannot be made, or one of `order.checks`.
 
@@ -281,6 +284,7 @@ async def restore_vm(opened: OpenSnapshot, order: RestoreOrder, progress: Progre
     for check in order.checks:
         await check(opened, planned)
     folder = order.folder.absolute()
+    await in_io_thread(refuse_live, folder)
     made = await in_io_thread(make_folder, folder)
     try:
         return await _restore(opened, order, planned, files, folder, progress)
@@ -307,22 +311,20 @@ async def _restore(
     replaced: list[Replacement] = []
     overwritten: list[str] = []
     try:
-        async with AsyncExitStack() as stack:
-            targets: list[DiskTarget] = []
-            for disk in planned:
-                targets.append(await stack.enter_async_context(await _opened(disk, replaced, force=order.force)))
-            # Small and checked as a whole: what is broken is told before a device is overwritten.
-            contents = await read_small_files(opened, files)
-            for disk, target in zip(planned, targets, strict=True):
-                if disk.kind != "file":
-                    overwritten.append(disk.target)
-                await restore_disk(opened.reader, opened.codec, opened.manifest, disk.entry.filename, target, progress)
-                vm.disks.append(disk.restored())
-        await in_io_thread(_put_in_place, replaced, order.writes)
-    except Exception as error:
-        if overwritten:
-            error.add_note(f"{', '.join(overwritten)} may hold a part of the image only")
-        raise
+        with partly_written(overwritten, progress):
+            async with AsyncExitStack() as stack:
+                targets: list[DiskTarget] = []
+                for disk in planned:
+                    targets.append(await stack.enter_async_context(await _opened(disk, replaced, force=order.force)))
+                # Small and checked as a whole: what is broken is told before a device is overwritten.
+                contents = await read_small_files(opened, files)
+                for disk, target in zip(planned, targets, strict=True):
+                    if disk.kind != "file":
+                        overwritten.append(disk.target)
+                    name = disk.entry.filename
+                    await restore_disk(opened.reader, opened.codec, opened.manifest, name, target, progress)
+                    vm.disks.append(disk.restored())
+            await in_io_thread(_put_in_place, replaced, order.writes)
     finally:
         for one in replaced:
             one.close()
@@ -364,6 +366,17 @@ def left_out(opened: OpenSnapshot, planned: Sequence[PlannedDisk]) -> list[str]:
     taken = {disk.entry.filename for disk in planned}
     names = [file.filename for file in opened.manifest.files]
     return [strip_archive_type(name) for name in names if name.endswith(_IMAGE_INDEX) and name not in taken]
+
+
+def refuse_live(folder: Path) -> None:
+    """Refuse a folder of which `--resume` would take the disks for those that it had begun to fill. Blocks.
+
+    Raises:
+        BusyError: a live restore is under way there.
+    """
+    if (folder / LIVE_STATE_NAME).exists():
+        hint = f"'fleece vm restore --resume {folder}' goes on; to give it up end its QEMU and remove {LIVE_STATE_NAME}"
+        raise BusyError("restore to", str(folder), "a live restore is under way there", hint)
 
 
 def make_folder(folder: Path) -> list[Path]:

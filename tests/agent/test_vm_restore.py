@@ -17,9 +17,9 @@ from agent import vm_script
 from agent.snapshot_archives import OpenSnapshot, open_snapshot
 from agent.vm_restore import RestoredVm, RestoreOrder, parse_targets, restore_vm
 from agent.vm_script import ScriptOptions, firmware_for, machine_of, script_writes, write_script
-from core.errors import FormatError, NotFoundError, TargetError, UsageError
+from core.errors import BusyError, FormatError, NotFoundError, TargetError, UsageError
 from core.nursery import open_nursery
-from core.progress import Progress
+from core.progress import Progress, Task
 from datastore.codec import ChunkCodec
 from datastore.names import Group
 from hypervisor.discovery import list_disks
@@ -241,6 +241,32 @@ async def test_a_restore_that_fails_in_the_middle_leaves_what_was_there(store_fo
             await restore_vm(found, RestoreOrder(folder=tmpfs, force=True), progress)
     assert [path.name for path in tmpfs.iterdir()] == [disk.name]
     assert disk.read_bytes() == b"old"
+
+
+async def test_a_device_that_holds_a_part_only_is_named_when_the_restore_is_cancelled(
+    store_folder: Path, tmpfs: Path
+) -> None:
+    class Cancelling(Progress):
+        def started(self, task: Task) -> None:
+            scope.cancel()
+
+    progress = Cancelling()
+    image = tmpfs / "device.raw"
+    image.write_bytes(bytes(3 * CHUNK))
+    with loop_device(image) as device:
+        async with opened(store_folder, progress) as found:
+            with trio.CancelScope() as scope:
+                await restore_vm(found, RestoreOrder(folder=tmpfs / "web", targets={"scsi0": device}), progress)
+            assert progress.warnings == [f"{device} may hold a part of the image only"]
+        assert not (tmpfs / "web").exists()
+
+
+async def test_a_folder_whose_machine_runs_while_it_is_restored_is_refused(store_folder: Path, tmpfs: Path) -> None:
+    # Going on there would take the new disks for those that it had begun to fill.
+    (tmpfs / "live-restore.json").write_text("{}")
+    with pytest.raises(BusyError, match=r"a live restore is under way there; .* --resume"):
+        await restored(store_folder, tmpfs, force=True)
+    assert [path.name for path in tmpfs.iterdir()] == ["live-restore.json"]
 
 
 async def test_a_cancelled_restore_leaves_nothing_and_a_killed_ones_rest_is_replaced(
