@@ -236,6 +236,18 @@ def test_what_is_sound_and_not_read_is_not_called_damaged(
     assert "damaged" not in caught.value.why
 
 
+def test_content_on_the_realtime_device_of_an_xfs_is_not_read_from_another(
+    made: Callable[[str], MadeImage], files: Callable[..., Files]
+) -> None:
+    system = files(made("xfs-1k").path).image().file_system(RAW)
+    assert isinstance(system, xfs.XfsFileSystem)
+    entry = dict(walk(system))[b"/deep/big"]
+    assert system.runs(entry.id)
+    system._inode(entry.id[0]).inode.di_flags |= 1
+    with pytest.raises(DiskFsError, match="its content lies on the realtime device"):
+        system.runs(entry.id)
+
+
 def test_what_the_guest_encrypts_is_said_to_be_so_and_is_no_content(
     made: Callable[[str], MadeImage], files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def in_a_process(work: Callable[[], dict[str, int]]) -> dict[str, int]:
     return dict(json.loads(answer))
 
 
-@pytest.mark.parametrize("kind", ["ext4", "ntfs", "xfs", "btrfs", "fat16"])
+@pytest.mark.parametrize("kind", ["ext4", "ntfs", "xfs", "xfs-dirty", "btrfs", "fat16"])
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_flipped_bits_are_answered_in_time_and_within_bounds(
     kind: str,
