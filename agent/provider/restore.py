@@ -4,11 +4,12 @@ Disks of a VM are files of a mount, or served over NBD, each on a socket of its 
 mounted folder, or a tar file. All of it ends with the session. docs/proxmox-provider.md, "What holds what".
 """
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -261,6 +262,7 @@ async def serve_restore(channel: Channel, storage: UsedStorage, request: Restore
     """
     progress = ChannelProgress(channel)
     async with AsyncExitStack() as stack:
+        stack.enter_context(_told(progress))
         folder = await stack.enter_async_context(private_folder())
         snapshot = await stack.enter_async_context(opened(request, storage, progress))
         nursery = await stack.enter_async_context(open_nursery())
@@ -287,6 +289,30 @@ async def serve_restore(channel: Channel, storage: UsedStorage, request: Restore
                 channel.refuse(error)
             else:
                 channel.answer(result)
+
+
+@contextmanager
+def _told(progress: ChannelProgress) -> Iterator[None]:
+    """What mount and servers complain of goes into the job's log: who reads from them learns of an I/O error only."""
+    token = trio.lowlevel.current_trio_token()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(progress.warn, record.getMessage())
+
+    handler = Handler()
+    loggers = [logging.getLogger(name) for name in ("fusefs", "hypervisor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)  # whatever standard error is to get
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 async def _mount(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ async def content_of(plugin: Plugin, name: str, target: Path) -> bytes:
     return target.read_bytes()
 
 
+@pytest.mark.fuse
 async def test_a_handed_file_is_read_and_only_given_up_if_it_may_be_written(worker: Worker, tmp_path: Path) -> None:
     disk, size = tmp_path / "disk", 9 * MIB + 512
     worker.scfg["fleece-mechanism"] = "file-handle"
@@ -58,6 +60,16 @@ async def test_a_handed_file_is_read_and_only_given_up_if_it_may_be_written(work
         second = await back_up(plugin, START + 60, volume)
         assert disk.read_bytes() == new[: 4 * MIB] + bytes(4 * MIB) + new[8 * MIB :]
         assert await content_of(plugin, first, tmp_path / "a") == old
+        # A chunk that is missing fails who reads it, and the log says why.
+        last = min(
+            Path(worker.scfg["fleece-repository"], ".chunks").glob("*/*"), key=lambda chunk: chunk.stat().st_size
+        )
+        aside = last.rename(last.with_name("aside"))
+        with pytest.raises(subprocess.CalledProcessError):
+            await content_of(plugin, second, tmp_path / "b")
+        await plugin("restore_vm_volume_cleanup", f"backup/{second}", DEVICE, {})
+        assert any(level == "warn" and last.name in text for level, text in plugin.log), plugin.log
+        aside.rename(last)
         assert await content_of(plugin, second, tmp_path / "b") == old[: 4 * MIB] + new[: 4 * MIB] + old[8 * MIB :]
 
 
