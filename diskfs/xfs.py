@@ -167,8 +167,11 @@ class XfsFileSystem:
                 raise DiskFsError("read", "log", "it lies on another disk")
             return with_log(blocks, Geometry(place, count * size, unpack_from(">H", head, 104)[0], has_crc))
         except DiskFsError as error:
-            self.notes = (f"its log is not read ({error.why}): {UNWRITTEN}",)
-            return blocks
+            why = error.why
+        except MemoryError:
+            why = "it takes too much memory"
+        self.notes = (f"its log is not read ({why}): {UNWRITTEN}",)
+        return blocks
 
     def _read_inode(self, number: int) -> Any:
         found = self._fs.get_inode(number)

@@ -110,6 +110,12 @@ def test_what_is_in_the_log_of_xfs_only_is_read_from_there(
     assert "its log is not read (it is damaged: no record is at its end)" in " ".join(old.notes)
     assert b"new" not in Listing(old, old.root).names
 
+    def exhaust(*_: object) -> Blocks:
+        raise MemoryError
+
+    monkeypatch.setattr(xfs, "with_log", exhaust)
+    assert "it takes too much memory" in " ".join(files(image.path).image().file_system(RAW).notes)
+
 
 def test_a_damaged_log_of_xfs_is_said_to_be_so_and_the_file_system_is_read_without_it(
     made: Callable[[str], MadeImage], files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
