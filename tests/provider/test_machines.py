@@ -22,7 +22,7 @@ from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.fuse]
 
 SIZE: Final = 24 * MIB
 CONFIG: Final = "scsi0: local:vm-100-disk-0\nname: grün\n"
@@ -323,7 +323,6 @@ async def test_a_backup_that_is_cut_off_leaves_nothing(
             assert await restored(plugin, name, tmp_path) == content
 
 
-@pytest.mark.fuse
 async def test_disks_of_a_restore_end_with_the_worker_and_those_of_a_killed_session_are_removed(
     worker: Worker, backports: QemuBinary, tmpfs: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from agent.registry import Registry, S3Place
+import pytest
+
 from core.units import MIB
 from datastore.files import Owner
 from datastore.s3.state import CacheState
@@ -48,6 +50,7 @@ def with_qemu(worker: Worker, folder: Path) -> None:
     worker.environment["FLEECE_QEMU_SERVER_DIR"] = str(folder)
 
 
+@pytest.mark.fuse
 async def test_a_datastore_on_a_server(worker: Worker, store_pool: StorePool, tmp_path: Path) -> None:
     folder = store_pool.lend()
     store = await open_local(folder, name="main")
@@ -70,6 +73,7 @@ async def test_a_datastore_on_a_server(worker: Worker, store_pool: StorePool, tm
     store_pool.take_back(folder)
 
 
+@pytest.mark.fuse
 async def test_a_datastore_in_a_bucket(
     worker: Worker, s3_emulator: S3Emulator, warm_command: WarmCommand, store_folder: Path, tmp_path: Path
 ) -> None:
