@@ -26,12 +26,21 @@ class Files:
         self.sizes: Sequence[int] = [path.stat().st_size for path in paths]
         self.reads = 0
         self.broken: range | None = None  #: offsets that cannot be read
+        self.changed: dict[int, bytes] = {}  #: other bytes of the first one, by offset
 
     def fetch(self, disk: int, offset: int, length: int) -> bytes:
         self.reads += 1
         if self.broken is not None and offset < self.broken.stop and offset + length > self.broken.start:
             raise FormatError("read", "chunk", "it is damaged")
-        return os.pread(self._data[disk].fileno(), length, offset)
+        data = os.pread(self._data[disk].fileno(), length, offset)
+        inside = [at for at in self.changed if not disk and offset <= at < offset + length]
+        if not inside:
+            return data
+        found = bytearray(data)
+        for at in inside:
+            piece = self.changed[at][: offset + length - at]
+            found[at - offset : at - offset + len(piece)] = piece
+        return bytes(found)
 
     def image(self, number: int = 0) -> DiskImage:
         return DiskImage(self.sizes, number, self.fetch)

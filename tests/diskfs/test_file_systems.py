@@ -130,7 +130,6 @@ def test_a_damaged_log_of_xfs_is_said_to_be_so_and_the_file_system_is_read_witho
     sign = b"\xfe\xed\xba\xbe" + (1).to_bytes(4, "big")
     records = [start + at for at in range(0, len(log), 512) if log[at : at + 8] == sign]
     assert len(records) > 2
-    honest = source.fetch
     # One before the last that was not written yet when the last one was is the end, as for the kernel.
     whole, window = xfs_log._WINDOW, (records[-1] - records[-2]) // 512 + 64
     for broken, blocks, why in (
@@ -139,15 +138,7 @@ def test_a_damaged_log_of_xfs_is_said_to_be_so_and_the_file_system_is_read_witho
         (records, whole, "no record is at its end"),
     ):
         monkeypatch.setattr(xfs_log, "_WINDOW", blocks)
-
-        def fetch(disk: int, offset: int, length: int, broken: list[int] = broken) -> bytes:
-            found = bytearray(honest(disk, offset, length))
-            for place in broken:
-                if offset <= place < offset + length:
-                    found[place - offset + 2] ^= 1
-            return bytes(found)
-
-        source.fetch = fetch  # type: ignore[method-assign]
+        source.changed = {place + 2: b"\0" for place in broken}
         system = source.image().file_system(RAW)
         assert why in "".join(system.notes)
         assert bool(why) == bool(system.notes)
@@ -170,15 +161,7 @@ def test_a_file_system_that_was_in_use_says_so(
 ) -> None:
     source = files(made(kind).path)
     assert source.image().file_system(RAW).notes == ()
-    honest = source.fetch
-
-    def fetch(disk: int, offset: int, length: int) -> bytes:
-        found = bytearray(honest(disk, offset, length))
-        if offset <= place < offset + length:
-            found[place - offset : place - offset + 1] = value
-        return bytes(found)
-
-    source.fetch = fetch  # type: ignore[method-assign]
+    source.changed[place] = value
     (said,) = source.image().file_system(RAW).notes
     assert note in said
 
@@ -227,15 +210,7 @@ def test_what_is_sound_and_not_read_is_not_called_damaged(
     kind: str, place: int, value: bytes, why: str, made: Callable[[str], MadeImage], files: Callable[..., Files]
 ) -> None:
     source = files(made(kind).path)
-    honest = source.fetch
-
-    def fetch(disk: int, offset: int, length: int) -> bytes:
-        found = bytearray(honest(disk, offset, length))
-        if offset <= place < offset + length:
-            found[place - offset : place - offset + 1] = value
-        return bytes(found)
-
-    source.fetch = fetch  # type: ignore[method-assign]
+    source.changed[place] = value
     with pytest.raises(DiskFsError) as caught:
         source.image().file_system(RAW)
     assert why in caught.value.why
