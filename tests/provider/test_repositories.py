@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from agent.registry import Registry, S3Place
 import pytest
 
+from agent.registry import Registry, S3Place
 from core.units import MIB
 from datastore.files import Owner
 from datastore.s3.state import CacheState
