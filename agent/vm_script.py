@@ -29,6 +29,8 @@ RUN_FOLDER: Final = "run"
 TPM_FOLDER: Final = "tpm"
 SCRIPT_NAME: Final = "start.sh"
 _VARIABLES_NODE: Final = "efi-variables"
+#: Bytes of the path of a unix socket.
+_MAX_SOCKET_PATH: Final = 107
 #: Bytes of a small file that is looked into.
 _MAX_FILE: Final = 4 * 1024 * 1024
 
@@ -143,6 +145,8 @@ def _write_script(vm: RestoredVm, options: ScriptOptions, path: Path, progress: 
     tpm_state = tpm_folder(vm) if machine.tpm is not None else None
     if machine.tpm is not None and tpm_state is None:
         progress.warn("the state of its TPM is not in the backup as swtpm keeps it: the script is without the TPM")
+    for warning in _unfit_folder(vm.folder, tpm=tpm_state is not None):
+        progress.warn(warning)
     remarks = [f"From {vm.snapshot}."]
     if options.network is None and machine.cards:
         remarks.append(
@@ -159,6 +163,16 @@ def _write_script(vm: RestoredVm, options: ScriptOptions, path: Path, progress: 
     )
     write_program(path, text)
     return list(machine.left_out)
+
+
+def _unfit_folder(folder: Path, *, tpm: bool) -> list[str]:
+    """Why the machine could not be started in `folder`."""
+    found = []
+    if len(os.fsencode(folder / RUN_FOLDER / "serial.sock")) > _MAX_SOCKET_PATH:
+        found.append(f"the path {folder} is too long for sockets in it: the script cannot start the machine there")
+    if tpm and "," in str(folder):
+        found.append(f"the path {folder} has a comma, which swtpm does not take: the script cannot start the machine")
+    return found
 
 
 def tpm_folder(vm: RestoredVm) -> Path | None:

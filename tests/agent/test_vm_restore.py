@@ -397,6 +397,19 @@ def test_a_machine_without_a_name_has_that_of_its_backups_and_learns_what_become
     assert "may not know Secure Boot" in progress.warnings[0]
 
 
+async def test_a_folder_in_which_the_script_could_not_start_the_machine_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 90) / "a,b"
+    folder.mkdir(parents=True)
+    (folder / "tpm2-00.permall").write_bytes(b"state")
+    (folder / "qemu-command.json").write_text(json.dumps([*COMMAND, "-device", "tpm-tis,tpmdev=t"]))
+    files = {name: folder / name for name in ("qemu-command.json", "tpm2-00.permall")}
+    progress = Progress()
+    await write_script(RestoredVm("vm/web/x", "web", folder, [], files), ScriptOptions(), progress)
+    assert [word for word in ("too long for sockets", "has a comma") if word in " ".join(progress.warnings)] == [
+        "too long for sockets", "has a comma"
+    ]  # fmt: skip
+
+
 PROXMOX = b"""\
 bios: ovmf
 boot: order=scsi0
