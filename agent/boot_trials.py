@@ -13,7 +13,8 @@ import trio
 from agent.nbd_offers import ImageDisk, images
 from agent.snapshot_archives import open_snapshot
 from agent.vm_restore import read_small_files, small_files
-from core.errors import TargetError, UsageError, os_reason
+from core.buffers import Buffer
+from core.errors import FleeceError, TargetError, UsageError, os_reason
 from core.limits import in_io_thread
 from core.progress import Progress
 from core.units import format_size, parse_size
@@ -25,7 +26,7 @@ from hypervisor.efi import EFI_VARS_NAME
 from hypervisor.efi_firmware import VARIABLES_SIZES, find_firmware
 from hypervisor.errors import BootTrialError
 from hypervisor.machine import Kernel, Machine, from_files
-from hypervisor.nbd_server import serve_disk
+from hypervisor.nbd_server import ServedDisk, serve_disk
 from hypervisor.qemu_tools import private_folder, remove_private
 from hypervisor.tpm import STATE_NAME
 from repository.archive import ArchiveReader, open_archive_reader, open_cache
@@ -51,6 +52,8 @@ _CACHE: Final = 128 << 20
 _MAX_VARIABLES: Final = 64 << 20
 #: Seconds for swtpm to be there.
 _TPM_START_S: Final = 10.0
+#: Seconds after which a read of the backup is part of the reason.
+_SLOW_READ_S: Final = 5.0
 #: Text to look for, and signs of one test.
 _MAX_PATTERN: Final = 500
 
@@ -225,8 +228,10 @@ async def try_snapshot(
         firmware = await _firmware(machine, variables, progress)
         tpm = await stack.enter_async_context(emulated_tpm(machine, files, progress))
         disks = {}
+        watched: list[WatchedDisk] = []
         for disk in machine.disks:
-            served = ImageDisk(readers[disk.archive])
+            served = WatchedDisk(ImageDisk(readers[disk.archive]))
+            watched.append(served)
             where = f"{snapshot} {disk.archive}"
             disks[disk.archive] = (await stack.enter_async_context(serve_disk(served, where=where)), served.size)
         for text in machine.left_out:
@@ -235,12 +240,52 @@ async def try_snapshot(
         trial = await try_boot(
             machine, disks, options, firmware=firmware, variables=variables, tpm=tpm, say=progress.log, linger=linger
         )
+        if not trial.alive:
+            # A backup that cannot be read is another matter than a system that does not start.
+            trial.reason += "".join(f"; {text}" for text in [one.trouble() for one in watched] if text)
         for text in trial.warnings:
             progress.warn(text)
         return BootResult(
             str(snapshot), trial, options.memory, options.cpus, machine.left_out,
             trio.current_time() - started, warnings=progress.warnings,
         )  # fmt: skip
+
+
+class WatchedDisk:
+    """A disk that is served, and what went wrong with reading it."""
+
+    def __init__(self, disk: ServedDisk) -> None:
+        self._disk = disk
+        self._failure: FleeceError | None = None
+        self._waiting: dict[object, float] = {}  #: reads under way, and since when
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._disk.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """As `ServedDisk.read`."""
+        mark = object()
+        self._waiting[mark] = trio.current_time()
+        try:
+            return await self._disk.read(offset, length)
+        except FleeceError as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            del self._waiting[mark]
+
+    def zeros(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
+        """As `ServedDisk.zeros`."""
+        return self._disk.zeros(offset, length)
+
+    def trouble(self) -> str:
+        """In words, empty if there was none."""
+        if self._failure is not None:
+            return str(self._failure)
+        longest = max((trio.current_time() - since for since in self._waiting.values()), default=0.0)
+        return f"the backup has not answered for {longest:.0f} s" if longest > _SLOW_READ_S else ""
 
 
 def _options(machine: Machine, order: BootOrder, *, vnc: bool) -> TrialOptions:

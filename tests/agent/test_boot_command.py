@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
-from agent.boot_trials import BootResult, emulated_tpm, keep_evidence, parse_signs
+from agent.boot_trials import BootResult, WatchedDisk, emulated_tpm, keep_evidence, parse_signs
 from core.errors import SourceError, UsageError
 from core.progress import Progress
 from hypervisor.boot_signs import Picture
@@ -112,6 +114,44 @@ def test_signs_are_read() -> None:
     assert [one.kind for one in parse_signs([])] == ["guest-agent", "serial", "screen"]
     with pytest.raises(UsageError, match="no sign of life"):
         parse_signs(["guest-agent:x"])
+
+
+async def test_why_a_disk_cannot_be_read_is_part_of_the_reason(mock_clock: trio.testing.MockClock) -> None:
+    class Broken:
+        size = 1 << 20
+
+        async def read(self, offset: int, length: int) -> bytes:
+            if offset:
+                raise SourceError("read", "drive-disk0.img", "the chunk is gone")
+            await trio.sleep(30)
+            return bytes(length)
+
+        def zeros(self, offset: int, length: int) -> list[tuple[int, bool]]:
+            return [(length, False)]
+
+    disk = WatchedDisk(Broken())
+    assert disk.trouble() == ""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.read, 0, 512)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(20)
+        assert disk.trouble() == "the backup has not answered for 20 s"
+        mock_clock.jump(20)
+    assert disk.trouble() == ""
+    with pytest.raises(SourceError):
+        await disk.read(512, 512)
+    assert disk.trouble() == "cannot read drive-disk0.img: the chunk is gone"
+
+
+@pytest.mark.long
+def test_a_chunk_that_is_gone_is_told_as_the_reason(stored: Fleece) -> None:
+    back_up(stored, "bad", say(serial="web login: "))
+    assert stored.repo is not None
+    for chunk in (stored.repo / ".chunks").glob("*/*"):
+        chunk.unlink()
+    answer = stored("test-boot", "vm/bad/latest", *QUICK, "--output", "json")
+    assert (answer.code, answer.document["alive"]) == (1, False)
+    assert "it is not in the store" in answer.document["reason"]
 
 
 async def test_evidence_that_cannot_be_kept_is_a_warning_beside_the_result(tmp_path: Path) -> None:
