@@ -167,7 +167,7 @@ class Qmp:
         """Give QEMU a copy of the descriptor `fd` and return the file name `/dev/fdset/N` that opens it.
 
         The set lives until `remove_fd_set` and the last user has closed it; before QEMU 9.1 also for as long as any
-        client is connected to a monitor.
+        client is connected to a monitor, and while the machine stands still.
         """
         answer = await self._send_fd(fd, "add-fd", {"opaque": opaque})
         where = f"{self.where}, answer to add-fd"
