@@ -141,6 +141,7 @@ async def run_model(
     step = Fleecing._step
     faults = Faults(rng)
     faults.install(monkeypatch)
+    monkeypatch.setattr("hypervisor.fleecing._MAP_TIMEOUT_S", 5.0)  # for an export whose end is refused
     async with (
         RunningQemu.start(qemu, disks, extra=extra, lifetime_s=1500) as vm,
         ProxmoxQemu.before(vm) if proxmox else nullcontext(),
