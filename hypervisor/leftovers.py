@@ -295,7 +295,8 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
     if await hanging([Path(disk.image) for disk in state.disks] if state is not None else (), HANGING_TIMEOUT_S):
         return Undone(problems=[HANGS], images=False)
     resumed = state is not None and state.paused and await _resume(qmp)
-    undone = await undo(qmp, server=state is not None and state.nbd_server)
+    # Where nothing is written down, frozen views tell: they outlive the server that was started for them.
+    undone = await undo(qmp, server=bool(await _ours(qmp, "s")) if state is None else state.nbd_server)
     if not undone.problems and state is not None:
         undone.actions += await remove_orphans(qmp, [disk.root for disk in state.disks])
     if resumed:
