@@ -214,7 +214,7 @@ async def run_model(
             await cleanup(vm.qmp, run_dir=bench.run_dir, scratch=bench.folder / "scratch")
         after = await facts(vm, bench)
         # While the machine stands still, QEMU before 9.1 keeps a set of descriptors that was taken back.
-        not_gone = {"fds": []} if faulty and qemu.version < (9, 1, 0) else {}
+        not_gone: dict[str, Any] = {"fds": []} if faulty and qemu.version < (9, 1, 0) else {}
         assert {**after, "files": [], **not_gone} == {**before, "files": [], **not_gone}
         assert list(bench.run_dir.iterdir()) == []
         assert list((bench.folder / "scratch").iterdir()) == []
