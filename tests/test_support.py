@@ -198,15 +198,15 @@ async def test_guest_writes_both_disks_in_order(qemu: QemuBinary, guest: SmallGu
     assert newest >= 100
 
 
-def test_pools_of_killed_runs_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
-    with open_pool(tmp_path) as pool:
-        (used,) = tmp_path.iterdir()
+def test_pools_of_killed_runs_are_removed_and_those_in_use_stay(tmpfs: Path) -> None:
+    with open_pool(tmpfs) as pool:
+        (used,) = tmpfs.iterdir()
         left, young = used.with_name(f"{used.name}-left"), used.with_name(f"{used.name}-young")
         for folder in (left, young):
             (folder / "store-1").mkdir(parents=True)
         for folder in (used, left):
             os.utime(folder, (1, 1))
-        with open_pool(tmp_path):
+        with open_pool(tmpfs):
             assert not left.exists()
             assert young.exists()
         assert used.exists()

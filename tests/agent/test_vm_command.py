@@ -162,6 +162,8 @@ async def test_cleanup_removes_bitmaps_on_demand_only(vm: RunningQemu, configure
     assert await vm.bitmaps("fmt-disk0") == []
 
 
+@pytest.mark.qemu
+@pytest.mark.parametrize("qemu", ["backports"], indirect=True)  # that they do is not the matter of a QEMU, and is slow
 async def test_two_runs_on_one_vm_exclude_each_other_whatever_they_call_it(
     vm: RunningQemu, configured: Fleece, ended: Callable[["Popen[str]"], "Popen[str]"]
 ) -> None:

@@ -179,7 +179,7 @@ async def go_through(lab: Lab, qemu: QemuBinary, guest: SmallGuest, events: list
 async def test_what_is_killed_during_backups_costs_no_snapshot(
     backports: QemuBinary, guest: SmallGuest, lab: Lab
 ) -> None:
-    await go_through(lab, backports, guest, ["job", "agent", "qemu", "job", "none"], 1)
+    await go_through(lab, backports, guest, ["job", "agent", "qemu", "none"], 1)
 
 
 @pytest.mark.long
