@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from agent.archive_listing import Found
-from agent.find_index import answering, files
+from agent.find_index import answering
 from agent.find_index.answering import index_status, remove_index
 from agent.find_index.errors import DamagedIndexError, IndexFileError, NoIndexError
 from agent.find_index.files import IndexFile
@@ -321,8 +321,7 @@ async def test_who_cannot_update_it_meanwhile_reads_the_rest_directly(
     await fill(finder)
     await finder.update()
     await store_trees(finder.repository, at(20), {"root": BEFORE})
-    monkeypatch.setattr(answering, "LOCK_WAIT_S", 0)
-    monkeypatch.setattr(files, "LOCK_WAIT_S", 0)
+    monkeypatch.setitem(answering.update_index.__kwdefaults__, "wait_s", 0.0)
     direct = await finder.find("*o*", index=False)
     file = await finder.file()
     async with file.locked(0) as held:
