@@ -321,7 +321,9 @@ async def test_who_cannot_update_it_meanwhile_reads_the_rest_directly(
     await fill(finder)
     await finder.update()
     await store_trees(finder.repository, at(20), {"root": BEFORE})
-    monkeypatch.setitem(answering.update_index.__kwdefaults__, "wait_s", 0.0)
+    waits = answering.update_index.__kwdefaults__
+    assert waits is not None
+    monkeypatch.setitem(waits, "wait_s", 0.0)
     direct = await finder.find("*o*", index=False)
     file = await finder.file()
     async with file.locked(0) as held:
