@@ -6,8 +6,9 @@ import pytest
 
 from diskfs import btrfs, ext, ntfs, xfs, xfs_log
 from diskfs.blocks import Blocks
-from diskfs.entries import Id
+from diskfs.entries import Entry, Id
 from diskfs.errors import DiskFsError
+from diskfs.filesystem import FileSystem
 from diskfs.image import RAW
 from diskfs.worker import Listing
 from tests.diskfs.reading import Files, content, walk
@@ -37,6 +38,21 @@ _KINDS = {
 }  # fmt: skip
 
 
+def assert_all_as_made(image: MadeImage, source: Files, system: FileSystem) -> dict[bytes, Entry]:
+    """Every entry is there, and as it was made; returns them by path."""
+    found = dict(walk(system))
+    assert sorted(found) == sorted(image.entries)
+    wrong = {}
+    for path, entry in found.items():
+        wanted = image.entries[path]
+        data = content(source, system, entry) if "sha256" in wanted else b""
+        xattrs = dict(system.xattrs(entry.id)) if "xattrs" in wanted else {}
+        if different := differences(entry, wanted, data, xattrs):
+            wrong[path] = different
+    assert wrong == {}
+    return found
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -50,17 +66,8 @@ def test_every_entry_is_what_its_own_file_system_shows(
     image = made(kind)
     source = files(image.path)
     system = source.image().file_system(RAW)
-    found = dict(walk(system))
     assert (system.kind, system.label) == _KINDS[kind]
-    assert sorted(found) == sorted(image.entries)
-    wrong = {}
-    for path, entry in found.items():
-        wanted = image.entries[path]
-        data = content(source, system, entry) if "sha256" in wanted else b""
-        xattrs = dict(system.xattrs(entry.id)) if "xattrs" in wanted else {}
-        if different := differences(entry, wanted, data, xattrs):
-            wrong[path] = different
-    assert wrong == {}
+    assert_all_as_made(image, source, system)
 
 
 def test_what_is_in_the_journal_only_is_read_from_there(
@@ -69,15 +76,7 @@ def test_what_is_in_the_journal_only_is_read_from_there(
     image = made("ext4-dirty")
     source = files(image.path)
     system = source.image().file_system(RAW)
-    found = dict(walk(system))
-    assert sorted(found) == sorted(image.entries)
-    wrong = {}
-    for path, entry in found.items():
-        wanted = image.entries[path]
-        data = content(source, system, entry) if "sha256" in wanted else b""
-        if different := differences(entry, wanted, data, dict(system.xattrs(entry.id))):
-            wrong[path] = different
-    assert wrong == {}
+    found = assert_all_as_made(image, source, system)
     # Without it, it would not be.
     monkeypatch.setattr(ext, "with_journal", lambda blocks, *_: blocks)
     assert sorted(name for name, _ in walk(files(image.path).image().file_system(RAW))) != sorted(found)
@@ -90,16 +89,7 @@ def test_what_is_in_the_log_of_xfs_only_is_read_from_there(
     source = files(image.path)
     system = source.image().file_system(RAW)
     assert system.notes == ()
-    found = dict(walk(system))
-    assert sorted(found) == sorted(image.entries)
-    wrong = {}
-    for path, entry in found.items():
-        wanted = image.entries[path]
-        data = content(source, system, entry) if "sha256" in wanted else b""
-        xattrs = dict(system.xattrs(entry.id)) if "xattrs" in wanted else {}
-        if different := differences(entry, wanted, data, xattrs):
-            wrong[path] = different
-    assert wrong == {}
+    assert_all_as_made(image, source, system)
 
     # Without it, it would not be; and where it cannot be read, that is said.
     def refuse(*_: object) -> Blocks:

@@ -124,7 +124,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
     mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)]
     if subprocess.run(mounting, capture_output=True, check=False, timeout=60).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs the right to mount a tmpfs")  # nothing else is full so soon, and only root may
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True, timeout=60)
 
