@@ -44,6 +44,8 @@ _HARMLESS_BOOT: Final = frozenset({"type", "loader", "nvram", "boot", "bootmenu"
 _ONCE: Final = ("name", "uuid", "os", "devices")
 #: Character devices, whose other end may be any file or socket of the host.
 _CHARACTER: Final = ("serial", "parallel", "console", "channel", "redirdev")
+#: Attributes that name a file, be it by a path that is relative to libvirt's folder or QEMU's, which is `/`.
+_NAMES_FILE: Final = frozenset({"file", "path", "dir", "rendernode"})
 #: Kinds of interfaces that join a network of libvirt's, or none.
 _NETWORKS: Final = frozenset({"network", "bridge", "user"})
 
@@ -176,16 +178,21 @@ def _leave_out(root: Element, warnings: list[str]) -> None:
 
 def _leave_out_paths(device: Element, out: list[str]) -> None:
     """Leave out every part of a device that names a file or socket, whatever libvirt would do with it."""
-    for name in [name for name, value in device.attrib.items() if _is_path(value)]:
+    for name in [name for name, value in device.attrib.items() if _is_path(value) or name in _NAMES_FILE]:
         del device.attrib[name]
         out.append(f"{name} of {_called(device)}"[:80])
     for child in list(device):
         if device.tag == "disk" and child.tag in ("source", "backingStore", "mirror"):
             continue  # goes in any case, or with its medium
-        values = [text for one in child.iter() for text in (one.text or "", *one.attrib.values())]
-        if any(map(_is_path, values)):
+        if any(map(_names_file, child.iter())):
             device.remove(child)
             out.append(f"{_called(child)} of {_called(device)}")
+
+
+def _names_file(element: Element) -> bool:
+    return any(map(_is_path, (element.text or "", *element.attrib.values()))) or not _NAMES_FILE.isdisjoint(
+        element.attrib
+    )
 
 
 def _is_path(text: str) -> bool:
@@ -206,8 +213,8 @@ def _drop_parts(root: Element, out: list[str]) -> None:
                 system.remove(child)
                 out.append(_called(child))
         for loader in system.findall("loader"):
-            if loader.get("readonly") == "no":
-                loader.set("readonly", "yes")
+            if loader.get("readonly") == "no" or (loader.get("type") == "pflash" and loader.get("readonly") != "yes"):
+                loader.set("readonly", "yes")  # of flash memory nothing said means that it can be written to
                 out.append("that it may write to its <loader>")
             if not _is_below((loader.text or "").strip(), _FIRMWARE):
                 system.remove(loader)
@@ -368,14 +375,16 @@ def _point_to(element: Element, disk: NewDisk) -> None:
 def _medium(element: Element, drive: DomainDisk, wanted: NewDomain, warnings: list[str]) -> None:
     """Keep the medium of a drive only where it is there, and nobody could mean harm by it."""
     _drop(element, "backingStore", "mirror")
-    if drive.kind == "empty" or (
-        wanted.trusted and (drive.kind not in ("file", "block") or wanted.exists(drive.source))
-    ):
+    if wanted.trusted and (drive.kind not in ("file", "block") or wanted.exists(drive.source)):
         return
+    sources = element.findall("source")
     _drop(element, "source")
     if element.get("type") not in ("file", "block"):
         element.set("type", "file")
-    warnings.append(f"the drive {drive.target} is empty; it had {drive.source}"[:300])
+    # Libvirt takes a path without a slash in front as well.
+    had = drive.source or next((path for one in sources if (path := one.get("file") or one.get("dev"))), "")
+    if had:
+        warnings.append(f"the drive {drive.target} is empty; it had {had}"[:300])
 
 
 def _set_firmware(root: Element, wanted: NewDomain, warnings: list[str]) -> None:

@@ -264,6 +264,12 @@ REACHING = (
     "<video><model type='virtio'><acceleration rendernode='/dev/sda'/></model></video>"
     "<rng model='virtio'><backend model='random'>/dev/random</backend><backend model='random'>/etc/x</backend></rng>"
     "<tpm><backend type='emulator'/><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>"
+    # Relative to `/`, where libvirt and QEMU are at home.
+    "<disk type='file' device='cdrom'><source file='etc/shadow'/><target dev='sdb'/><readonly/></disk>"
+    "<disk type='block' device='floppy'><source dev='etc/x'/><target dev='fda'/></disk>"
+    "<disk type='file' device='cdrom'><source/><source file='/etc/x'/><target dev='sdc'/></disk>"
+    "<interface type='bridge'><source bridge='br1'/><rom file='etc/passwd'/></interface>"
+    "<graphics type='spice'><gl enable='yes' rendernode='etc/shadow'/></graphics>"
 )
 
 
@@ -276,7 +282,7 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
         "<sysinfo type='fwcfg'><entry name='opt/x' file='/etc/shadow'/></sysinfo><launchSecurity type='sev'/>",
     )
     root, result = rewritten(text, nvram="/new/efivars.fd")
-    for word in ("/etc", "/tmp", "evil", "/dev/", "/run", "/iso", "eth0", "hostdev", "filesystem", "launchSecurity"):
+    for word in ("etc/", "/tmp", "evil", "/dev/", "/run", "/iso", "eth0", "hostdev", "filesystem", "launchSecurity"):
         assert word not in result.xml, word
     assert root.findtext("os/nvram") == "/new/efivars.fd"
     said = " ".join(result.warnings)
@@ -292,6 +298,7 @@ def test_what_reaches_into_the_host_is_left_out_and_said() -> None:
         "<rom> of <interface>",
         "<graphics>",
         "<varstore>",
+        "drive sdb is empty; it had etc/shadow",
     ):
         assert part in said, part
 
@@ -313,9 +320,10 @@ def test_a_second_part_of_a_kind_that_libvirt_would_join_to_the_first_is_refused
             rewritten(text, live=live, trusted=trusted)
 
 
-def test_nobody_writes_to_the_firmware_of_the_host() -> None:
+@pytest.mark.parametrize("said", ["readonly='no'", ""])
+def test_nobody_writes_to_the_firmware_of_the_host(said: str) -> None:
     one = "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>"
-    text = domain(one, system="<loader readonly='no' type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader>")
+    text = domain(one, system=f"<loader {said} type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader>")
     root, result = rewritten(text)
     assert [loader.get("readonly") for loader in root.findall("os/loader")] == ["yes"]
     assert "may write to its <loader>" in result.warnings[0]
