@@ -159,7 +159,7 @@ class _Buffer(NamedTuple):
 class _Inode(NamedTuple):
     fields: int
     device: bytes
-    place: int
+    place: int  # of the buffer that it lies in
     length: int
     offset: int  # in the buffer
     regions: list[bytes]
@@ -345,7 +345,7 @@ def _in_order(done: _Transaction) -> Iterator[_Buffer | _Inode]:
             if len(head) < form.size:
                 raise _damaged("an inode is cut off")
             _, _, fields, _, _, _, device, place, length, offset = form.unpack_from(head)
-            inodes.append(_Inode(fields, device, place, length // _BLOCK, offset, regions))
+            inodes.append(_Inode(fields, device, place, length, offset, regions))
     yield from inodes
     yield from cancelled
 
@@ -374,7 +374,9 @@ class _Replay:
             rest = bits >> at
             count = ((rest + 1) & -(rest + 1)).bit_length() - 1
             region = next(regions, b"")
-            if len(region) < count * _PIECE or at + count > limit:
+            # Where it lies in several pages of memory, bits that follow each other may be logged in several regions.
+            count = min(count, len(region) // _PIECE)
+            if not count or at + count > limit:
                 raise _damaged("a buffer is not what its map says")
             self._overlaid.put(item.place * _BLOCK + at * _PIECE, region[: count * _PIECE])
             at += count

@@ -1,0 +1,96 @@
+"""The log of XFS as no test can make the kernel leave it: what was on its way to the disk, and forms of old kernels."""
+
+import struct
+
+from diskfs.blocks import Blocks, Disk
+from diskfs.xfs_log import Geometry, with_log
+
+_BLOCK = 512
+#: Blocks of the log, which lies at the beginning of the volume, and of the volume.
+_LOG, _VOLUME = 64, 192
+_START, _COMMIT, _INODE, _BUFFER = 1, 2, 0x123B, 0x123C
+_CANCELLED = 2
+
+
+class Log:
+    """A volume of zeros with a log, into which records are written."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(_VOLUME * _BLOCK)
+
+    def record(
+        self, cycle: int, start: int, *items: list[bytes], tail: tuple[int, int] = (1, 0), blocks: int = 0,
+        only: int = 0,
+    ) -> None:  # fmt: skip
+        """A record with a transaction, of `blocks` blocks or more; `only` as many are written, the last if below 0."""
+        regions = [bytes(16), *(region for item in items for region in item)]
+        operations = [(_START, b""), *((0, region) for region in regions), (_COMMIT, b"")]
+        body = b"".join(struct.pack(">IIBBxx", 7, len(region), 0x69, flag) + region for flag, region in operations)
+        body = body.ljust(max(-(-len(body) // _BLOCK), blocks - 1) * _BLOCK, b"\0")
+        head = bytearray(_BLOCK)
+        lsn, oldest = cycle << 32 | start, tail[0] << 32 | tail[1]
+        struct.pack_into(">4sIIIQQ8xI", head, 0, b"\xfe\xed\xba\xbe", cycle, 2, len(body), lsn, oldest, len(operations))
+        struct.pack_into(">I16xI", head, 300, 1, 32 << 10)
+        for number in range(len(body) // _BLOCK):
+            head[44 + number * 4 : 48 + number * 4] = body[number * _BLOCK : number * _BLOCK + 4]
+        record = bytes(head) + body
+        pieces = list(range(len(record) // _BLOCK))
+        for number in pieces[:only] if only > 0 else pieces[only:]:
+            here = start + number
+            piece = record[number * _BLOCK : (number + 1) * _BLOCK]
+            if number:
+                piece = (cycle + here // _LOG).to_bytes(4, "big") + piece[4:]
+            self.data[here % _LOG * _BLOCK : (here % _LOG + 1) * _BLOCK] = piece
+
+    def read(self) -> Blocks:
+        """The volume with what the log holds."""
+        whole = Disk(0, len(self.data), lambda _, offset, length: bytes(self.data[offset : offset + length]))
+        return with_log(whole, Geometry(0, _LOG * _BLOCK, 512, has_crc=True))
+
+    def letters(self) -> str:
+        """The first letter of each block behind the log, as far as there is something."""
+        blocks = self.read()
+        found = (blocks.exactly((_LOG + number) * _BLOCK, 1) for number in range(_LOG // 4))
+        return "".join(letter.decode() if letter != b"\0" else "." for letter in found)
+
+
+def buffer(place: int, *regions: bytes, flags: int = 0, length: int = 1) -> list[bytes]:
+    """A buffer of `length` blocks at block `place` behind the log, all of it logged, in one region or several."""
+    bits = (1 << length * 4) - 1 if regions else 0
+    head = struct.pack("<HHHHqI", _BUFFER, 1 + len(regions), flags, length, _LOG + place, 1)
+    return [head + bits.to_bytes(4, "little"), *regions]
+
+
+def letter(start: int, what: str) -> list[bytes]:
+    """What a record that begins at `start` changes: one block, which tells that it was replayed."""
+    return buffer(start // 4, what.encode() * _BLOCK)
+
+
+def go_through(log: Log, cycle: int, what: str, places: range, tail: tuple[int, int] = (1, 0)) -> None:
+    for start in places:
+        log.record(cycle, start, letter(start, what), tail=tail, blocks=4)
+
+
+def test_records_from_the_oldest_that_is_needed_to_the_newest_are_replayed() -> None:
+    log = Log()
+    go_through(log, 1, "a", range(0, _LOG, 4))
+    go_through(log, 2, "b", range(0, 16, 4), tail=(1, 32))
+    assert log.letters() == "bbbb....aaaaaaaa"
+
+
+def test_a_buffer_that_lay_in_several_pages_of_memory_is_logged_in_several_regions() -> None:
+    log = Log()
+    log.record(1, 0, buffer(0, b"a" * 384, b"b" * 640, length=2))
+    assert log.read().exactly(_LOG * _BLOCK, 1024) == b"a" * 384 + b"b" * 640
+
+
+def test_inodes_in_a_buffer_that_was_freed_are_not_put_over_what_took_its_place() -> None:
+    place, length = 8, 32
+    core = (0x494E).to_bytes(2, "little") + bytes((0, 0, 3, 2)) + bytes(170)
+    head = struct.pack("<HHIHHxxxxQ16sqii", _INODE, 2, 1, 0, 0, 99, b"", _LOG + place, length, 0)
+    for freed in (False, True):
+        log = Log()
+        cancelled = [buffer(place, flags=_CANCELLED, length=length)] if freed else []
+        log.record(1, 0, [head, core], *cancelled, buffer(place, b"d" * _BLOCK))
+        found = log.read().exactly((_LOG + place) * _BLOCK, 2)
+        assert found == (b"dd" if freed else b"IN")
