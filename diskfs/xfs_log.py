@@ -241,7 +241,8 @@ class _Log:
         if left * _BLOCK > _MAX_ACTIVE:
             raise DiskFsError("read", "log", f"it holds more than {_MAX_ACTIVE >> 20} MiB")
         while left > 0:
-            found = self._record(here)
+            # What is of a cycle before stands where something newer was not written yet.
+            found = self._record(here, header[0] - (here > start))
             if found is None and left <= _WINDOW:
                 return  # several are on their way at once, and a later one was there before this one: this is the end
             if found is None:
@@ -252,38 +253,57 @@ class _Log:
         yield header[5], data
 
     def _head(self) -> int:
-        """The block behind the newest: from there on blocks are of the cycle before, or were never written."""
-        first = self._cycle(0)
-        low, high = 0, self._count  # `low` is of the newest cycle, `high` is not
-        if self._cycle(self._count - 1) == first:
-            return self._count
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._cycle(middle) == first:
-                low = middle
-            else:
-                high = middle
-        return high
+        """The block behind the newest: from there on blocks are of the cycle before, or were never written.
+
+        Several records are on their way at once, so that one may be missing before another that is there: the first
+        that is missing counts, also where it lies at the end of the log, and those that are there at its beginning.
+        """
+        first, last = self._cycle(0), self._cycle(self._count - 1)
+        head, before = self._count, last
+        if first == last:
+            before = last - 1
+        else:
+            low = 0  # it is not of the cycle `last`, `head` is
+            head -= 1
+            while head - low > 1:
+                middle = (low + head) // 2
+                if self._cycle(middle) == last:
+                    head = middle
+                else:
+                    low = middle
+        start = head - min(self._count, _WINDOW)
+        for number in range(self._count + start, self._count) if start < 0 else ():
+            if self._cycle(number) == before - 1:
+                return number
+        for number in range(max(0, start), head):
+            if self._cycle(number) == before:
+                return number
+        return head
 
     def _newest(self, head: int) -> tuple[int, tuple[int, ...], bytes] | None:
         """Begin, header and data of the newest record that is whole; None if there is none at all."""
+        last = self._cycle(head - 1)
         for back in range(1, min(self._count, _WINDOW) + 1):
             start = (head - back) % self._count
             if self._raw(start, 1)[:4] == _MAGIC:
-                found = self._record(start)
+                found = self._record(start, last - (start >= head))
                 if found is not None and found[2] <= back:
                     return start, found[0], found[1]
         if not any(self._raw(0, 1)):
             return None
         raise _damaged("no record is at its end")
 
-    def _record(self, start: int) -> tuple[tuple[int, ...], bytes, int] | None:
-        """Header, data and number of blocks of the record that begins at a block; None if none does, or not wholly."""
+    def _record(self, start: int, wanted: int) -> tuple[tuple[int, ...], bytes, int] | None:
+        """Header, data and number of blocks of the record of cycle `wanted` that begins at a block.
+
+        None if none does, or not wholly.
+        """
         head = self._raw(start, 1)
         header = _RECORD.unpack_from(head)
         magic, cycle, version, length, lsn, _, _ = header
         size, form = unpack_from(">I", head, _SIZE_AT)[0], unpack_from(">I", head, _FORMAT_AT)[0]
-        if magic != _MAGIC or lsn != cycle << 32 | start or not 0 < length <= _MAX_RECORD or version not in (1, 2):
+        is_it = (magic, cycle, lsn) == (_MAGIC, wanted, wanted << 32 | start)
+        if not is_it or not 0 < length <= _MAX_RECORD or version not in (1, 2):
             return None
         if form != _LITTLE_ENDIAN:
             raise DiskFsError("read", "log", "it is that of another kind of processor")
@@ -297,12 +317,13 @@ class _Log:
             for number in range(headers)
             for at in (_CYCLES_AT if not number else 4,)
         )
-        for number in range(blocks):
-            at = (headers + number) * _BLOCK
-            wrapped = start + headers + number >= self._count
-            if int.from_bytes(raw[at : at + 4], "big") != cycle + wrapped:
+        for number in range(1, headers + blocks):
+            at = number * _BLOCK
+            if int.from_bytes(raw[at : at + 4], "big") != cycle + (start + number >= self._count):
                 return None  # it was not written yet
-            raw[at : at + 4] = words[number * 4 : number * 4 + 4]
+            word = (number - headers) * 4
+            if word >= 0:
+                raw[at : at + 4] = words[word : word + 4]
         return header[1:], bytes(raw[headers * _BLOCK : headers * _BLOCK + length]), headers + blocks
 
     def _cycle(self, number: int) -> int:

@@ -2,6 +2,8 @@
 
 import struct
 
+import pytest
+
 from diskfs.blocks import Blocks, Disk
 from diskfs.xfs_log import Geometry, with_log
 
@@ -76,6 +78,38 @@ def test_records_from_the_oldest_that_is_needed_to_the_newest_are_replayed() -> 
     go_through(log, 1, "a", range(0, _LOG, 4))
     go_through(log, 2, "b", range(0, 16, 4), tail=(1, 32))
     assert log.letters() == "bbbb....aaaaaaaa"
+
+
+def test_one_that_was_not_written_yet_ends_it_though_an_older_one_stands_at_its_place() -> None:
+    log = Log()
+    go_through(log, 1, "a", range(0, _LOG, 4))
+    go_through(log, 2, "b", range(0, 8, 4), tail=(1, 32))
+    go_through(log, 2, "b", range(12, 20, 4), tail=(1, 32))
+    assert log.letters() == "bb......aaaaaaaa"
+
+
+@pytest.mark.parametrize("missing", [range(56, 64, 4), range(52, 56, 4)], ids=["last", "before-the-last"])
+def test_one_at_the_end_of_the_log_that_was_not_written_yet_ends_it_though_it_goes_on_at_the_beginning(
+    missing: range,
+) -> None:
+    log = Log()
+    go_through(log, 1, "a", range(0, _LOG, 4))
+    for start in range(0, _LOG, 4):
+        if start not in missing:
+            go_through(log, 2, "b", range(start, start + 4, 4), tail=(2, 32))
+    go_through(log, 3, "c", range(0, 8, 4), tail=(2, 32))
+    written = (missing.start - 32) // 4
+    assert log.letters() == ("." * 8 + "b" * written).ljust(16, ".")
+
+
+@pytest.mark.parametrize(("only", "count"), [(0, 8), (2, 7), (-2, 7)])
+def test_a_record_over_the_end_of_the_log_counts_if_both_of_its_parts_are_there(only: int, count: int) -> None:
+    log = Log()
+    go_through(log, 1, "a", range(0, _LOG, 4))
+    log.record(2, 0, letter(0, "b"), blocks=6)
+    go_through(log, 2, "b", range(6, 60, 4), tail=(2, 34))
+    log.record(2, 62, letter(62, "b"), tail=(2, 34), blocks=4, only=only)
+    assert log.letters() == ("." * 8 + "b" * count).ljust(16, ".")
 
 
 def test_a_buffer_that_lay_in_several_pages_of_memory_is_logged_in_several_regions() -> None:
