@@ -84,10 +84,18 @@ def test_a_tree_that_pbs_archived_has_the_same_metadata(golden: Path, ext4: Path
 def test_both_forms_say_the_same_of_a_system_and_open_no_device() -> None:
     for path in ("/", "/usr/bin", "/etc", "/dev"):
         with Folder(Path(path)) as folder:
-            names, types = READER.list_folder(folder.fd)
-            assert filesystem_python.list_folder(folder.fd)[0] == names
-            native = READER.scan(folder.fd, names, EXT4, types, False)
-            assert filesystem_python.scan(folder.fd, names, EXT4, types, False) == native
+            before, types = READER.list_folder(folder.fd)
+            names = filesystem_python.list_folder(folder.fd)[0]
+            # What changes in the meantime, as /proc does with each process, is not compared.
+            if READER.list_folder(folder.fd)[0] == before:
+                assert names == before
+            first, python, last = (
+                form.scan(folder.fd, before, EXT4, types, False) for form in (READER, filesystem_python, READER)
+            )
+            stable = [at for at, row in enumerate(first) if row == last[at]]
+            assert len(stable) > len(before) / 2
+            for at in stable:
+                assert python[at] == first[at], before[at]
 
 
 def test_names_come_sorted_with_what_they_are(tmpfs: Path, form: str) -> None:
