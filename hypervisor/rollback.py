@@ -41,8 +41,10 @@ from hypervisor.vm import flavour_of
 _EXPORTS_TIMEOUT_S: Final = 30.0
 #: Seconds for a stopped machine to be reset.
 _RESET_TIMEOUT_S: Final = 30.0
+#: Seconds to wait for the QMP socket at the end, while another client has it.
+_RECONNECT_TIMEOUT_S: Final = 90.0
 #: Seconds for the whole end.
-_END_TIMEOUT_S: Final = 120.0
+_END_TIMEOUT_S: Final = 240.0
 #: `RunState.phase` before the first write.
 _PREPARING: Final = "rollback"
 #: Run states of a guest that does not run and whose disks nobody else has.
@@ -289,7 +291,10 @@ _WHOLE: Final = (
     "the disks are those of the snapshot, but the VM stays stopped, since it was not reset: roll it back again, or end "
     "its QEMU and start it"
 )
-_AS_BEFORE: Final = "nothing was written, but the VM stays stopped: see to it"
+_AS_BEFORE: Final = (
+    "nothing was written, but the VM stays stopped, and its devices may be without their disks: roll it back again, or "
+    "end its QEMU and start it, before it is let go on"
+)
 
 
 class _Ending:
@@ -305,7 +310,9 @@ class _Ending:
         problem = ""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _END_TIMEOUT_S) as scope:
             try:
-                async with connect(self._path) as qmp:
+                async with connect(self._path, timeout_s=_RECONNECT_TIMEOUT_S) as qmp:
+                    if qmp.peer != back.run.peer:
+                        raise RollbackError("go on with the VM at", self._path, "another QEMU answers there now")
                     await self._end(qmp, put_back=put_back, reset=error is None)
             except FleeceError as failed:
                 problem = str(failed)

@@ -1,8 +1,9 @@
 """Rollback of a running VM's disks: what is written, what its dirty bitmaps say afterwards, and how it fails."""
 
 import random
+import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL
@@ -21,7 +22,7 @@ from core.errors import FleeceError, FormatError, NotFoundError, TargetError
 from core.progress import Progress
 from datastore.codec import ChunkCodec
 from datastore.names import Group, Snapshot
-from hypervisor import rollback
+from hypervisor import qmp, rollback
 from hypervisor.errors import DiskNameError, QmpLostError, RollbackError, VmStateError
 from hypervisor.qmp import Qmp
 from repository.archive import open_cache
@@ -377,6 +378,67 @@ async def test_a_qemu_that_ends_in_the_middle_is_told_then_and_by_the_next_backu
                     await back_up_vm(bench.settings, bench.repo, session, ChunkCodec(), progress)
                 said = f"QMP socket was {former.qmp} ended in the middle of a rollback"
                 assert any(said in line for line in progress.warnings) is told
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_another_qemu_that_has_the_socket_at_the_end_is_left_alone(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench, AsyncExitStack() as stack:
+        await bench.backup(1000)
+        await bench.vm.execute("cont")
+        others: list[RunningQemu] = []
+
+        async def started_again(*arguments: Any, **options: Any) -> None:
+            await bench.vm.kill()
+            listening = ["-qmp", f"unix:{bench.vm.qmp},server=on,wait=off"]
+            other = await stack.enter_async_context(RunningQemu.start(distribution, [], memory_mib=32, extra=listening))
+            others.append(other)
+            address = {"type": "unix", "data": {"path": str(tmpfs / "nbd")}}
+            await other.execute("nbd-server-start", {"addr": address})
+            raise TargetError("write to", "disk", "it fails on purpose")
+
+        monkeypatch.setattr(vm_rollback, "restore_disk" if written else "_differing", started_again)
+        with pytest.raises(TargetError, match="on purpose") as caught:
+            await bench.roll_back(1000)
+        (note,) = caught.value.__notes__
+        assert "the VM's QEMU has ended" in note
+        assert ("a part of the snapshot only" in note) is written
+        (other,) = others
+        assert (await other.execute("query-status"))["status"] == "prelaunch"  # it was not told to go on
+        assert (tmpfs / "nbd").exists()  # and serves on
+
+
+async def test_the_end_waits_for_a_client_that_has_the_socket_and_tells_what_is_left_if_it_stays(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+        await bench.backup(1000)
+        await bench.vm.execute("cont")
+        patience: list[float] = []
+
+        def impatient(path: str, timeout_s: float = qmp.CONNECT_TIMEOUT_S) -> AbstractAsyncContextManager[Qmp]:
+            patience.append(timeout_s)
+            return qmp.connect(path, timeout_s=timeout_s if len(patience) == 1 else 0.2)
+
+        async def taken(*arguments: Any, **options: Any) -> None:
+            holder.connect(str(bench.vm.qmp))
+            raise TargetError("compare", "disk", "it fails on purpose")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rollback, "connect", impatient)
+            patched.setattr(vm_rollback, "_differing", taken)
+            with pytest.raises(TargetError, match="on purpose") as caught:
+                await bench.roll_back(1000)
+        assert patience == [10, 90]
+        (note,) = caught.value.__notes__
+        assert "nothing was written, but the VM stays stopped, and its devices may be without their disks" in note
+        assert await bench.status() == "paused"
+        assert (await bench.vm.block_info("disk0"))["inserted"]["node-name"] == "fleece-p0"
+        holder.close()
+        await bench.roll_back(1000)
+        assert (await bench.status(), await bench.nodes()) == ("running", set())
 
 
 async def test_an_nbd_server_of_somebody_else_is_left_alone_and_a_qemu_of_another_user_gets_a_socket(
