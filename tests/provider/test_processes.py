@@ -175,6 +175,30 @@ async def test_a_worker_that_is_told_to_stop_ends_the_session(worker: Worker, tm
         assert plugin.children() == []
 
 
+async def test_a_log_that_cannot_be_kept_does_not_end_the_job(worker: Worker, tmp_path: Path) -> None:
+    """To vzdump a failure of that call is one of the whole job: guests whose turn has not come would have no backup."""
+    asked, hangs = tmp_path / "asked", tmp_path / "hangs"
+    fails = f"test -e {hangs} && {{ touch {asked}; exec sleep 1000; }}; echo 'no space' >&2; exit 1"
+    done = """printf '{"id": "%s", "result": {"archive-size": 5}}\\n' "$id"; cat > /dev/null"""
+    script = f"case $1 in call) cat > /dev/null; {fails};; esac\n{BEGUN}{done}"
+    async with played(worker, script).started() as plugin:
+        await plugin("backup_init", 100, "qemu", 1)
+        assert await plugin("backup_cleanup", 100, "qemu", 1, {}) == {"stats": {"archive-size": 5}}
+        assert await plugin("backup_handle_log_file", 100, "/var/log/x") is None
+        ((level, text),) = plugin.log
+        assert level == "warn"
+        assert text.startswith("the log of vm/100/2026-01-02T03:04:05Z cannot be kept: fleece provider call handle-log")
+        assert text.endswith("it ended with 1: no space")
+        # Whoever stops the job stops it here, too.
+        hangs.touch()
+        await plugin.send({"on": "provider", "call": "backup_handle_log_file", "args": [100, "/var/log/x"]})
+        await until(asked.exists)
+        os.kill(plugin.process.pid, signal.SIGTERM)
+        with pytest.raises(Died, match=r"^interrupted by signal$"):
+            await plugin.answer()
+        assert plugin.children() == []
+
+
 async def test_how_it_ended_need_not_be_known(worker: Worker) -> None:
     worker.reaped = True
     good = """cat > /dev/null; echo '{"total": 3, "available": 2, "used": 1}'"""

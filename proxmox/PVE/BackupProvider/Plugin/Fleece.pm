@@ -137,7 +137,13 @@ sub backup_get_mechanism {
 sub backup_handle_log_file {
     my ($self, $vmid, $filename) = @_;
     my $name = $self->{archives}->{$vmid} or return; # there is no archive that it could be kept with
-    $self->_call('handle-log-file', { 'archive-name' => $name, filename => "$filename" });
+    eval { $self->_call('handle-log-file', { 'archive-name' => $name, filename => "$filename" }) };
+    if (my $error = $@) {
+        # vzdump would end the whole job, also for the guests whose turn has not come.
+        die $error if $error =~ m/\Ainterrupted by signal$/; # as vzdump tells it from a failure
+        chomp($error);
+        $self->{log}->('warn', "the log of $name cannot be kept: $error");
+    }
     return;
 }
 
