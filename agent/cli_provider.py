@@ -126,8 +126,9 @@ def archive(invocation: Invocation) -> None:
 
     from agent.provider.channel import take_standard_streams
     from agent.provider.messages import Walk, parsed
-    from agent.provider.stream import send_archive
+    from agent.provider.stream import end_with_listener, send_archive
 
+    end_with_listener(2)
     walk = parsed(Walk, _read_document(), "standard input")
     incoming, outgoing = take_standard_streams()
     try:

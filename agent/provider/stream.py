@@ -13,6 +13,7 @@ docs/proxmox-provider.md, "Containers".
 import os
 import select
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -96,6 +97,23 @@ def send_all(fd: int, data: memoryview) -> None:
             data = data[os.write(fd, data) :]
     except OSError as error:
         raise SourceError("hand over", "the files", f"the session takes no more ({os_reason(error)})") from error
+
+
+def end_with_listener(fd: int) -> None:
+    """End this process as soon as nobody listens at the other end of the pipe `fd` any more.
+
+    So it ends with the process that has started it, though that be killed: the hypervisor unmounts what is read here
+    before it has the session cleaned up.
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(fd, 0)
+        ((_, event),) = poll.poll()
+        if event & (select.POLLERR | select.POLLHUP):
+            os._exit(1)
+
+    threading.Thread(target=watch, name="listener", daemon=True).start()
 
 
 def send_archive(walk: Walk, fd: int) -> CreateReport:

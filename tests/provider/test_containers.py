@@ -213,6 +213,29 @@ async def test_a_worker_that_is_killed_takes_session_and_walk_along(worker: Work
         assert await back_up(plugin, folder) == NAME
 
 
+async def test_a_walk_does_not_outlive_the_fork_that_has_begun_it(worker: Worker, mounts: Path) -> None:
+    """Whoever stops vzdump kills that fork, and then unmounts what is being read: before the session is told."""
+    folder = mounts / "ct"
+    make_container(folder)
+    async with worker.started() as plugin:
+        await plugin("backup_init", 101, "lxc", START)
+        await plugin("backup_container_prepare", 101, {})
+        (session,) = plugin.children()
+        info = {"directory": str(folder), "sources": ["."], "bandwidth-limit": 10_000}  # it would take minutes
+        call = {"on": "provider", "call": "backup_container", "args": [101, CONFIG, [], info], "forked": ROOT_ID}
+        await plugin.send(call)
+        await until(lambda: walkers(folder))
+        (fork,) = [pid for pid in plugin.children() if pid != session]
+        os.kill(fork, signal.SIGKILL)
+        with pytest.raises(Died, match="the fork said nothing"):
+            await plugin.answer()
+        await until(lambda: not walkers(folder))
+        assert plugin.children() == [session]
+        await plugin("backup_cleanup", 101, "lxc", 0, {"error": "interrupted by signal"})
+        assert plugin.children() == []
+    assert list(Path(worker.scfg["fleece-repository"], "ct/101").glob("*/*")) == []
+
+
 @pytest.mark.fuse
 async def test_a_mount_ends_with_the_worker_and_that_of_a_killed_session_is_removed(
     worker: Worker, mounts: Path
