@@ -95,6 +95,8 @@ class LookedInto:
         self._noted: set[bytes] = set()
         #: What people should know, as it comes up; each once. Whoever has told them empties it.
         self.remarks: Final[list[Remark]] = []
+        #: Numbers of the other disks that were read as well, once `volumes` was asked.
+        self.others: Final[set[int]] = set()
 
     async def volumes(self) -> Sequence[Volume]:
         """Everything on the disk that may hold a file system.
@@ -261,6 +263,8 @@ class LookedInto:
                 raise FormatError(
                     "look into", where, f"a part of a disk that is not there: {number}, {offset}, {length}"
                 )
+            if number != self._number:
+                self.others.add(number)
             try:
                 source = await self._disks.open(number)
                 part = source.read_cached(offset, length)

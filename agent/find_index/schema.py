@@ -13,7 +13,7 @@ from typing import Final
 #: Marks the file as ours: "FlFi".
 APPLICATION_ID: Final = 0x466C4669
 #: Changes whenever a table, or the meaning of a value, does; other versions are made anew.
-VERSION: Final = 2
+VERSION: Final = 3
 #: `entry.last` of what the newest state has.
 OPEN: Final = (1 << 63) - 1
 #: `entry.kind` counts from 0 in these.

@@ -193,14 +193,20 @@ class Updater:
             return known if known is not None and known.why != SEALED else Part(name, None, encrypted, NOT_ASKED)
         from agent.image_trees import index_entries, open_image_of
 
-        source = source_of("image", entry.csum)
+        # What is on a disk may lie on others as well, as a volume group does: then all of them tell what it is.
+        disks = [(one, opened.manifest.file(one).csum) for one in disk_files(opened.manifest)]
+        alone = source_of("image", entry.csum)
+        together = source_of("images", file, *(part for disk in disks for part in disk))
         stream, root = await self._in_thread(lambda: self._records.stream(opened.snapshot.group, name))
-        state = await self._in_thread(lambda: self._records.state(stream, source))
-        if state is not None:
-            return Part(name, state, encrypted)
+        for source in (alone, together):
+            state = await self._in_thread(lambda source=source: self._records.state(stream, source))  # type: ignore[misc]
+            if state is not None:
+                return Part(name, state, encrypted)
         quiet = Progress()
         try:
             async with open_image_of(replace(opened, progress=quiet), name, names_only=True) as accessor:
+                await accessor.asked.volumes()
+                source = together if accessor.asked.others else alone
                 entries = index_entries(accessor, opened.snapshot, name)
                 state = await self._write(f"{opened.snapshot} {name}", (stream, root), source, entries, task)
         except (FormatError, KeyNeededError):

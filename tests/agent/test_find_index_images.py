@@ -1,5 +1,7 @@
 """Files on disk images in the index: asked for with `--images`, and found as the images themselves have them."""
 
+import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,9 +11,12 @@ import pytest
 from agent.find_index.recording import Records
 from repository.local import open_local
 from tests.agent.conftest import Fleece
+from tests.diskfs.reading import Files
+from tests.support.cache import Unavailable
 from tests.support.disk_images import MadeImage, partitioned
 from tests.support.finder import Finder
 from tests.support.stores import chunk_files
+from tests.support.volume_groups import made_group
 
 #: Each costs some starts of the process that looks into images.
 PATTERNS = ["**", "/etc/fstab", "/etc/**"]
@@ -78,3 +83,39 @@ async def test_images_are_found_in_the_index_as_they_are(finder: Finder) -> None
     found, warnings = await finder.find("/etc/fstab", images=True)
     assert (len(found), warnings) == (2, [])
     assert len((await finder.find("**/fstab", images=True))[0]) == 4
+
+
+async def test_what_lies_on_several_disks_is_gone_through_again_if_another_one_has_changed(
+    stored: Fleece, tmp_path: Path, made: Callable[[str], MadeImage]
+) -> None:
+    try:
+        paths, _ = made_group()
+    except Unavailable as reason:
+        pytest.skip(f"no volume group to test with: {reason}")
+    disks = [Path(shutil.copy(path, tmp_path)) for path in paths]
+    source = Files(*disks)
+    runs = list(source.image()._found()[b"guest/stripe"].blocks.places(0, 2 << 20, 0))
+    source.close()
+    assert {run.disk for run in runs} == {0, 1}
+    fat = made("fat12").path.read_bytes()
+    # A name in the root directory, which lies on the first disk.
+    for day, name in ((1, b"HELLO   TXT"), (2, b"ADIEU   TXT"), (3, b"ADIEU   TXT")):
+        content = fat.replace(b"HELLO   TXT", name, 1)
+        for run in runs:
+            with disks[run.disk].open("r+b") as file:
+                os.pwrite(file.fileno(), content[run.offset : run.offset + run.length], run.position)
+        done = stored(
+            "backup", f"a.img:{disks[0]}", f"b.img:{disks[1]}", "--backup-type", "vm", "--backup-id", "100",
+            "--backup-time", f"2026-01-0{day}T00:00:00Z",
+        )  # fmt: skip
+        assert done.code == 0, done
+    assert stored.repo is not None
+    repository = await open_local(stored.repo, name="main")
+    finder = Finder(repository)
+    direct = await finder.find("/*.txt", index=False, images=True)
+    assert [one.path.rpartition(b"/")[2] for one in direct[0]] == [b"hello.txt"] * 2 + [b"adieu.txt"] * 4
+    assert await finder.find("/*.txt", images=True) == direct
+    with closing((await finder.file()).open()) as connection:
+        known = [one.parts for _, one in sorted(Records(connection).snapshots().items())]
+    assert known[1] == known[2]
+    repository.close()
