@@ -40,10 +40,8 @@ PYTHON: Final = Path("/usr/bin/python3")
 EXTRAS: Final = ("images",)
 #: Python packages that Debian has and keeps secure, by the Debian package to depend on.
 FROM_DEBIAN: Final = {"cryptography": "python3-cryptography (>= 38)"}
-#: Besides Python itself and the C library.
-DEPENDS: Final = (
-    "python3-libnbd (>= 1.14)", "libfuse3-3 (>= 3.10)", "fuse3", "init-system-helpers (>= 1.54)",
-)  # fmt: skip
+#: Besides Python itself, the C library and libfuse.
+DEPENDS: Final = ("python3-libnbd (>= 1.14)", "fuse3", "init-system-helpers (>= 1.54)")
 RECOMMENDS: Final = ("qemu-utils", "ca-certificates")
 SUGGESTS: Final = ("qemu-system-x86", "libnbd-bin", "nbdkit", "nbdkit-plugin-python", "python3-libvirt (>= 8.2)")
 #: Of packages of others: of no use at run time.
@@ -340,7 +338,7 @@ def _control(stage: Path, version: str) -> None:
     libc = _said("dpkg-query", "-W", "-f", "${Version}", "libc6").split("-")[0].split("+")[0]
     depends = [
         f"python3 (>= {python}~)", f"python3 (<< {major}.{int(minor) + 1})", f"libc6 (>= {libc})",
-        *FROM_DEBIAN.values(), *DEPENDS,
+        *FROM_DEBIAN.values(), f"{fuse_package()} (>= 3.10)", *DEPENDS,
     ]  # fmt: skip
     files = [path for path in sorted(stage.rglob("*")) if path.is_file() and not path.is_symlink()]
     size = sum(-(-path.stat().st_size // 1024) for path in files)
@@ -358,6 +356,21 @@ def _control(stage: Path, version: str) -> None:
     for name in ("postinst", "prerm", "postrm"):
         shutil.copyfile(DEBIAN / name, folder / name)
         (folder / name).chmod(0o755)
+
+
+def fuse_package() -> str:
+    """The package of the libfuse that pyfuse3 was built with: Debian 12 calls it `libfuse3-3`, Debian 13 `libfuse3-4`.
+
+    Raises:
+        BuildError: none has it.
+    """
+    pyfuse3 = metadata.distribution("pyfuse3")
+    (module,) = (file for file in pyfuse3.files or () if file.match("pyfuse3/__init__.*.so"))
+    linked = re.search(r"^\s*(libfuse3\.so\.\d+) => /", _said("ldd", str(pyfuse3.locate_file(module))), re.MULTILINE)
+    if linked is None:
+        raise BuildError("pyfuse3 is not linked with Debian's libfuse3")
+    owner = _said("dpkg-query", "-S", f"*/{linked[1]}").splitlines()[0]
+    return owner.partition(":")[0]
 
 
 def _maintainer() -> str:

@@ -53,3 +53,19 @@ def test_a_python_package_is_copied_only_if_it_is_as_it_was_installed(build_deb:
             (folder / "hpack/huffman.py").unlink()
         assert not build_deb.copy_installed(damaged, tmp_path / f"{fault}-copy")
         assert not (tmp_path / f"{fault}-copy").exists()
+
+
+def test_the_package_depends_on_the_libfuse_of_the_release_it_was_built_on(
+    build_deb: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name changes with each release of Debian that changes its interface; Proxmox VE 9 is built upon 13."""
+    assert re.fullmatch(r"libfuse3-\d+", build_deb.fuse_package())
+    said = {
+        "ldd": "\tlinux-vdso.so.1 (0x00007ff)\n\tlibfuse3.so.4 => /lib/x86_64-linux-gnu/libfuse3.so.4 (0x00007f6)",
+        "dpkg-query": "libfuse3-4:amd64: /usr/lib/x86_64-linux-gnu/libfuse3.so.4",
+    }
+    monkeypatch.setattr(build_deb, "_said", lambda program, *line: said[program])
+    assert build_deb.fuse_package() == "libfuse3-4"
+    said["ldd"] = "\tlibfuse3.so.4 => not found"
+    with pytest.raises(build_deb.BuildError, match="not linked"):
+        build_deb.fuse_package()
