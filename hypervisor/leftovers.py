@@ -23,7 +23,7 @@ from hypervisor.scratch import hanging, image_prefix, remove_image
 from hypervisor.state import Run, RunState, left_state
 
 #: Seconds for QEMU to let go of its exports.
-EXPORTS_TIMEOUT_S: Final = 30.0
+_EXPORTS_TIMEOUT_S: Final = 30.0
 #: Seconds a killed run's fleecing image may hang before clean-up gives up.
 HANGING_TIMEOUT_S: Final = 30.0
 HANGS: Final = "the scratch folder hangs, and so would the guest if its filters were removed now"
@@ -59,13 +59,7 @@ class EndOfAccess(NamedTuple):
     success: bool  #: the bitmaps count from its setup
 
 
-async def undo(
-    qmp: Qmp,
-    *,
-    server: bool,
-    access_ends: EndOfAccess | None = None,
-    exports_timeout_s: float = EXPORTS_TIMEOUT_S,
-) -> Undone:
+async def undo(qmp: Qmp, *, server: bool, access_ends: EndOfAccess | None = None) -> Undone:
     """Remove every export and block node of ours and set the devices back; the caller holds the lock of this QEMU.
 
     `server` says that a run of ours started the NBD server, `access_ends` that it set up an access. Own NBD connections
@@ -75,7 +69,7 @@ async def undo(
         QmpError, QmpAnswerError: QEMU is gone, does not answer, or answers nonsense; refusals are in the result.
     """
     undone = Undone(images=False)
-    if not await _remove_exports(qmp, undone, server, exports_timeout_s):
+    if not await _remove_exports(qmp, undone, server):
         return undone
     if access.TEARDOWN in qmp.commands:
         await _end_access(qmp, undone, access_ends)
@@ -89,7 +83,7 @@ async def undo(
     return undone
 
 
-async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: float) -> bool:
+async def _remove_exports(qmp: Qmp, undone: Undone, server: bool) -> bool:
     """False if QEMU holds on to one: then nothing below may be touched, and the NBD server must not be stopped."""
     ours, others = await our_exports(qmp)
     for name in ours:
@@ -98,7 +92,7 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool, timeout_s: flo
         undone.actions.append(f"removed the export {name}")
     if ours:
         try:
-            await qmp.poll("query-block-exports", none_ours, timeout_s=timeout_s)
+            await qmp.poll("query-block-exports", none_ours, timeout_s=_EXPORTS_TIMEOUT_S)
         except QmpTimeoutError:
             undone.problems.append(f"QEMU still holds the exports {', '.join(ours)}")
             return False

@@ -187,8 +187,9 @@ class OneFault:
 
 
 async def test_every_command_may_fail_or_be_lost(
-    distribution: QemuBinary, tmpfs: Path, long_rounds: Callable[[int], int]
+    distribution: QemuBinary, tmpfs: Path, long_rounds: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hypervisor.leftovers._EXPORTS_TIMEOUT_S", 5.0)  # for an export whose end is refused
     # Every command in `make test-long`, else every fifth, with all kinds of faults.
     stride = 5 // long_rounds(5)
     async with proxmox(distribution, tmpfs, size=8 * MIB) as (vm, bench, double):
