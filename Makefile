@@ -83,6 +83,8 @@ bench: setup-bench
 	$(PYTHON) bench/nbd_devices.py
 	$(PYTHON) bench/vm.py
 	$(PYTHON) bench/image_files.py
+	$(PYTHON) bench/mount_archive.py
+	$(PYTHON) bench/find.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -89,7 +89,9 @@ def backup(
         ),
     ],
     backup_id: Annotated[str | None, typer.Option("--backup-id", metavar="ID", help="Else this host's name.")] = None,
-    backup_type: Annotated[Literal["host", "vm", "ct"], typer.Option("--backup-type")] = "host",
+    backup_type: Annotated[
+        Literal["host", "vm", "ct"], typer.Option("--backup-type", help="The kind of group.")
+    ] = "host",
     backup_time: BackupTimeOption = None,
     owner: OwnerOption = None,
     notes: NotesOption = None,

@@ -54,8 +54,8 @@ fleece owner vm/100 backup@pbs!host1                   change it
         group,
         "delete",
         examples="""
-fleece namespace delete customers/anna                 one that holds no group
-fleece namespace delete customers/anna --delete-groups with all its snapshots
+fleece namespace delete customers/anna                  one that holds no group
+fleece namespace delete customers/anna --delete-groups  with all its snapshots
 """,
     )(delete_namespace)
     command(group, "move", examples="fleece namespace move customers/anna archive/anna")(move_namespace)

@@ -38,7 +38,8 @@ REPOSITORY: Final[dict[str, tuple[Any, Any]]] = {
     "repo": (
         str | None,
         typer.Option("--repo", "--repository", metavar="REPO", show_default=False,
-                     help="Folder with a / in it, or a configured name (else FLEECE_REPOSITORY, PBS_REPOSITORY)."),
+                     help="Folder with a / in it, name of a datastore, or user@realm@host:store on a server (else"
+                          " FLEECE_REPOSITORY, PBS_REPOSITORY, default-repository)."),
     ),
     "ns": (
         str | None,

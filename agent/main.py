@@ -53,8 +53,9 @@ _COMPLETE_VARIABLE: Final = "_FLEECE_COMPLETE"
 
 _HELP: Final = """Backs up QEMU/KVM virtual machines and files into datastores that Proxmox Backup Server reads too.
 
-A repository is a folder that 'fleece datastore create' made. A snapshot is named type/id/time, for example
-vm/100/2026-01-02T03:04:05Z, or vm/100/latest."""
+A repository is a datastore that 'fleece datastore create' made, in a folder or an S3 bucket, or one on a Proxmox Backup
+Server or another Fleece. A snapshot is named type/id/time, for example vm/100/2026-01-02T03:04:05Z, or
+vm/100/latest."""
 
 _EXAMPLES: Final = """\b
 First steps:

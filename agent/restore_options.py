@@ -33,7 +33,7 @@ OverwriteHardlinksOption = Annotated[
 IgnoreOwnershipOption = Annotated[
     bool, typer.Option("--ignore-ownership", help="Files belong to whoever restores them, without setuid bits.")
 ]
-IgnorePermissionsOption = Annotated[bool, typer.Option("--ignore-permissions", help="Permissions of new files.")]
+IgnorePermissionsOption = Annotated[bool, typer.Option("--ignore-permissions", help="Leave permissions out.")]
 IgnoreAclsOption = Annotated[bool, typer.Option("--ignore-acls", help="Leave ACLs out.")]
 IgnoreXattrsOption = Annotated[
     bool, typer.Option("--ignore-xattrs", help="Leave extended attributes and file capabilities out.")
