@@ -148,7 +148,7 @@ def _by_kernel(kind: str, image: Path, point: Path) -> dict[str, Any]:
             if kind == "ext4-meta-bg":  # attributes with inodes of their own
                 os.setxattr(point / "etc/tiny", "user.huge", random.Random(6).randbytes(60_000))
                 os.setxattr(point / "etc/small", "user.huge", random.Random(7).randbytes(3_000))
-            os.sync()
+            subprocess.run(["sync", "--file-system", point], check=True, timeout=60)
             # What the kernel shows of it once it is all on the disk.
             subprocess.run(["mount", "-o", "remount,ro", point], check=True, timeout=60)
             found = dict(_entries(point))
@@ -251,7 +251,7 @@ def _xfs_changed(image: Path, live: Path, point: Path) -> float:
                 os.setxattr(point / "old/file1", f"user.of{length}", draw.randbytes(length))
             os.mknod(point / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
             os.link(point / "old/file3", point / "new/hard")
-            os.sync()
+            subprocess.run(["sync", "--file-system", point], check=True, timeout=60)
             subprocess.run(["cp", "--sparse=always", live, image], check=True, timeout=60)
             took = time.monotonic() - begin
         finally:
