@@ -83,8 +83,8 @@ def create_archive(
     The sinks are not closed.
 
     Raises:
-        SourceError: `root` cannot be read; more entries than `entries_max`; no memory or descriptors; extended attributes
-            that are too large to be read, unless they are left out.
+        SourceError: `root` cannot be read; more entries than `entries_max`; no memory or descriptors; extended
+            attributes that are too large to be read, unless they are left out.
         UsageError: a path of `include_devices` is not there.
         FleeceError: what the sinks raise. The streams are of no use after any error.
     """
