@@ -298,6 +298,22 @@ def test_variables_of_the_environment_are_documented() -> None:
     assert sorted(name for name in used if re.search(rf"\b{name}\b", text) is None) == []
 
 
+def test_manual_pages_have_the_variables_and_options_of_the_documentation() -> None:
+    rows = re.findall(
+        r"^\| (`[A-Z].*)", (ROOT / "docs/configuration.md").read_text().partition("## Environment")[2], re.M
+    )
+    variables = {
+        name for row in rows if "for tests" not in row for name in re.findall(r"`([A-Z_0-9]+)`", row.split("|")[0])
+    }
+    assert len(variables) > 15
+    manual = (ROOT / "debian/fleece.1").read_text()
+    assert sorted(name for name in variables if re.search(rf"\b{name}\b", manual) is None) == []
+    table = (ROOT / "docs/mount.md").read_text().partition("## Options")[2].partition("`noexec`")[0]
+    options = re.findall(r"`(\w+)(?:=\w+)?`(?:,| \|)", " ".join(re.findall(r"^\|[^|]+\|", table, re.M)))
+    assert {"cache", "gid", "allow_root"} < set(options)
+    assert [name for name in options if name not in (ROOT / "debian/mount.fleece.8").read_text()] == []
+
+
 def test_rules_that_comments_name_are_written_down() -> None:
     rules = set(re.findall(r"\*\*(R[0-9]+)\*\*", (ROOT / "docs/s3-rules.md").read_text()))
     notes = [note for text in sources(*ROOMS) for note in re.findall(r"\((R[0-9][R0-9, andto]*)\)", text)]
