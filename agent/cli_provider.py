@@ -126,13 +126,16 @@ def archive(invocation: Invocation) -> None:
 
     from agent.provider.channel import take_standard_streams
     from agent.provider.messages import Walk, parsed
-    from agent.provider.stream import end_with_listener, send_archive
+    from agent.provider.stream import send_to_listener
 
-    end_with_listener(2)
     walk = parsed(Walk, _read_document(), "standard input")
     incoming, outgoing = take_standard_streams()
+
+    async def work(progress: "Progress") -> None:
+        await send_to_listener(walk, outgoing, 2)
+
     try:
-        send_archive(walk, outgoing)
+        invocation.run(work, what="read", where="the files of the container")
     finally:
         os.close(incoming)
         os.close(outgoing)

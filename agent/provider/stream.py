@@ -13,7 +13,6 @@ docs/proxmox-provider.md, "Containers".
 import os
 import select
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -24,6 +23,7 @@ import trio
 from agent.provider.messages import Walk, decoded
 from core.buffers import Buffer
 from core.errors import FormatError, SourceError, os_reason
+from core.nursery import open_nursery
 from datastore.catalog import CatalogWriter
 from pxar.create import CreateOptions, create_archive
 from pxar.create_report import MAX_MOUNTS, MAX_WARNINGS, CreateReport
@@ -99,21 +99,27 @@ def send_all(fd: int, data: memoryview) -> None:
         raise SourceError("hand over", "the files", f"the session takes no more ({os_reason(error)})") from error
 
 
-def end_with_listener(fd: int) -> None:
-    """End this process as soon as nobody listens at the other end of the pipe `fd` any more.
+async def send_to_listener(walk: Walk, fd: int, listened: int) -> None:
+    """As `send_archive`; ends this process as soon as nobody listens at the other end of the pipe `listened` any more.
 
     So it ends with the process that has started it, though that be killed: the hypervisor unmounts what is read here
-    before it has the session cleaned up.
+    before it has the session cleaned up. Cancelled, the walk is left to the end of this process.
     """
+    async with open_nursery() as nursery:
+        nursery.start_soon(_end_without, listened)
+        await trio.to_thread.run_sync(send_archive, walk, fd, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
 
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(fd, 0)
-        ((_, event),) = poll.poll()
-        if event & (select.POLLERR | select.POLLHUP):
-            os._exit(1)
 
-    threading.Thread(target=watch, name="listener", daemon=True).start()
+async def _end_without(listened: int) -> None:
+    try:
+        await trio.lowlevel.wait_readable(listened)  # or broken, as nobody writes into this end
+    except OSError:
+        return  # a file, from which nobody can go away
+    poll = select.poll()
+    poll.register(listened, 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        os._exit(1)
 
 
 def send_archive(walk: Walk, fd: int) -> CreateReport:
