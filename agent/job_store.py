@@ -209,16 +209,21 @@ class JobStore:
         Raises:
             FleeceError: the history cannot be read.
         """
-        running = self.running()
-        found: dict[str, Run] = {}
-        for entry in self._lines():
-            with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                self._take(found, entry)
-        runs = list(found.values())
+        running, runs = self.running(), self._known()
+        if not running and runs and runs[-1].state == "running":
+            # Killed, or it began right now: who does that holds the lock, or has written the end.
+            running, runs = self.running(), self._known()
         for number, run in enumerate(runs):
             if run.state == "running" and not (running and number == len(runs) - 1):
                 run.state = "killed"
         return runs
+
+    def _known(self) -> list[Run]:
+        found: dict[str, Run] = {}
+        for entry in self._lines():
+            with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+                self._take(found, entry)
+        return list(found.values())
 
     def _take(self, found: dict[str, Run], entry: dict[str, Any]) -> None:
         run_id = str(entry["run"])

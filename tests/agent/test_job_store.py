@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def test_a_clock_that_is_set_changes_neither_duration_nor_order(
     shown = fleece.json("job", "history", "x")
     assert [run["run"] for run in shown] == ids
     assert fleece.json("job", "history", "x", "--limit", "1")[0]["run"] == ids[-1]
+
+
+def test_a_run_that_begins_while_somebody_looks_was_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, looked = JobStore(tmp_path, "x"), JobStore.running
+    with ExitStack() as stack:
+        begun: list[str] = []
+
+        def running(self: JobStore) -> bool:
+            found = looked(self)
+            if not begun:
+                begun.append(stack.enter_context(JobStore(tmp_path, "x").begin("gc")).run.id)
+            return found
+
+        monkeypatch.setattr(JobStore, "running", running)
+        assert [(run.id, run.state) for run in store.runs()] == [(begun[0], "running")]
+    assert [run.state for run in store.runs()] == ["killed"]
 
 
 @pytest.mark.parametrize(
