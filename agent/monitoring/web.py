@@ -122,7 +122,10 @@ class StatusServer:
                 await trio.sleep(1)
                 continue
             if len(self._connections) >= MAX_CONNECTIONS:
-                next(iter(self._connections)).cancel()
+                # No longer counted: one that waits for a thread ends with that only, and the next one ends another.
+                oldest = next(iter(self._connections))
+                del self._connections[oldest]
+                oldest.cancel()
             scope = trio.CancelScope(deadline=trio.current_time() + CONNECTION_S)
             self._connections[scope] = None
             nursery.start_soon(self._connection, stream, served, scope)

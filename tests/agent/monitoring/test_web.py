@@ -3,6 +3,7 @@
 import base64
 import json
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from agent.monitoring.page import POLICY
 from agent.monitoring.sections import StatusSection
 from agent.monitoring.web import MAX_CONNECTIONS, StatusServer
 from tests.support.certificates import make_certificate
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 from .conftest import config
 
@@ -185,6 +186,29 @@ async def test_those_who_say_nothing_keep_nobody_out(served: Served) -> None:
         assert len(served.server._connections) <= MAX_CONNECTIONS + 1
         for stream in silent:
             await stream.aclose()
+
+
+async def test_nor_do_they_while_a_request_waits_for_what_is_collected(served: Served) -> None:
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def slow() -> dict[str, Any]:
+        asked.set()
+        goes_on.wait(PATIENCE_S)
+        return served.collect()
+
+    served.server.collect = slow
+    async with served.running():
+        try:
+            streams = [await served.connect()]
+            await streams[0].send_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await until(asked.is_set)
+            streams += [await served.connect() for _ in range(3 * MAX_CONNECTIONS)]
+            with trio.fail_after(PATIENCE_S / 2), suppress(trio.BrokenResourceError):
+                assert await streams[1].receive_some(1) == b""  # ended for others, and not because its time was up
+            for stream in streams:
+                await stream.aclose()
+        finally:
+            goes_on.set()
 
 
 async def test_a_connection_ends_after_a_while_however_busy_it_is(
