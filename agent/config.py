@@ -255,7 +255,7 @@ def parse_config(text: str, where: str) -> Config:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of numbers of thousands of digits it is no TOMLDecodeError
         position = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)", str(error))
         why = str(error).replace(position[0], "") if position else str(error)
         line = position[1] if position and position[1] else str(text.count("\n") + 1)

@@ -126,6 +126,8 @@ def test_everything_the_documentation_shows_is_accepted() -> None:
         ("a = \n", 1, "no valid TOML"),
         ('a = "\n', 1, "no valid TOML"),
         ("[vm.web]\n[vm.web]\n", 2, "no valid TOML"),
+        pytest.param("a = " + "[" * 5000, 1, "no valid TOML", id="nested without end"),
+        pytest.param("a = 1" + "0" * 5000, 1, "no valid TOML", id="a number without end"),
     ],
 )
 def test_an_error_names_file_line_and_option(text: str, line: int, why: str) -> None:
