@@ -106,6 +106,13 @@ def test_verify_and_gc_run_and_a_damaged_snapshot_fails_the_job(jobs: Fleece, st
     assert last["error"]["why"] == "damaged"
 
 
+def test_a_job_that_finds_no_machine_to_start_warns(jobs: Fleece, store_folder: Path) -> None:
+    fill(store_folder, "ct/1", 1)
+    answer = jobs("job", "run", "boots", "--output", "json")
+    assert (answer.code, answer.document["state"], answer.document["result"]["machines"]) == (3, "warnings", [])
+    assert "nothing was started" in answer.document["warnings"][0]
+
+
 def test_a_verify_job_looks_as_deep_and_at_the_groups_that_it_is_told(jobs: Fleece, store_folder: Path) -> None:
     for ns, group in (("", "vm/1"), ("", "ct/1"), ("a", "vm/2"), ("a/b", "vm/3")):
         fill(store_folder, group, 1, ns=ns)
