@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,31 @@ def test_links_between_installed_pages_lead_somewhere(build_deb: ModuleType, tmp
     assert ("README.md", "index.md") in links
     assert ("index.md", "README.md") in links
     assert [(page, link) for page, link in links if "://" not in link and not (tmp_path / link).is_file()] == []
+
+
+def test_a_purge_leaves_keys_and_lists_of_datastores_only(tmp_path: Path) -> None:
+    state = tmp_path / "var/lib/fleece"
+    goes = (
+        "jobs/night/history.jsonl",
+        "agent/schedule.json",
+        "monitoring/x",
+        "tmp/y",
+        "find-index/1.sqlite",
+        "test-boot/1.png",
+    )
+    stays = ("datastores.toml", "secrets/key", "server/users.toml", "remotes.toml")
+    for name in (*goes, *stays):
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).touch()
+    script = (ROOT / "debian/postrm").read_text().replace("deb-systemd-helper", "no-such-program")
+    for place in ("/var/lib/fleece", "/var/log/fleece", "/run/fleece"):
+        script = re.sub(rf"(?<!\S){place}|(?<==){place}", f"{tmp_path}{place}", script)
+    assert script.count(str(tmp_path)) == 4
+    assert re.findall(r"(?<![\w.-])/(?:etc|run|usr|var)/\S*fleece", script) == []
+    done = subprocess.run(["/bin/sh", "-c", script, "postrm", "purge"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, f"{state} stays" in done.stderr) == (0, True), done
+    left = {path.relative_to(state).as_posix() for path in state.rglob("*") if path.is_file()}
+    assert left == set(stays)
 
 
 def test_a_python_package_is_copied_only_if_it_is_as_it_was_installed(build_deb: ModuleType, tmp_path: Path) -> None:
