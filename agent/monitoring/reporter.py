@@ -101,7 +101,8 @@ class Monitoring:
             if run is not current and run in news:  # nobody else could say so
                 self.events.emit("job-end", f"job {name} was {run.state}", **_run_fields(run))
         recent = [run for run in news if run.end is None or self.now() - run.end < _NEWS_S]
-        await self.notify(name, recent, hurried=hurried)
+        if recent:
+            await self.notify(name, recent, hurried=hurried)
         if runs:
             try:
                 await in_io_thread(save_summary, store, kept)
@@ -278,6 +279,7 @@ class Monitoring:
         """
         for name in self.config.job:
             await self.report(name)
+        await self.notify("", ())  # once, and not for each job
         problems = await self.survey(surveyed_repositories(self.config), always=always)
         await self.textfile()
         return problems

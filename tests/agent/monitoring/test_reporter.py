@@ -121,6 +121,20 @@ async def test_a_notification_that_fails_fails_no_job_and_is_logged_counted_and_
     assert len(host.told()) == 2
 
 
+async def test_what_could_not_be_sent_is_tried_once_at_each_look_however_many_jobs_there_are(
+    tmp_path: Path, store_folder: Path
+) -> None:
+    host = Host(tmp_path, teller(tmp_path, "exit 1"), store_folder)
+    await host.run("night")
+    assert len(host.told()) == 1
+    # It told of itself, or tried to.
+    await host.monitoring.job_ended("night", 1, 0.0)
+    assert len(host.told()) == 1
+    assert len(host.config.job) == 2
+    await host.monitoring.refresh()
+    assert len(host.told()) == 2
+
+
 async def test_a_webhook_that_hangs_holds_up_no_other_and_the_end_only_for_its_time(
     tmp_path: Path, store_folder: Path
 ) -> None:
