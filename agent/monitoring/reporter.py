@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _ENDING_S: Final = 20.0
 #: Runs that ended longer ago are counted, but nobody is told any more.
 _NEWS_S: Final = 86_400.0
+#: Ends the id of a run that did not begin, in place of eight random digits.
+_UNBEGUN: Final = "-0000"
 _Say = Callable[[str], None]
 
 
@@ -129,15 +131,20 @@ class Monitoring:
 
     async def not_begun(self, name: str, code: int) -> None:
         """Tell that a job could not even begin, so that its history says nothing of it."""
-        section = self.config.job.get(name)
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
         now = self.now()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-        run = Run(f"{name}:{stamp}-0000", name, "unknown" if section is None else section.type, now, 0, now, "failed")
         why = f"it did not begin ({how})"
-        run.error = {"what": "run the job", "where": name, "why": why, "hint": "the agent's journal says why"}
+        run = self._unbegun(name, f"{name}:{stamp}{_UNBEGUN}", now, why)
         self.events.emit("job-not-begun", f"job {name}: {why}", job=name, run=run.id, exit_code=code)
         await self.notify(name, [run])
+
+    def _unbegun(self, name: str, run_id: str, moment: float, why: str = "it did not begin") -> Run:
+        """A run that no history has."""
+        section = self.config.job.get(name)
+        run = Run(run_id, name, "unknown" if section is None else section.type, moment, 0, moment, "failed")
+        run.error = {"what": "run the job", "where": name, "why": why, "hint": "the agent's journal says why"}
+        return run
 
     async def notify(self, name: str, runs: Sequence[Run], *, hurried: bool = False) -> None:
         """Send what is to be sent about `runs`, and what could not be sent earlier, to all targets side by side."""
@@ -198,6 +205,8 @@ class Monitoring:
         store = JobStore(self.state_dir, pending.job)
         if run is None:
             run = next((one for one in _runs(store) if one.id == pending.run), None)
+            if run is None and pending.run.endswith(_UNBEGUN):
+                run = self._unbegun(pending.job, pending.run, pending.since)
             if run is None:
                 return None
         section = self.config.job.get(pending.job)

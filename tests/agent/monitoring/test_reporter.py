@@ -206,6 +206,16 @@ async def test_a_job_that_did_not_begin_is_told(tmp_path: Path) -> None:
     assert len(host.told()) == 2
 
 
+async def test_that_a_job_did_not_begin_is_told_later_if_nobody_takes_it_now(tmp_path: Path) -> None:
+    host = Host(tmp_path, teller(tmp_path, "exit 1"))
+    await host.monitoring.job_ended("sweep", 2, 0.0)
+    assert host.figures()["pending"] == 1
+    teller(tmp_path)  # it works again
+    await host.monitoring.refresh()
+    assert host.told() == ["failure sweep failed"] * 2
+    assert (host.figures()["sent"], host.figures()["pending"]) == (1, 0)
+
+
 async def test_people_are_told_although_nothing_can_be_written(
     tmp_path: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
