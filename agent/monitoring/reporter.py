@@ -20,7 +20,7 @@ from agent.monitoring.rules import Pending, TargetState, TargetStates, is_meant
 from agent.monitoring.state import locked
 from agent.monitoring.summaries import Summary, load_summary, save_summary, uncounted
 from agent.monitoring.survey import Surveys, surveyed_repositories
-from core.errors import FleeceError, NotFoundError
+from core.errors import BusyError, FleeceError, NotFoundError
 from core.limits import in_io_thread
 from core.nursery import grace, open_nursery
 
@@ -68,6 +68,8 @@ class Monitoring:
             try:
                 await in_io_thread(stack.enter_context, lock)
             except FleeceError as error:
+                if current is None and isinstance(error, BusyError):
+                    return  # somebody is at it, and slow; what he does not know of stays for the next time
                 # On a full disk people are told all the same.
                 self.say(f"not everything can be reported: {error}")
             await self._report(name, current, hurried=hurried)

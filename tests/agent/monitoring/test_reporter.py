@@ -1,6 +1,8 @@
 """The one place that each run goes through: what it tells, and that it never makes a job fail."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from agent.monitoring.rules import TargetStates
 from agent.monitoring.summaries import load_summary
 from agent.monitoring.survey import Surveys
 from agent.registry import Registry
-from core.errors import FleeceError
+from core.errors import BusyError, FleeceError
 from core.progress import Progress
 from tests.support.peers import HANG, WebPeer, answer, listening
 
@@ -230,6 +232,25 @@ async def test_people_are_told_although_nothing_can_be_written(
     assert run.state == "ok"
     assert host.told() == ["success night ok", "success night ok"]
     assert "No space left on device" in host.log(run)
+
+
+async def test_who_finds_another_at_the_report_of_a_job_leaves_it_to_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def held(path: Path, *, patience_s: float) -> Iterator[None]:
+        raise BusyError("use", str(path), "another process holds it for too long")
+        yield
+
+    host = Host(tmp_path, teller(tmp_path))
+    record(host.state, a_run("ok"))
+    await host.monitoring.report("night")
+    monkeypatch.setattr("agent.monitoring.reporter.locked", held)
+    run = record(host.state, a_run("ok"))
+    await host.monitoring.report("night")  # of the agent, while the job's process waits for a mail server
+    assert host.told() == []
+    await host.monitoring.report("night", run)
+    assert host.told() == ["success night ok"]
 
 
 async def test_a_mistake_in_here_fails_no_job(
