@@ -121,9 +121,9 @@ async def run_job(
         log.log(f"job {name} of type {section.type} begins as {recording.run.id}")
         hooks = job_hooks(section, config, recording, log)
         report = _report(recording.run, section, config, registry, endpoints, store, log)
-        await report.began()
         both.watch(report.warned)
         try:
+            await report.began()
             failed: list[str] = []
             async with job_phases(hooks):
                 if isinstance(section, BackupJob):

@@ -286,6 +286,17 @@ async def test_a_job_that_is_interrupted_is_told_in_a_short_time_only_to_who_wan
     assert host.told() == ["interrupted night interrupted"]
 
 
+async def test_a_job_that_is_ended_right_at_its_begin_was_interrupted_and_not_killed(
+    tmp_path: Path, store_folder: Path
+) -> None:
+    host = Host(tmp_path, teller(tmp_path), store_folder)
+    with trio.CancelScope() as scope:
+        scope.cancel()  # as by a signal that comes before its loop runs
+        await host.run("night")
+    assert [run.state for run in JobStore(host.state, "night").runs()] == ["interrupted"]
+    assert host.told() == ["interrupted night interrupted"]
+
+
 async def test_a_repository_that_cannot_be_used_is_known_as_such_and_what_was_known_stays(
     tmp_path: Path, store_folder: Path
 ) -> None:
