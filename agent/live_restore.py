@@ -36,8 +36,16 @@ from agent.vm_restore import (
     refuse_live,
     small_files,
 )
-from agent.vm_script import RUN_FOLDER, ScriptOptions, firmware_for, machine_of, tpm_folder, write_script
-from core.errors import BusyError, TargetError, UsageError, os_reason
+from agent.vm_script import (
+    RUN_FOLDER,
+    TPM_FOLDER,
+    ScriptOptions,
+    firmware_for,
+    machine_of,
+    tpm_folder,
+    write_script,
+)
+from core.errors import BusyError, FleeceError, TargetError, UsageError, os_reason
 from core.limits import in_io_thread
 from core.nursery import open_nursery
 from core.progress import Progress
@@ -47,7 +55,7 @@ from hypervisor.live_restore import SECTOR, LiveDisk, Look, Streaming, gone_over
 from hypervisor.machine import Channels, command_line
 from hypervisor.machine_model import special_archives
 from hypervisor.nbd_endpoint import Endpoint
-from hypervisor.nbd_server import serve_disk
+from hypervisor.nbd_server import find_nbdkit, serve_disk
 from hypervisor.qemu_tools import prepare_overlay
 from hypervisor.qmp import connect
 from hypervisor.target_files import look_at
@@ -88,10 +96,14 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
 
     Raises:
         TargetError, DiskInUseError, BusyError, UsageError, NotFoundError: as `vm_restore.restore_vm`; also for an NBD
-            target, which cannot be restored to live.
+            target, which cannot be restored to live, and for a folder in which a machine runs.
+        NbdServerError: nbdkit is missing.
     """
     folder = await in_io_thread(order.folder.absolute)
     await in_io_thread(refuse_live, folder)
+    await in_io_thread(_refuse_running, folder)
+    await in_io_thread(find_nbdkit, str(opened.snapshot))
+    there = await in_io_thread(_there, folder)
     planned = [
         # Without links: made, and removed after a failure, is what they lead to.
         disk if disk.kind != "file" else replace(disk, target=await in_io_thread(os.path.realpath, disk.target))
@@ -119,27 +131,57 @@ async def prepare(opened: OpenSnapshot, order: RestoreOrder, options: LiveOption
             {name: str(path) for name, path in places.items()},
             left_out(opened, planned),
             [],
-            str(folder / RUN_FOLDER / "fleece.sock"),
+            str(_own_socket(folder)),
             options.script.to_json() if options.with_script else None,
         )  # fmt: skip
         live = {disk.archive: disk for disk in state.disks}
         for disk in planned:
             await _make_target(opened, disk, live.get(disk.archive), order.force, made, emptied, progress)
         for name, path in places.items():
-            if not await in_io_thread(path.exists):
-                made.append(path)
+            # Those of a TPM go on into a folder of its own.
+            made += [one for one in (path, folder / TPM_FOLDER / name) if not await in_io_thread(one.exists)]
             await in_io_thread(write_small_file, path, contents[name], order.force)
         state = await in_io_thread(_with_line, state, options, progress)
         await in_io_thread(_out_of_the_way, order.writes)
         await in_io_thread(state.save)
     except BaseException:
-        _give_up(folder, made, emptied, made_folders)
+        _give_up(folder, made, emptied, made_folders, there)
         raise
-    return replace(state, made=made, emptied=emptied, made_folders=made_folders)
+    return replace(state, made=made, emptied=emptied, made_folders=made_folders, there=there)
 
 
-def _give_up(folder: Path, files: Iterable[Path], emptied: Iterable[Path], folders: Iterable[Path]) -> None:
-    """Remove what was made of a machine that could not be started; files that were empty are so again. Blocks."""
+def _refuse_running(folder: Path) -> None:
+    """Refuse a folder whose sockets a machine has, which would be taken for the one to come. Blocks.
+
+    Raises:
+        BusyError: somebody listens there.
+    """
+    for path in (folder / RUN_FOLDER / "qmp.sock", _own_socket(folder)):
+        if path.is_socket() and not _nobody_listens(path):
+            raise BusyError(
+                "restore to", str(folder), f"a machine runs there ({path})", "end it, or use another folder"
+            )
+
+
+def _own_socket(folder: Path) -> Path:
+    return folder / RUN_FOLDER / "fleece.sock"
+
+
+def _there(folder: Path) -> list[Path]:
+    """Files that are not this restore's, although they lie where its own go. Blocks."""
+    found = [path for path in (folder / LOG_NAME,) if path.exists()]
+    with suppress(OSError):
+        found += (folder / RUN_FOLDER).iterdir()
+    return found
+
+
+def _give_up(
+    folder: Path, files: Iterable[Path], emptied: Iterable[Path], folders: Iterable[Path], there: Sequence[Path]
+) -> None:
+    """Remove what was made of a machine that could not be started; files that were empty are so again. Blocks.
+
+    `there` is what `_there` has found before.
+    """
     for path in emptied:
         with suppress(OSError):
             os.truncate(path, 0)
@@ -148,9 +190,10 @@ def _give_up(folder: Path, files: Iterable[Path], emptied: Iterable[Path], folde
     with suppress(OSError):
         paths += run.iterdir()
     for path in paths:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-    for path in [run, *folders]:
+        if path not in there:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+    for path in [run, folder / TPM_FOLDER, *folders]:
         with suppress(OSError):
             path.rmdir()  # only if nothing else is in it
 
@@ -317,16 +360,16 @@ async def run(
     """
     folder = Path(state.folder)
     async with open_nursery() as nursery:
-        for disk in state.disks:
-            await nursery.start(_serve, opened, disk)
-        runs = await _runs(state)
-        if not runs:
-            try:
+        try:
+            for disk in state.disks:
+                await nursery.start(_serve, opened, disk)
+            runs = await _runs(state)
+            if not runs:
                 await _start_qemu(state)
-            except VmStateError:
-                if state.fresh:  # it has never run
-                    await in_io_thread(_give_up, folder, state.made, state.emptied, state.made_folders)
-                raise
+        except FleeceError:
+            if state.fresh:  # it has never run
+                await in_io_thread(_give_up, folder, state.made, state.emptied, state.made_folders, state.there)
+            raise
         started({
             "snapshot": state.snapshot,
             "name": state.name,

@@ -36,6 +36,7 @@ class LiveState:
     made: Sequence[Path] = ()  #: files of this run, which go if the machine cannot be started; not written down
     emptied: Sequence[Path] = ()  #: files that were there, and had no content; not written down either
     made_folders: Sequence[Path] = ()
+    there: Sequence[Path] = ()  #: files that were there, where those of this run go; not written down either
 
     @property
     def fresh(self) -> bool:
@@ -125,7 +126,9 @@ class LiveState:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 json.dump(
-                    {"version": _VERSION, **asdict(replace(self, made=(), emptied=(), made_folders=()))}, file, indent=1
+                    {"version": _VERSION, **asdict(replace(self, made=(), emptied=(), made_folders=(), there=()))},
+                    file,
+                    indent=1,
                 )
                 file.flush()
                 os.fsync(file.fileno())

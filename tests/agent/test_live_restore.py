@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from agent.vm_script import ScriptOptions
 from core.buffers import Buffer
 from core.errors import BusyError, NotFoundError, TargetError, UsageError
 from core.progress import Progress
-from hypervisor.errors import DiskInUseError, VmStateError
+from hypervisor.errors import DiskInUseError, NbdServerError, VmStateError
 from hypervisor.live_restore import LiveDisk
 from hypervisor.machine import Backing
 from tests.support.guest import GuestControl, SmallGuest
@@ -41,6 +42,7 @@ from .live_machines import (
     CLUSTER,
     COMMAND,
     CONTENT,
+    FILES,
     SIZE,
     Gate,
     Machine,
@@ -298,11 +300,18 @@ async def test_a_job_that_fails_is_told_and_begun_anew(
 
 
 async def test_what_cannot_be_restored_live_leaves_nothing(
-    distribution: QemuBinary, store_folder: Path, tmpfs: Path
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(store_folder, tmpfs / "m", distribution, "qcow2", extra=("-no-such-option",))
+    line = [*COMMAND, "-tpmdev", "emulator,id=t,chardev=c", "-device", "tpm-crb,tpmdev=t"]
+    machine.files = {**FILES, "qemu-command.json.blob": json.dumps(line).encode(), "tpm2-00.permall.blob": b"tpm"}
     with pytest.raises(VmStateError, match="no-such-option"):
         await machine.restore()
+    assert not machine.folder.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("hypervisor.nbd_server._PLUGIN", tmpfs / "no-plugin")
+        with pytest.raises(NbdServerError, match="no-plugin"):
+            await machine.restore()
     assert not machine.folder.exists()
     order = RestoreOrder(folder=machine.folder, targets={"disk0": "nbd://127.0.0.1:1"})
     options = LiveOptions(script=ScriptOptions())
@@ -314,6 +323,24 @@ async def test_what_cannot_be_restored_live_leaves_nothing(
         with pytest.raises(TargetError, match="exists with 4 bytes"):
             await prepare(found, RestoreOrder(folder=machine.folder, format="qcow2"), options, Progress())
         assert [path.name for path in machine.folder.iterdir()] == [machine.target.name]
+        # What was in a folder of that name is not the restore's.
+        (machine.folder / "run").mkdir()
+        others = [machine.folder / name for name in ("run/daemon.pid", "qemu.log")]
+        for path in others:
+            path.write_text("1")
+        with pytest.raises(TargetError, match="exists with 4 bytes"):
+            await prepare(found, RestoreOrder(folder=machine.folder, format="qcow2"), options, Progress())
+        assert all(path.exists() for path in others)
+        forced = RestoreOrder(folder=machine.folder, format="qcow2", force=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as running:
+            running.bind(str(machine.folder / "run/qmp.sock"))
+            running.listen()
+            with pytest.raises(BusyError, match="a machine runs there"):
+                await prepare(found, forced, options, Progress())
+        with monkeypatch.context() as patched:
+            patched.setattr("hypervisor.nbd_server.shutil.which", lambda _name: None)
+            with pytest.raises(NbdServerError, match="nbdkit is not installed"):
+                await prepare(found, forced, options, Progress())
         assert machine.target.read_bytes() == b"mine"
         (machine.folder / STATE_NAME).write_text("{}")
         with pytest.raises(BusyError, match="a live restore is under way"):
