@@ -66,7 +66,7 @@ class DueJobs:
             if section.schedule is None:
                 continue
             known = self._jobs.get(name)
-            if known is None or known.schedule != section.schedule or known.since > now:
+            if known is None or known.schedule != section.schedule or known.since > now + _SET_BACK_S:
                 known = Known(section.schedule, now, begun=known.begun if known is not None else False)
             taken[name] = known
             times = CalendarTimes.parse(section.schedule)

@@ -138,6 +138,11 @@ def test_a_clock_that_is_set_while_the_agent_runs_stops_no_schedule(tmp_path: Pa
     clock[0] -= 5
     assert found.due() == []
     assert found.next() == (START + 38 * HOUR, "sweep")
+    # Nor if the configuration is read again then, or the agent is started anew.
+    found.take(jobs(DAILY).job, lambda _: START + 14 * HOUR, ["sweep"])
+    assert found.next() == (START + 38 * HOUR, "sweep")
+    found.end("sweep")
+    assert due_at(tmp_path, clock[0], jobs(DAILY), START + 14 * HOUR) == (START + 38 * HOUR, "sweep")
 
 
 @pytest.mark.parametrize("catch_up", [True, False])
