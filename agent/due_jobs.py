@@ -75,7 +75,7 @@ class DueJobs:
             known.catch_up = getattr(section, "catch_up", True)
             if known.begun and known.catch_up and name not in running:  # it was cut off
                 known.due = now
-            elif known.due is not None and known.due < now and not known.catch_up:
+            elif known.due is not None and known.due < now - _MISSED_S and not known.catch_up:
                 known.due = times.after(now)
         self._jobs = taken
         self._write()

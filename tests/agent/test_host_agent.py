@@ -157,6 +157,12 @@ def test_a_time_that_the_host_slept_through_is_missed(catch_up: bool, tmp_path: 
     assert found.next() == (START + (14 if catch_up else 38) * HOUR, "sweep")
 
 
+def test_a_time_that_comes_while_the_agent_is_started_anew_is_not_missed(tmp_path: Path) -> None:
+    config = jobs(DAILY + "catch-up = false\n")
+    due_at(tmp_path, START, config)
+    assert due_at(tmp_path, START + 14 * HOUR + 5, config) == (START + 14 * HOUR, "sweep")
+
+
 def test_a_damaged_state_and_a_clock_that_was_set_back_count_from_now(tmp_path: Path) -> None:
     for text in (b"", b"{", b"[]", b'{"sweep": 1}', b'{"sweep": {"schedule": "02:00 UTC", "since": "x", "begun": 0}}'):
         (tmp_path / "schedule.json").write_bytes(text)
