@@ -5,6 +5,7 @@ reckoned, so that a time that was missed is found, and a schedule that was chang
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Container, Mapping
@@ -142,8 +143,16 @@ def _read(path: Path) -> dict[str, Known]:
         with path.open("rb") as file:
             data: Any = json.loads(file.read(_MAX_SIZE))
         return {
-            str(name): Known(str(one["schedule"]), float(one["since"]), bool(one["begun"]))
+            str(name): Known(str(one["schedule"]), _moment(one["since"]), bool(one["begun"]))
             for name, one in data.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _moment(value: Any) -> float:
+    """Unix seconds; JSON as Python reads it has NaN, too."""
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError("no time")
+    return seconds

@@ -164,7 +164,9 @@ def test_a_time_that_comes_while_the_agent_is_started_anew_is_not_missed(tmp_pat
 
 
 def test_a_damaged_state_and_a_clock_that_was_set_back_count_from_now(tmp_path: Path) -> None:
-    for text in (b"", b"{", b"[]", b'{"sweep": 1}', b'{"sweep": {"schedule": "02:00 UTC", "since": "x", "begun": 0}}'):
+    entries = [b'{"sweep": {"schedule": "02:00 UTC", "since": %b, "begun": 0}}' % since
+               for since in (b'"x"', b"NaN", b"-Infinity", b"1" + 400 * b"0")]  # fmt: skip
+    for text in (b"", b"{", b"[]", b'{"sweep": 1}', *entries):
         (tmp_path / "schedule.json").write_bytes(text)
         assert due_at(tmp_path, START, jobs(DAILY)) == (START + 14 * HOUR, "sweep")
     due_at(tmp_path, START + 1000 * HOUR, jobs(DAILY))
