@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _LOOK_S: Final = 60.0
 #: Seconds that jobs have to clean up when the agent ends; then they are killed.
 STOP_TIMEOUT_S: Final = 300.0
+#: Seconds that a job has to be gone when it was killed; one that waits for a dead disk is not, and is left alone.
+_KILLED_S: Final = 10.0
 #: Seconds by which systemd is asked for more time, again and again, while jobs clean up.
 _EXTEND_S: Final = 30.0
 #: Variables that belong to the agent and not to its jobs.
@@ -100,19 +102,24 @@ class ChildRunner:
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
                 code = await self._end(process)
-            if code in _DONE:  # it was in its last steps, and is not to be run again
+            if code is not None and code in _DONE:  # it was in its last steps, and is not to be run again
                 return code
             raise
 
-    async def _end(self, process: trio.Process) -> int:
-        """End a process that may have ended by itself; its exit code, negative if a signal ended it."""
+    async def _end(self, process: trio.Process) -> int | None:
+        """End a process that may have ended by itself; its exit code, negative if a signal ended it.
+
+        None: it cannot be killed, and is not waited for.
+        """
         if process.poll() is None:
             process.terminate()
             with trio.move_on_after(self.stop_timeout_s):
                 await process.wait()
         if process.poll() is None:
             process.kill()
-        return await process.wait()
+            with trio.move_on_after(_KILLED_S):
+                await process.wait()
+        return process.poll()
 
 
 @dataclass

@@ -13,6 +13,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from agent import host_agent
+from agent.cli_agent import loader
 from agent.config import Config, parse_config
 from agent.due_jobs import DueJobs
 from agent.host_agent import ChildRunner, HostAgent
@@ -20,7 +22,7 @@ from agent.job_store import JobStore
 from core.errors import BusyError, UsageError
 from core.systemd import notify, watchdog_s
 from datastore.names import parse_time
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, cancelled_when, until
 
 from .conftest import Fleece, Popen
 
@@ -294,6 +296,24 @@ async def test_a_job_gets_the_configuration_that_the_agent_has_and_not_what_its_
         runner.config = text
         assert await runner("sweep") == 0
         assert seen.read_text() == text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # that it still runs
+async def test_a_job_that_cannot_be_killed_does_not_keep_the_agent_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_agent, "_KILLED_S", 0.05)
+    monkeypatch.setattr(trio.Process, "kill", lambda process: None)
+    script, pid = tmp_path / "job", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\ntrap '' TERM\necho $$ >{pid}\nwhile :; do sleep 0.05; done\n")
+    script.chmod(0o755)
+    try:
+        with trio.fail_after(PATIENCE_S):
+            async with cancelled_when(lambda: pid.exists() and pid.read_text().endswith("\n")) as scope:
+                await ChildRunner(stop_timeout_s=0.05, program=(str(script),))("sweep")
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert scope.cancelled_caught
 
 
 async def test_a_second_agent_is_refused_and_a_state_that_cannot_be_written_stops_no_job(
