@@ -1,5 +1,6 @@
 """`fleece agent`: the service that runs jobs when they are due."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +9,7 @@ from agent.invocation import Invocation, command, to_stderr
 
 if TYPE_CHECKING:
     from agent.config import Config
+    from agent.host_agent import ChildRunner
 
 
 def add_to(application: typer.Typer) -> None:
@@ -39,20 +41,27 @@ def agent(
     """
     import trio
 
-    from agent.config import parse_config, read_config
     from agent.host_agent import ChildRunner, HostAgent, run_until_signal
     from agent.monitoring.watching import AgentWatch
     from agent.places import private_run_dir, state_dir
-
-    def load() -> "Config":
-        path, must_exist = invocation.config_place()
-        text = read_config(path, must_exist=must_exist)
-        config = parse_config(text, str(path))
-        runner.config = text
-        return config
 
     private_run_dir()
     say = (lambda text: None) if invocation.quiet else to_stderr
     runner = ChildRunner(stop_timeout_s=stop_timeout)
     watch = AgentWatch(state_dir(), invocation.registry, say, runner.refresh)
-    trio.run(run_until_signal, HostAgent(load, runner, state_dir(), say, watch=watch))
+    trio.run(run_until_signal, HostAgent(loader(invocation, runner), runner, state_dir(), say, watch=watch))
+
+
+def loader(invocation: Invocation, runner: "ChildRunner") -> "Callable[[], Config]":
+    """What reads the configuration each time, and hands it to `runner` if it is valid."""
+    from agent.config import parse_config, read_config
+
+    def load() -> "Config":
+        path, must_exist = invocation.config_place()
+        # That it is gone does not mean that there are no jobs any more.
+        text = read_config(path, must_exist=must_exist or bool(runner.config))
+        config = parse_config(text, str(path))
+        runner.config = text
+        return config
+
+    return load

@@ -18,6 +18,7 @@ from agent.cli_agent import loader
 from agent.config import Config, parse_config
 from agent.due_jobs import DueJobs
 from agent.host_agent import ChildRunner, HostAgent
+from agent.invocation import Invocation
 from agent.job_store import JobStore
 from core.errors import BusyError, UsageError
 from core.systemd import notify, watchdog_s
@@ -334,6 +335,22 @@ async def test_a_second_agent_is_refused_and_a_state_that_cannot_be_written_stop
 async def test_a_configuration_that_is_wrong_at_the_start_ends_the_agent(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"job\.a\.type is missing"):
         await Host(tmp_path, "[job.a]\n").agent.run()
+
+
+def test_a_configuration_that_is_gone_is_refused_and_not_taken_for_one_without_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runner = tmp_path / "fleece.toml", ChildRunner()
+    monkeypatch.delenv("FLEECE_CONFIG", raising=False)
+    monkeypatch.setattr("agent.places.config_file", lambda: path)
+    load = loader(Invocation(), runner)
+    assert load().job == {}  # a user's agent, before there is one
+    path.write_text(DAILY)
+    assert list(load().job) == ["sweep"]
+    path.unlink()
+    with pytest.raises(UsageError, match="there is no such file"):
+        load()
+    assert runner.config == DAILY
 
 
 async def test_the_watchdog_hears_of_the_loop_and_not_of_one_that_hangs(
