@@ -8,7 +8,7 @@ AGAIN := --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 
 help:
 	@echo 'make setup       install what is missing, make .venv, build the C parts'
-	@echo 'make demo        back up a running VM, change it, back it up again, mount, restore and boot it (2 minutes)'
+	@echo 'make demo        back up a running VM, change it, back it up again, mount, restore and boot it (about a minute)'
 	@echo 'make test        all tests but the long ones (about 21 minutes on two cores)'
 	@echo 'make test-quick  only those that need no QEMU and no guest'
 	@echo 'make test-s3     what needs S3, on an emulator and on a real Ceph gateway, which is fetched and started'
