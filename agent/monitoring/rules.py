@@ -81,12 +81,9 @@ class TargetState:
         self.jobs[job] = known  # the last one heard of
         while len(self.jobs) > _MAX_JOBS:
             del self.jobs[next(iter(self.jobs))]
-        # What could not be told of an older run is out of date; this one must not be left out because of it.
+        # What could not be told of older runs; this one must not be left out because of it.
         unsent = [one for one in self.pending if one.job == job and not 0 <= now - one.trying < TRYING_S]
-        self.pending = [one for one in self.pending if one not in unsent]
         over = known.told == "failure" and kind in ("success", "warning")
-        if unsent and not over:
-            known.told = None
         wanted = kind in section.on or "always" in section.on
         if over and section.recovery:
             kind = "recovery"
@@ -94,12 +91,15 @@ class TargetState:
             if kind in ("success", "warning"):
                 known.told, known.left_out = None, 0
             return None
-        elif kind == known.told and 0 <= now - known.told_at < parse_duration(section.repeat):
+        elif kind == known.told and not unsent and 0 <= now - known.told_at < parse_duration(section.repeat):
             return self._leave_out(known)
         self.hour = [moment for moment in self.hour if 0 <= now - moment < _HOUR_S]
         if len(self.hour) >= section.at_most:
             return self._leave_out(known)
         self.hour.append(now)
+        # What this message says too, or what it says to be over, is out of date. All else is still to be told.
+        old = [one for one in unsent if one.kind == kind or kind in ("failure", "recovery")]
+        self.pending = [one for one in self.pending if one not in old]
         message = Pending(job, run, kind, now, known.left_out, now, os.getpid())
         self.pending.append(message)
         known.told = kind if kind in ("failure", "warning") else None

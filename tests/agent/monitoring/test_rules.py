@@ -110,6 +110,24 @@ def test_what_could_not_be_sent_is_tried_again_and_not_left_out() -> None:
     assert told.state.last_error is None
 
 
+@pytest.mark.parametrize(
+    ("text", "states", "left"),
+    [("", ("warnings", "ok"), ["warning"]), ("recovery = false", ("failed", "ok"), ["failure"]),
+     ("recovery = false", ("failed", "warnings"), ["failure", "warning"]),
+     ('on = ["failure", "success"]\nrecovery = false', ("failed", "ok", "ok"), ["failure", "success"]),
+     ('on = "always"', ("failed", "interrupted", "failed"), ["failure"]), ("", ("failed", "ok"), ["recovery"]),
+     ("", ("failed", "interrupted", "ok"), ["recovery"]), ('on = "success"', ("ok", "ok"), ["success"]),
+     ("at-most = 1", ("warnings", "failed"), ["warning"])],
+)  # fmt: skip
+def test_what_could_not_be_sent_is_not_lost_because_the_job_is_fine_again(
+    text: str, states: tuple[str, ...], left: list[str]
+) -> None:
+    told = Told(text, arrives=False)
+    for state in states:
+        told.run(state, after_s=MINUTE)
+    assert [one.kind for one in told.state.late(told.now + MINUTE)] == left
+
+
 def test_what_nobody_could_be_told_for_a_day_is_given_up_and_a_crash_while_sending_is_not() -> None:
     told = Told(arrives=False)
     told.run("failed")
