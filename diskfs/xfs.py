@@ -165,11 +165,15 @@ class XfsFileSystem:
         try:
             if not first:
                 raise DiskFsError("read", "log", "it lies on another disk")
-            return with_log(blocks, Geometry(place, count * size, unpack_from(">H", head, 104)[0], has_crc))
+            found, moves = with_log(blocks, Geometry(place, count * size, unpack_from(">H", head, 104)[0], has_crc))
         except DiskFsError as error:
             why = error.why
         except MemoryError:
             why = "it takes too much memory"
+        else:
+            if moves:
+                self.notes = (f"pieces of files were just being moved, as copies on write do: {UNWRITTEN}",)
+            return found
         self.notes = (f"its log is not read ({why}): {UNWRITTEN}",)
         return blocks
 

@@ -4,7 +4,8 @@ XFS writes everything into its log first, and to its place half a minute later o
 `sync` of the guest needs the log alone. So a disk that is backed up while its file system is mounted, and was not
 frozen, has all of the newest files in the log only. As the kernel does when it mounts such a file system, buffers and
 inodes of complete transactions are put over what lies on the volume, here without writing. What a transaction intended
-and had not done yet (freeing extents, mostly) is not done: nothing that files show depends on it.
+and had not done yet (freeing extents, mostly) is not done. Of one kind of it files show that it is missing: extents
+that were to be moved, as copies on write do in two steps; that there are such is told.
 Source: Linux fs/xfs/libxfs/xfs_log_format.h (layout), fs/xfs/xfs_log_recover.c and xfs_inode_item_recover.c
 (behaviour).
 """
@@ -46,6 +47,9 @@ _OPERATION: Final = Struct(">IIBBxx")  # transaction, bytes, who, flags
 _START, _COMMIT, _CONTINUES, _CONTINUED, _END, _UNMOUNT = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _TRANSACTION_HEADER: Final = 16
 _INODE_ITEM, _BUFFER_ITEM = 0x123B, 0x123C
+#: Extents are to be mapped or unmapped, or exchanged between files; and have been.
+_MOVES, _MOVED = (0x1244, 0x1248), (0x1245, 0x1249)
+_MOVE: Final = Struct("<HHxxxxQ")  # type, regions, number
 _BUFFER: Final = Struct("<HHHHqI")  # type, regions, flags, blocks, place in blocks of 512, words of the map
 _OF_INODES, _CANCELLED, _OF_QUOTA = 0x1, 0x2, 0x4 | 0x8 | 0x10
 #: A bit of the map of a buffer stands for as many bytes.
@@ -126,8 +130,8 @@ class Overlaid(Blocks):
         return self._below.places(offset, length, at)
 
 
-def with_log(blocks: Blocks, geometry: Geometry) -> Blocks:
-    """The volume `blocks` as it is with what its log holds.
+def with_log(blocks: Blocks, geometry: Geometry) -> tuple[Blocks, bool]:
+    """The volume `blocks` as it is with what its log holds, and whether extents were just being moved.
 
     Raises:
         DiskFsError: the log is damaged, or holds more than is gone through here.
@@ -135,17 +139,23 @@ def with_log(blocks: Blocks, geometry: Geometry) -> Blocks:
     end = time.process_time() + _MAX_S
     items = list(_Log(blocks, geometry).items(end))
     if not items:
-        return blocks
+        return blocks, False
     overlaid = Overlaid(blocks)
     replay = _Replay(overlaid, geometry)
     # A buffer that was freed later is not put back; one that came to be at its place after that is.
     for item in items:
         if isinstance(item, _Buffer) and item.flags & _CANCELLED:
             replay.cancelled[item.place, item.length] += 1
+    moves: set[int] = set()
     for item in items:
         _check_time(end)
-        replay.put(item)
-    return overlaid
+        if not isinstance(item, _Move):
+            replay.put(item)
+        elif item.is_done:
+            moves.discard(item.number)
+        else:
+            moves.add(item.number)
+    return overlaid, bool(moves)
 
 
 class _Buffer(NamedTuple):
@@ -163,6 +173,11 @@ class _Inode(NamedTuple):
     length: int
     offset: int  # in the buffer
     regions: list[bytes]
+
+
+class _Move(NamedTuple):
+    number: int  # which the kernel gave it
+    is_done: bool
 
 
 @dataclass
@@ -195,7 +210,7 @@ class _Log:
         if self._count < 16 or geometry.position + geometry.size > blocks.size:
             raise _damaged("it lies outside of the volume")
 
-    def items(self, end: float) -> Iterator[_Buffer | _Inode]:
+    def items(self, end: float) -> Iterator[_Buffer | _Inode | _Move]:
         """What complete transactions changed, in order; until `end` of this process's time."""
         open_ones: dict[int, _Transaction] = {}
         for count, data in self._records():
@@ -343,7 +358,7 @@ def _regions(head: bytes) -> int:
     return int(unpack_from("<H", head, 2)[0]) if len(head) >= 4 else 1
 
 
-def _in_order(done: _Transaction) -> Iterator[_Buffer | _Inode]:
+def _in_order(done: _Transaction) -> Iterator[_Buffer | _Inode | _Move]:
     """The items of a transaction: buffers before inodes, which may lie in them, and what was freed last."""
     inodes: list[_Inode] = []
     cancelled: list[_Buffer] = []
@@ -367,6 +382,10 @@ def _in_order(done: _Transaction) -> Iterator[_Buffer | _Inode]:
                 raise _damaged("an inode is cut off")
             _, _, fields, _, _, _, device, place, length, offset = form.unpack_from(head)
             inodes.append(_Inode(fields, device, place, length, offset, regions))
+        elif kind in (*_MOVES, *_MOVED):
+            if len(head) < _MOVE.size:
+                raise _damaged("what it intends is cut off")
+            yield _Move(_MOVE.unpack_from(head)[2], kind in _MOVED)
     yield from inodes
     yield from cancelled
 

@@ -44,14 +44,14 @@ class Log:
                 piece = (cycle + here // _LOG).to_bytes(4, "big") + piece[4:]
             self.data[here % _LOG * _BLOCK : (here % _LOG + 1) * _BLOCK] = piece
 
-    def read(self) -> Blocks:
-        """The volume with what the log holds."""
+    def read(self) -> tuple[Blocks, bool]:
+        """The volume with what the log holds, and whether extents were just being moved."""
         whole = Disk(0, len(self.data), lambda _, offset, length: bytes(self.data[offset : offset + length]))
         return with_log(whole, Geometry(0, _LOG * _BLOCK, 512, has_crc=True))
 
     def letters(self) -> str:
         """The first letter of each block behind the log, as far as there is something."""
-        blocks = self.read()
+        blocks, _ = self.read()
         found = (blocks.exactly((_LOG + number) * _BLOCK, 1) for number in range(_LOG // 4))
         return "".join(letter.decode() if letter != b"\0" else "." for letter in found)
 
@@ -115,7 +115,7 @@ def test_a_record_over_the_end_of_the_log_counts_if_both_of_its_parts_are_there(
 def test_a_buffer_that_lay_in_several_pages_of_memory_is_logged_in_several_regions() -> None:
     log = Log()
     log.record(1, 0, buffer(0, b"a" * 384, b"b" * 640, length=2))
-    assert log.read().exactly(_LOG * _BLOCK, 1024) == b"a" * 384 + b"b" * 640
+    assert log.read()[0].exactly(_LOG * _BLOCK, 1024) == b"a" * 384 + b"b" * 640
 
 
 def test_inodes_in_a_buffer_that_was_freed_are_not_put_over_what_took_its_place() -> None:
@@ -126,5 +126,14 @@ def test_inodes_in_a_buffer_that_was_freed_are_not_put_over_what_took_its_place(
         log = Log()
         cancelled = [buffer(place, flags=_CANCELLED, length=length)] if freed else []
         log.record(1, 0, [head, core], *cancelled, buffer(place, b"d" * _BLOCK))
-        found = log.read().exactly((_LOG + place) * _BLOCK, 2)
+        found = log.read()[0].exactly((_LOG + place) * _BLOCK, 2)
         assert found == (b"dd" if freed else b"IN")
+
+
+@pytest.mark.parametrize("kind", [0x1244, 0x1248])
+def test_that_extents_were_just_being_moved_is_told(kind: int) -> None:
+    log = Log()
+    intended, done = ([struct.pack("<HHIQ", kind + step, 1, 0, 77)] for step in (0, 1))
+    for start, items, wanted in ((0, [intended], True), (4, [done], False), (8, [intended], True)):
+        log.record(1, start, *items, blocks=4)
+        assert log.read()[1] is wanted
