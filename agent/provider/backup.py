@@ -108,6 +108,11 @@ class GuestBackup:
                 return {"archive-size": sum(archive.size for archive in self._report.archives)}
         raise UsageError("answer", call, "it is no call of a backup")
 
+    @property
+    def finished(self) -> bool:
+        """Whether the snapshot is listed: the session is needed no longer."""
+        return self._report is not None
+
     def _expect(self, guest_type: str) -> None:
         if self._init.vmtype != guest_type:
             raise UsageError("back up", str(self._session.snapshot), f"the guest is of the type {self._init.vmtype}")
@@ -333,6 +338,9 @@ async def serve_backup(channel: Channel, storage: UsedStorage, init: BackupInit,
             request = await channel.question()
             try:
                 result = await guest.answer(request.call, request.parameters)
+                if guest.finished:
+                    # The hypervisor sets notes and protection, and prunes, before it says that this backup is over.
+                    await stack.aclose()
             except FleeceError as error:
                 channel.refuse(error)
             else:

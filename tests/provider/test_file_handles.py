@@ -21,11 +21,15 @@ from tests.support.waiting import until
 DEVICE: Final = "drive-scsi0"
 
 
-async def back_up(plugin: Plugin, start: int, volume: dict[str, Any]) -> str:
-    """A disk whose file is handed over."""
+async def back_up(plugin: Plugin, start: int, volume: dict[str, Any], *, keep: int | None = None) -> str:
+    """A disk whose file is handed over; with `keep` noted, protected for a time, and all but so many removed."""
     name: str = (await plugin("backup_init", 100, "qemu", start))["archive-name"]
     await plugin("backup_vm_query_incremental", 100, {DEVICE: {"size": volume["size"]}})
     await plugin("backup_vm", 100, CONFIG, {DEVICE: volume}, {})
+    if keep is not None:  # vzdump does that before the clean-up
+        for attribute, value in (("notes", "web"), ("protected", 1), ("protected", 0)):
+            await plugin.storage("update_volume_attribute", "@scfg", "fleece", f"backup/{name}", attribute, value)
+        await plugin.storage("prune_backups", "@scfg", "fleece", {"keep-last": keep}, 100, "qemu", 0, None)
     await plugin("backup_cleanup", 100, "qemu", 1, {})
     return name
 
@@ -53,13 +57,15 @@ async def test_a_handed_file_is_read_and_only_given_up_if_it_may_be_written(work
         volume = {"size": size, "bitmap-mode": "new", "file": str(disk), "regions": [[0, size]]}
         first = await back_up(plugin, START, {**volume, "mode": "<"})
         assert disk.read_bytes() == old
+        assert await content_of(plugin, first, tmp_path / "a") == old
         # What changed is read and nothing else: the rest of the file may be anything.
         new = b"\x07" * size
         disk.write_bytes(new)
         volume = {**volume, "bitmap-mode": "reuse", "regions": [[4 * MIB, 4 * MIB]]}
-        second = await back_up(plugin, START + 60, volume)
+        second = await back_up(plugin, START + 60, volume, keep=1)
         assert disk.read_bytes() == new[: 4 * MIB] + bytes(4 * MIB) + new[8 * MIB :]
-        assert await content_of(plugin, first, tmp_path / "a") == old
+        (listed,) = await plugin.storage("list_volumes", "fleece", "@scfg", 100, ["backup"])
+        assert (listed["volid"], listed["notes"]) == (f"fleece:backup/{second}", "web")
         # A chunk that is missing fails who reads it, and the log says why.
         last = min(
             Path(worker.scfg["fleece-repository"], ".chunks").glob("*/*"), key=lambda chunk: chunk.stat().st_size

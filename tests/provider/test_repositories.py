@@ -30,7 +30,8 @@ async def chain(plugin: Plugin, folder: Path) -> None:
     volume = {"size": SIZE, "bitmap-mode": "new", "file": str(disk), "mode": "<", "regions": [[0, SIZE]]}
     first = await back_up(plugin, START, volume)
     disk.write_bytes(new)
-    second = await back_up(plugin, START + 60, {**volume, "bitmap-mode": "reuse", "regions": [[4 * MIB, 4 * MIB]]})
+    changed = {**volume, "bitmap-mode": "reuse", "regions": [[4 * MIB, 4 * MIB]]}
+    second = await back_up(plugin, START + 60, changed, keep=2)
     (folder / "log").write_text("TASK OK\n")
     await plugin("backup_handle_log_file", 100, str(folder / "log"))
     listed = await plugin.storage("list_volumes", "fleece", "@scfg", None, ["backup"])
