@@ -7,7 +7,7 @@ repository. Whatever fails or is killed before that costs a longer read next tim
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -36,6 +36,7 @@ from hypervisor.leftovers import look_for_left
 from hypervisor.libvirt_host import domain_state
 from hypervisor.pause import Pause
 from hypervisor.qmp import Qmp, connect
+from hypervisor.state import clean_dead, half_disks
 from hypervisor.stopped import StoppedDisk, held, stopped_disks
 from hypervisor.tpm import read_tpm_state
 from hypervisor.unix_socket import connect_unix
@@ -309,6 +310,9 @@ async def _back_up_stopped(
     bwlimit: int | None,
     notes: str | None,
 ) -> None:
+    with suppress(FleeceError):  # without that folder nothing was done to a VM that ran
+        for line in half_disks(await clean_dead(private_run_dir())):
+            progress.warn(line)
     disks = chosen_stopped_disks(settings)
     progress.log(f"{settings.label} does not run: its disks are read by their paths")
     sources = []

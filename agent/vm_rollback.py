@@ -106,6 +106,7 @@ async def roll_back(
         check=lambda found: _check(found, entries, opened, progress),
         flavour=wanted_flavour(settings),
         on_step=progress.log,
+        on_warning=progress.warn,
     ) as back:
         planned = []
         for one in back.disks:

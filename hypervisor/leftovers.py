@@ -256,8 +256,8 @@ async def look_for_left(qmp: Qmp, run_dir: Path) -> Left:
     state = await left_state(run_dir, qmp.peer)
     exports, _ = await our_exports(qmp)
     nodes = [str(node) for node in await _ours(qmp, "pcfstk")]
-    images = [] if state is None else [disk.image for disk in state.disks]
-    there = await in_io_thread(lambda: [image for image in images if Path(image).exists()])
+    images = [] if state is None else state.images
+    there = await in_io_thread(lambda: [str(image) for image in images if image.exists()])
     below, _ = await _standing_on(qmp)
     if access.TEARDOWN in qmp.commands:
         graph = await children(qmp)
@@ -286,7 +286,7 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
     """
     await _refuse_half_disks(qmp)
     state = await run.load()
-    if await hanging([Path(disk.image) for disk in state.disks] if state is not None else (), HANGING_TIMEOUT_S):
+    if await hanging(state.images if state is not None else (), HANGING_TIMEOUT_S):
         return Undone(problems=[HANGS], images=False)
     resumed = state is not None and state.paused and await _resume(qmp)
     # Where nothing is written down, frozen views tell: they outlive the server that was started for them.
@@ -327,7 +327,7 @@ async def remove_files(run: Run, state: RunState | None, scratch: Path | None, u
 
 
 def _remove_files(run: Run, state: RunState | None, scratch: Path | None, undone: Undone) -> None:
-    paths = {Path(disk.image) for disk in state.disks} if state is not None else set()
+    paths = set(state.images) if state is not None else set()
     prefix = image_prefix(run.peer)
     if scratch is not None and scratch.is_dir():
         paths |= set(scratch.glob(f"{prefix}*.raw"))

@@ -103,6 +103,7 @@ async def put_aside(
     check: Callable[[Sequence[Disk]], Sequence[Disk]],
     flavour: FlavourName | None = None,
     on_step: Callable[[str], None] = lambda _step: None,
+    on_warning: Callable[[str], None] = lambda _warning: None,
 ) -> AsyncIterator[Rollback]:
     """Stop the VM and put its disks aside, to be written to while the block runs; then reset it and let it go on.
 
@@ -118,6 +119,7 @@ async def put_aside(
         check: given the disks that were found, returns those to be written to, or raises.
         flavour: as of `vm.frozen_view`; dirty bitmaps are used of STOCK only.
         on_step: called with a few words before each change.
+        on_warning: called at the beginning with what was left of other VMs; other warnings are in `Rollback`.
 
     Raises:
         VmStateError: a backup runs on this QEMU, or the VM's state allows none of this.
@@ -128,13 +130,13 @@ async def put_aside(
     """
     path = os.fspath(qmp_path)
     async with AsyncExitStack() as stack:
-        half = half_disks(await clean_dead(run_dir))
+        for line in half_disks(await clean_dead(run_dir)):
+            on_warning(line)
         async with connect(path) as qmp:
             run = stack.enter_context(exclusive(run_dir, qmp.peer))
             await capabilities(qmp, what="roll back")
             state = RunState(path, _PREPARING, target, 0, os.getpid())
             back = await _found(qmp, run, state, finished, selection, check, flavour)
-            back.warnings += half
             state.disks = [
                 DiskState(one.number, one.disk.name, one.disk.qom_path, one.disk.node, "", one.bitmap, None)
                 for one in back.disks
@@ -172,13 +174,12 @@ async def _found(
     settled = await kind.settle(qmp, state.target, finished)
     roots = {f"fleece-p{number}": node for number, node in aside.items()}
     disks = list(check((await kind.survey(qmp, selection, instead=roots)).disks))
-    if not aside:
-        await check_vm(qmp, disks, what="roll back")
-    elif missing := set(aside.values()) - {disk.node for disk in disks}:
+    if missing := set(aside.values()) - {disk.node for disk in disks}:
         raise VmStateError(
             "roll back the VM at", qmp.where, f"the rollback before has not ended, and had {', '.join(missing)} too",
             "roll back all the disks that it was to",
         )  # fmt: skip
+    await check_vm(qmp, disks, what="roll back")
     nodes = await block_nodes(qmp)
     taken = {ours.number for node in nodes.values() if (ours := node.ours) is not None}
     numbers = (number for number in range(len(disks) + len(taken) + 1) if number not in taken)

@@ -42,7 +42,7 @@ class DiskState:
     archive: str  #: `drive-scsi0.img`
     device: str  #: the device's path, whose property `drive` is switched
     root: str  #: its block node
-    image: str  #: path of the fleecing image
+    image: str  #: path of the fleecing image, empty without one
     old: str | None  #: name of the bitmap that is used
     new: str | None  #: name of the bitmap that is added
 
@@ -92,6 +92,11 @@ class RunState:
                 for disk in checked.objects(value.get("disks"), where)
             ],
         )
+
+    @property
+    def images(self) -> list[Path]:
+        """The fleecing images; a rollback has none."""
+        return [Path(disk.image) for disk in self.disks if disk.image]
 
     def pack(self) -> bytes:
         """The state as JSON."""
@@ -267,10 +272,10 @@ def _clean_dead(run_dir: Path) -> list[str]:
             try:
                 folder = run_dir / lock.stem
                 state = _load(folder / "state.json")
-                for disk in state.disks if state is not None else ():
-                    if _is_image(disk.image, match) and Path(disk.image).exists():
-                        remove_image(Path(disk.image))
-                        done.append(f"removed the fleecing image {disk.image}")
+                for image in state.images if state is not None else ():
+                    if _is_image(image, match) and image.exists():
+                        remove_image(image)
+                        done.append(f"removed the fleecing image {image}")
                 if state is not None and state.phase == WRITING:
                     disks = ", ".join(f"{disk.archive} ({disk.root})" for disk in state.disks)
                     done.append(
@@ -285,8 +290,8 @@ def _clean_dead(run_dir: Path) -> list[str]:
     return done
 
 
-def _is_image(path: str, match: re.Match[str]) -> bool:
-    return Path(path).name.startswith(f"fleece-{match['pid']}-{match['start']}-")
+def _is_image(path: Path, match: re.Match[str]) -> bool:
+    return path.name.startswith(f"fleece-{match['pid']}-{match['start']}-")
 
 
 def started(peer: Peer) -> float | None:

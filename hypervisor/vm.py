@@ -128,7 +128,13 @@ async def frozen_view(
     """
     path = os.fspath(qmp_path)
     async with AsyncExitStack() as stack:
-        half = half_disks(await clean_dead(run_dir))
+        untold = half_disks(await clean_dead(run_dir))  # nobody else remembers it
+
+        @stack.callback
+        def tell() -> None:
+            for line in untold:
+                on_warning(line)
+
         async with connect(path) as qmp:
             run = stack.enter_context(exclusive(run_dir, qmp.peer))
             able = await capabilities(qmp)
@@ -169,7 +175,8 @@ async def frozen_view(
                 on_step=on_step,
             )
             fleecing = kind.fleecing(order, chosen, able=able, run=run, nodes=nodes.values())
-            fleecing.warnings += half
+            fleecing.warnings += untold
+            untold = []
             if undone.actions:
                 fleecing.warnings.append(f"another run was killed; done for it: {', '.join(undone.actions)}")
             teardown = _Teardown(fleecing, on_warning)

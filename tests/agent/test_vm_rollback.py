@@ -2,8 +2,8 @@
 
 import random
 import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL
@@ -14,6 +14,7 @@ import trio
 
 from agent import vm_rollback
 from agent.config import load_config
+from agent.places import private_run_dir
 from agent.snapshot_archives import open_snapshot
 from agent.vm_backup import back_up_vm
 from agent.vm_rollback import RolledBack, roll_back
@@ -24,7 +25,10 @@ from datastore.codec import ChunkCodec
 from datastore.names import Group, Snapshot
 from hypervisor import qmp, rollback
 from hypervisor.errors import DiskNameError, QmpLostError, RollbackError, VmStateError
+from hypervisor.leftovers import look_for_left
 from hypervisor.qmp import Qmp
+from hypervisor.state import WRITING, RunState, exclusive
+from hypervisor.unix_socket import Peer
 from repository.archive import open_cache
 from repository.interface import FIXED_CHUNK_SIZE
 from repository.local import LocalRepository, open_local
@@ -247,6 +251,16 @@ async def test_a_rollback_that_fails_in_the_middle_leaves_the_guest_stopped_with
             with pytest.raises((VmStateError, FleeceError), match=r"a rollback has|the rollback before"):
                 await work
         assert await bench.status() == "paused"
+        # That it goes on from any state is no word of block jobs.
+        await bench.vm.execute("blockdev-add", {"driver": "null-co", "node-name": "null", "size": SIZE})
+        job = {"job-id": "job", "device": "fmt-disk1", "target": "null", "sync": "none"}
+        await bench.vm.execute("blockdev-backup", job)
+        with pytest.raises(VmStateError, match=r"cannot roll back disk disk1: the block job 'job' \(backup\)"):
+            await bench.roll_back(1000)
+        await bench.vm.execute("block-job-cancel", {"device": "job", "force": True})
+        with trio.fail_after(PATIENCE_S):
+            while await bench.vm.execute("query-block-jobs"):  # noqa: ASYNC110 - QEMU ends it
+                await trio.sleep(0.01)
         disks, runs = await bench.roll_back(1000)
         assert runs
         assert await bench.content() == bench.kept[1000]
@@ -332,8 +346,40 @@ async def test_a_guest_that_was_stopped_by_a_killed_rollback_before_anything_els
                 await bench.roll_back(1000)
         assert any("nothing was written, but the VM stays stopped" in note for note in caught.value.__notes__)
         assert await bench.status() == "paused"
+        async with qmp.connect(bench.vm.qmp) as session:
+            assert (await look_for_left(session, private_run_dir())).things == []
         await bench.backup(2000)
         assert await bench.status() == "running"
+
+
+async def test_a_rollback_that_ended_together_with_its_qemu_is_told_whatever_becomes_of_the_next_work(
+    distribution: QemuBinary, store_folder: Path, tmpfs: Path
+) -> None:
+    async with Bench.open(distribution, store_folder, tmpfs, ["raw"]) as bench:
+        await bench.backup(1000)
+        (tmpfs / "off.raw").write_bytes(bytes(512))
+        config = tmpfs / "off.toml"
+        config.write_text(f'[vm.off.disks]\ndisk0 = "{tmpfs}/off.raw"\n')
+        running, off = bench.settings, resolve_vm(load_config(config, must_exist=True), VmOptions("off"))
+        async with qmp.connect(bench.vm.qmp) as session:
+            peer = session.peer
+
+        async def back_up(settings: VmSettings, progress: Progress) -> None:
+            async with bench.repo.backup(GROUP.at(2000)) as session:
+                await back_up_vm(settings, bench.repo, session, ChunkCodec(), progress)
+
+        works: list[Callable[[Progress], Awaitable[object]]] = [
+            lambda progress: back_up(running, progress),
+            lambda progress: bench.roll_back(1000, progress=progress),
+            lambda progress: back_up(off, progress),
+        ]
+        for work in works:
+            with exclusive(private_run_dir(), Peer(999_999_999, 0, 0, 1)) as run:
+                await run.save(RunState("/former", WRITING, "0badcafe", 0, 1))
+            progress = Progress()
+            with exclusive(private_run_dir(), peer), suppress(VmStateError):  # that one is refused
+                await work(progress)
+            assert ["/former ended in the middle of a rollback" in line for line in progress.warnings] == [True]
 
 
 async def test_a_machine_that_qemu_does_not_reset_does_not_go_on(
