@@ -47,6 +47,12 @@ def test_the_timer_and_the_agent_take_away_the_same() -> None:
     assert hardening("fleece-agent.service") == hardening("fleece-job@.service")
 
 
+@pytest.mark.parametrize("name", ["fleece-agent.service", "fleece-job@.service"])
+def test_what_takes_too_much_memory_ends_alone(name: str) -> None:
+    """By itself systemd ends a whole service with the first of its processes that the kernel kills so."""
+    assert "OOMPolicy=continue" in (UNITS / name).read_text().splitlines()
+
+
 def test_systemd_understands_every_unit(tmp_path: Path) -> None:
     copies = []
     for path in sorted(UNITS.iterdir()):
