@@ -209,6 +209,8 @@ def _talk(section: "MailSection", mail: EmailMessage, password: str, timeout_s: 
     except ssl.SSLError as error:
         why = f"TLS failed: {error.reason or error}"
         raise DeliveryError("send a mail to", where, why, "ca-file names other authorities") from error
+    except UnicodeEncodeError:  # of the log-in; the error has the password in it
+        raise DeliveryError("send a mail to", where, "user and password must be ASCII") from None
     except (OSError, ValueError) as error:
         why = os_reason(error) if isinstance(error, OSError) else "what it says is no SMTP"
         raise DeliveryError("send a mail to", where, why, temporary=True) from error

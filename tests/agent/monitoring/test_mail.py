@@ -119,6 +119,16 @@ async def test_a_password_goes_over_tls_only_to_who_shows_the_right_certificate(
     assert not raised.value.temporary
 
 
+async def test_a_password_that_cannot_be_sent_is_not_taken_for_a_fault_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("wunderschön\n")
+    peer = MailPeer(["AUTH PLAIN"])
+    async with listening(peer):
+        text = f'smtp = "127.0.0.1:{peer.port}"\nuser = "me"\npassword-file = "{tmp_path}/password"'
+        with pytest.raises(DeliveryError, match="user and password must be ASCII") as raised:
+            await send_mail(mail(text), a_message(), 60, quiet)
+    assert (raised.value.temporary, raised.value.__cause__) == (False, None)
+
+
 async def test_a_server_that_hides_starttls_gets_no_password(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("wonderful\n")
     peer = MailPeer(["AUTH PLAIN"])
