@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISBLK, S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -31,6 +32,7 @@ from agent.restore_options import (
 from core.errors import ExitCode, TargetError, UsageError, os_reason
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from agent.archive_restore import FilesRestored, FilesWanted
@@ -397,7 +399,16 @@ class _Job:
 
 
 def _has_content(path: Path) -> bool:
-    return path.is_block_device() or (path.is_file() and path.stat().st_size > 0)
+    status = status_of(path)
+    return status is not None and (S_ISBLK(status.st_mode) or (S_ISREG(status.st_mode) and status.st_size > 0))
+
+
+def status_of(path: Path) -> "os.stat_result | None":
+    """What `path` is; None if nobody can tell, of which who opens it says why."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 @contextmanager
@@ -417,7 +428,8 @@ def partly_written(targets: Sequence[str], progress: "Progress") -> Iterator[Non
 
 def _inside_folder(target: str, name: str) -> str:
     """`target`, or the file `name` in it if it is a folder."""
-    is_folder = "://" not in target and target != "-" and Path(target).is_dir()
+    status = None if "://" in target or target == "-" else status_of(Path(target))
+    is_folder = status is not None and S_ISDIR(status.st_mode)
     return str(Path(target) / name) if is_folder else target
 
 

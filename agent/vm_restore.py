@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from agent.cli_restore import partly_written, write_small_file
+from agent.cli_restore import partly_written, status_of, write_small_file
 from agent.snapshot_archives import OpenSnapshot
 from core.disks import DiskTarget
 from core.errors import BusyError, NotFoundError, TargetError, UsageError, os_reason
@@ -225,7 +225,8 @@ def plan_disks(opened: OpenSnapshot, order: RestoreOrder) -> list[PlannedDisk]:
             image, kind = "raw", "nbd"
         else:
             target = str(Path(target).absolute())
-            if Path(target).is_block_device():
+            status = status_of(Path(target))
+            if status is not None and stat.S_ISBLK(status.st_mode):
                 image, kind = "raw", "device"
             else:
                 image = image_format(Path(target), order.format)
@@ -374,7 +375,7 @@ def refuse_live(folder: Path) -> None:
     Raises:
         BusyError: a live restore is under way there.
     """
-    if (folder / LIVE_STATE_NAME).exists():
+    if status_of(folder / LIVE_STATE_NAME) is not None:
         hint = f"'fleece vm restore --resume {folder}' goes on; to give it up end its QEMU and remove {LIVE_STATE_NAME}"
         raise BusyError("restore to", str(folder), "a live restore is under way there", hint)
 
@@ -387,7 +388,7 @@ def make_folder(folder: Path) -> list[Path]:
     """
     missing = []
     at = folder
-    while not at.exists() and at != at.parent:
+    while status_of(at) is None and at != at.parent:
         missing.append(at)
         at = at.parent
     try:
