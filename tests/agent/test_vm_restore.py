@@ -330,13 +330,13 @@ def test_the_command_tells_where_everything_is(stored: Fleece, tmpfs: Path) -> N
     assert "has content" in refused.err
     # A path at which nobody can look, as a user's in a folder of root's.
     nowhere = tmpfs / ("x" * 300)
-    for words in (
+    for line in (
         ("vm", "restore", "vm/web/latest", nowhere),
         ("vm", "restore", "vm/web/latest", tmpfs / "other", "--disk", f"scsi0={nowhere}"),
         ("restore", "vm/web/latest", "drive-scsi0.img", nowhere),
         ("restore", "vm/web/latest", "web.conf", nowhere),
     ):
-        refused = stored(*words)
+        refused = stored(*line)
         assert refused.code == 1
         assert "File name too long" in refused.err
         assert "unexpected" not in refused.err
