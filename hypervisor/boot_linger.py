@@ -3,6 +3,7 @@
 QEMU itself listens nowhere: each client's socket is handed to it.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ _LOOK_S: Final = 1.0
 async def screen_at(qmp: Qmp, path: Path) -> AsyncIterator[None]:
     """Clients that connect to the unix socket `path` see the screen, and have keyboard and mouse, while the block runs.
 
-    The folder decides who may connect. Needs a QEMU that was started with `-vnc none`.
+    Only this user and root may connect. Needs a QEMU that was started with `-vnc none`.
 
     Raises:
         BootTrialError: nobody can listen there.
@@ -32,6 +33,7 @@ async def screen_at(qmp: Qmp, path: Path) -> AsyncIterator[None]:
     listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
         try:
+            os.fchmod(listener.fileno(), 0o600)  # which the file gets, too
             await listener.bind(str(path))
         except OSError as error:
             raise BootTrialError("listen at", str(path), os_reason(error)) from error

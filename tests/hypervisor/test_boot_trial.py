@@ -275,16 +275,22 @@ async def running_trial() -> AsyncIterator[trio.CancelScope]:
         assert not scope.cancelled_caught
 
 
-async def test_the_screen_can_be_looked_at(tmp_path: Path) -> None:
+async def test_the_screen_can_be_looked_at_by_its_user_alone(tmp_path: Path) -> None:
     greeting: list[bytes] = []
+    modes: list[int] = []
 
     async def look(qmp: Qmp, of: Trial) -> None:
         async with screen_at(qmp, tmp_path / "vnc"), await trio.open_unix_socket(str(tmp_path / "vnc")) as client:
             greeting.append(await client.receive_some(100))
+            modes.append((tmp_path / "vnc").stat().st_mode & 0o777)
 
-    with trio.fail_after(120):
-        await trial(say(serial="web login: "), linger=look, vnc=True)
-    assert greeting == [b"RFB 003.008\n"]
+    before = os.umask(0)
+    try:
+        with trio.fail_after(120):
+            await trial(say(serial="web login: "), linger=look, vnc=True)
+    finally:
+        os.umask(before)
+    assert (greeting, modes) == ([b"RFB 003.008\n"], [0o600])
     assert not (tmp_path / "vnc").exists()
 
 
