@@ -359,7 +359,8 @@ def _archives(disk: DomainDisk, archive_name: Callable[[str], str]) -> Iterator[
 def _point_to(element: Element, disk: NewDisk) -> None:
     element.set("type", disk.kind)
     element.set("device", "disk")
-    element.attrib.pop("snapshot", None)
+    for name in ("snapshot", "rawio", "sgio"):  # the latter are for a `lun` only
+        element.attrib.pop(name, None)
     _drop(element, "source", "backingStore", "mirror", "encryption", "auth")
     alias = element.find("alias")
     if alias is not None and not alias.get("name", "").startswith("ua-"):
@@ -369,6 +370,9 @@ def _point_to(element: Element, disk: NewDisk) -> None:
         driver = SubElement(element, "driver")
     driver.set("name", "qemu")
     driver.set("type", disk.format)
+    if disk.format != "qcow2":
+        driver.attrib.pop("discard_no_unref", None)
+        _drop(driver, "metadata_cache")
     SubElement(element, "source", {"file" if disk.kind == "file" else "dev": disk.path})
 
 

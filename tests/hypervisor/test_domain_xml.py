@@ -221,6 +221,21 @@ def test_disks_point_to_where_they_were_restored_and_others_go() -> None:
     assert any("vdb" in warning for warning in result.warnings)
 
 
+def test_a_restored_disk_has_nothing_that_libvirt_takes_for_its_former_kind_only() -> None:
+    one = (
+        "<disk type='block' device='lun' rawio='yes' sgio='filtered'><driver name='qemu' type='raw'/>"
+        "<source dev='/dev/a'/><target dev='vda' bus='scsi'/></disk>"
+        "<disk type='file'><driver name='qemu' type='qcow2' cache='none' discard_no_unref='on'><metadata_cache>"
+        "<max_size unit='bytes'>9</max_size></metadata_cache></driver><source file='/b'/><target dev='vdb'/></disk>"
+    )
+    root, _ = rewritten(domain(one), ("vda", "vdb"))
+    first, second = root.findall("devices/disk")
+    assert first.attrib == {"type": "file", "device": "disk"}
+    driver = second.find("driver")
+    assert driver is not None
+    assert (driver.attrib, list(driver)) == ({"name": "qemu", "type": "raw", "cache": "none"}, [])
+
+
 def test_a_disk_that_was_plugged_in_only_then_is_taken_from_the_running_description() -> None:
     one = "<disk type='file'><source file='/img/a'/><target dev='vda' bus='virtio'/></disk>"
     two = "<disk type='file'><source file='/img/b'/><target dev='vdb' bus='virtio'/></disk>"
