@@ -190,7 +190,8 @@ class Streaming:
     disks: Sequence[LiveDisk]
     say: Callable[[str], None] = lambda _text: None
     #: Called before a device goes over to its raw target, which holds everything then: from there on the overlay is
-    #: old, and who starts the machine again must not use it. The guest's requests to the disk wait meanwhile.
+    #: old, and who starts the machine again must not use it. The guest's requests to the disk wait meanwhile, also
+    #: while it raises a `TargetError`: it is called again then.
     going_over: Callable[[LiveDisk], Awaitable[None]] = _nothing
     _failed: dict[str, float] = field(default_factory=dict)  #: jobs, and when they failed
     _tries: dict[str, _Tries] = field(default_factory=dict)  #: by job, and of the guest
@@ -228,8 +229,8 @@ class Streaming:
         with contextlib.suppress(QmpCommandError):  # it may end in between
             status = checked.field(job, "status", str, where)
             if status == "pending":
-                await self.going_over(disk)
-                await qmp.execute("job-finalize", {"id": disk.job})
+                if await self._may_go_over(disk):
+                    await qmp.execute("job-finalize", {"id": disk.job})
             elif status == "concluded":
                 await qmp.execute("job-dismiss", {"id": disk.job})
                 if (words := checked.optional(job, "error", str, where)) is not None:
@@ -249,6 +250,18 @@ class Streaming:
                 await qmp.execute("block-job-complete", {"device": disk.job})
         length, offset = checked.field(job, "len", int, where), checked.field(job, "offset", int, where)
         return min(disk.size, disk.size * offset // length) if length > 0 else 0
+
+    async def _may_go_over(self, disk: LiveDisk) -> bool:
+        if not (tries := self._tries.setdefault(f"{disk.job}, over", _Tries())).due():
+            return False
+        try:
+            await self.going_over(disk)
+        except TargetError as error:
+            # The guest's requests wait for this process.
+            if tries.news():
+                self.say(f"{disk.archive}: {error}; that is tried again and again")
+            return False
+        return True
 
     async def _filled(self, qmp: Qmp, disk: LiveDisk, graph: Mapping[str, Mapping[str, str]]) -> bool:
         """Whether the device needs the backup no more; what then nobody needs is removed."""

@@ -92,3 +92,26 @@ async def test_what_stops_again_and_again_is_let_go_on_ever_more_rarely_and_told
     qemu.asked = []
     await streaming.look(qemu)  # type: ignore[arg-type]
     assert "cont" in qemu.asked
+
+
+async def test_a_device_goes_over_when_that_can_be_written_down(tmp_path: Path, autojump_clock: MockClock) -> None:
+    # The guest's requests wait meanwhile: a folder without space must not end the process that will let them go on.
+    qemu = Told({})
+    job = {"device": "fleece-r0", "status": "pending", "paused": False, "ready": True, "type": "mirror"}
+    qemu.jobs = [job | {"len": 4, "offset": 4}]
+    room = trio.current_time() + 30
+    said: list[str] = []
+
+    async def going_over(_disk: LiveDisk) -> None:
+        if trio.current_time() < room:
+            raise TargetError("write", "/m/live-restore.json", "No space left on device")
+
+    streaming = Streaming([disk_at(tmp_path / "a.raw")], said.append, going_over)
+    with trio.move_on_after(20):
+        await streaming.until_whole(qemu)  # type: ignore[arg-type]
+    assert "job-finalize" not in qemu.asked
+    assert len(said) == 1
+    assert "No space left on device; that is tried again and again" in said[0]
+    with trio.move_on_after(20):
+        await streaming.until_whole(qemu)  # type: ignore[arg-type]
+    assert "job-finalize" in qemu.asked
