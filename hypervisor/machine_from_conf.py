@@ -31,7 +31,7 @@ from hypervisor.machine_model import (
     value_allowed,
 )
 
-_LINE: Final = re.compile(r"([a-z][a-z_0-9-]{0,40}):\s*(\S.*?)\s*")
+_LINE: Final = re.compile(r"([a-z][a-z_0-9-]{0,40}):(.*)")
 _DISK: Final = re.compile(r"(scsi|virtio|sata|ide)([0-9]{1,2})")
 _MOST: Final = {"scsi": 31, "virtio": 16, "sata": 6, "ide": 4}
 _CARD: Final = re.compile(r"net([0-9]{1,2})")
@@ -115,10 +115,11 @@ def _lines(text: str, notes: Notes) -> dict[str, str]:
         if not line.strip() or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line)
-        if match is None or len(found) >= 1000:
+        value = "" if match is None else match[2].strip()
+        if match is None or not value or len(found) >= 1000:
             notes.leave_out(f"line {line}")
         else:
-            found[match[1]] = match[2]
+            found[match[1]] = value
     return found
 
 

@@ -217,6 +217,13 @@ def test_what_is_no_command_line_is_refused(data: bytes) -> None:
         from_command_line(data, [])
 
 
+def test_a_long_line_of_a_configuration_is_read_in_no_time() -> None:
+    # Were it looked through again from each of its spaces, that took hours.
+    value = f"a{' ' * (4_000_000)}b"
+    machine = from_qemu_server_conf(f"name: web \ntags: {value}\nonboot:  \n", [])
+    assert (machine.name, list(machine.left_out)) == ("web", ["line onboot:  "])
+
+
 def test_the_configuration_of_a_snapshot_is_found_or_a_plain_machine_made() -> None:
     archives = ["drive-scsi0.img", "drive-scsi1.img", "drive-virtio0.img"]
     proxmox = {"qemu-server.conf": PROXMOX.encode(), "qemu-command.json": b"[]"}
