@@ -58,6 +58,21 @@ def test_the_agent_reloads_and_a_watchdog_kill_in_mid_backup_is_made_good(host: 
 
 
 @pytest.mark.long
+def test_a_job_that_takes_more_memory_than_there_is_ends_alone(host: HypervisorHost) -> None:
+    vm = host.vm
+    vm.write("/etc/fleece/hook", "#!/bin/sh\nexec tail /dev/zero\n", 0o755)
+    vm.write("/etc/systemd/system/fleece-agent.service.d/memory.conf", "[Service]\nMemoryMax=300M\nMemorySwapMax=0\n")
+    vm.check("systemctl daemon-reload && systemctl restart fleece-agent")
+    before = vm.check("systemctl show fleece-agent -P MainPID")
+    vm.check("date -s '2026-03-02 03:00:01 UTC'; systemctl reload fleece-agent")
+    vm.until("journalctl -q -u fleece-agent | grep -q 'killed by the OOM killer'")
+    vm.until(LAST_RUN_IS_OVER)
+    assert host.runs() == ["ok", "failed"]
+    assert vm.check("systemctl show fleece-agent -P MainPID") == before
+    assert vm.check("systemctl is-active fleece-agent") == "active\n"
+
+
+@pytest.mark.long
 def test_mounts_of_both_kinds_show_backups_and_end_with_their_unit(host: HypervisorHost) -> None:
     vm = host.vm
     unit = vm.check("systemd-escape --path /mnt/backup").strip()
