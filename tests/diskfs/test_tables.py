@@ -36,7 +36,8 @@ def disk(tmp_path: Path) -> Callable[[str], tuple[bytearray, list[dict[str, int]
         with path.open("wb") as file:
             file.truncate(40 * _MIB)
         try:
-            run_tool(["sfdisk", "-q", path], stdin=_TABLES[kind])
+            # It is no device: there is no kernel to tell, and no file system of this machine to flush for that.
+            run_tool(["sfdisk", "-q", "--no-reread", "--no-tell-kernel", path], stdin=_TABLES[kind])
             found = json.loads(run_tool(["sfdisk", "--json", path]))["partitiontable"]["partitions"]
         except Unavailable as reason:  # neither the package nor a network to get it by
             pytest.skip(f"no partition tables to test with: {reason}")
