@@ -147,12 +147,11 @@ class DiskImage:
                 continue  # another disk is another matter
 
     def _add_group(self, group: VolumeGroup, found: dict[bytes, _Part]) -> None:
+        folder, taken = group.name, {name.partition(b"/")[0] for name in found}
+        while folder.encode() in taken:
+            folder += "~"  # a group may be called like a partition, or like another group
         for lv, opened in group.volumes():
-            name = f"{group.name}/{lv}".encode()
-            folder = group.name
-            while folder.encode() in found:
-                folder += "~"  # a group may be called like a partition
-                name = f"{folder}/{lv}".encode()
+            name = f"{folder}/{lv}".encode()
             if isinstance(opened, DiskFsError):
                 found[name] = _Part(Volume(name, 0, "unknown", "", opened.why), Pieces(()))
                 continue

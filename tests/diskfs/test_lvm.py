@@ -154,6 +154,18 @@ def test_a_volume_that_a_snapshot_is_merged_into_is_not_read() -> None:
     assert "it is a snapshot volume" in found["new"].why
 
 
+def test_groups_of_the_same_name_hide_nothing_of_each_other() -> None:
+    """As on a disk onto which a system was copied, or that came from another machine."""
+    text = """guest {{ id = "{}" seqno = 3 extent_size = 2048
+        physical_volumes {{ pv0 {{ id = "A-B" pe_start = 2048 pe_count = 60 }} }} logical_volumes {{ {} }} }}"""
+    image = DiskImage([64 * _MIB], 0, lambda _, offset, length: bytes(length))
+    found: dict[bytes, Any] = {}
+    for id in ("G", "H"):
+        description = parse(text.format(id, lv("root", 'type = "striped" stripes = ["pv0", 0]')))["guest"]
+        image._add_group(VolumeGroup([PhysicalVolume("AB", _PV, description, "guest")]), found)
+    assert sorted(found) == [b"guest/root", b"guest~/root"]
+
+
 @pytest.mark.parametrize(
     ("supers", "wanted"),
     [
