@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 from agent.cli_restore import partly_written, status_of, write_small_file
 from agent.snapshot_archives import OpenSnapshot
 from core.disks import DiskTarget
-from core.errors import BusyError, NotFoundError, TargetError, UsageError, os_reason
+from core.errors import BusyError, FormatError, NotFoundError, TargetError, UsageError, os_reason
 from core.limits import in_io_thread
 from core.progress import Progress
 from core.units import format_size
@@ -34,6 +34,8 @@ from repository.restore import restore_blob, restore_disk
 _IMAGE_INDEX: Final = ".img.fidx"
 #: In the machine's folder, as long as its disks are not whole and it runs all the same. docs/vm-restore.md, "Live".
 LIVE_STATE_NAME: Final = "live-restore.json"
+#: Names in that folder which a snapshot must not bring: `--resume` runs the command line that is in the first.
+_OWN_NAMES: Final = frozenset({LIVE_STATE_NAME, "start.sh", "run", "tpm"})
 _FORCE_HINT: Final = "use another folder, or --force to replace it"
 
 
@@ -256,10 +258,17 @@ def small_files(opened: OpenSnapshot) -> list[ManifestFile]:
 
     Raises:
         KeyNeededError: one is encrypted, and the key is not there.
+        FormatError: one is called like what Fleece itself makes in a machine's folder.
     """
     found = []
     for file in opened.manifest.files:
         if archive_kind(file.filename) is ArchiveKind.BLOB and file.filename != MASTER_KEY_NAME:
+            if (name := strip_archive_type(file.filename)) in _OWN_NAMES:
+                raise FormatError(
+                    "restore a virtual machine from", str(opened.snapshot),
+                    f"it holds a file '{name}', which is a name of Fleece's own",
+                    "'fleece restore' gives single archives",
+                )  # fmt: skip
             opened.needs_key(file)
             found.append(file)
     return found

@@ -36,6 +36,7 @@ from tests.support.snapshots import write_snapshot
 from tests.support.waiting import until
 
 from .conftest import Fleece
+from .live_machines import opened as machine_with
 
 CHUNK = FIXED_CHUNK_SIZE
 DISK0 = os.urandom(CHUNK) + bytes(CHUNK) + os.urandom(8192)
@@ -267,6 +268,17 @@ async def test_a_folder_whose_machine_runs_while_it_is_restored_is_refused(store
     with pytest.raises(BusyError, match=r"a live restore is under way there; .* --resume"):
         await restored(store_folder, tmpfs, force=True)
     assert [path.name for path in tmpfs.iterdir()] == ["live-restore.json"]
+
+
+@pytest.mark.parametrize("name", ["live-restore.json", "start.sh", "run"])
+async def test_a_snapshot_brings_nothing_that_would_be_taken_for_fleeces_own(
+    name: str, store_folder: Path, tmpfs: Path
+) -> None:
+    # `--resume` runs the command line that stands in such a file.
+    async with machine_with(store_folder, {**FILES, f"{name}.blob": b"{}"}) as found:
+        with pytest.raises(FormatError, match=rf"it holds a file '{name}', which is a name of Fleece's own"):
+            await restore_vm(found, RestoreOrder(folder=tmpfs / "new"), Progress())
+    assert not (tmpfs / "new").exists()
 
 
 async def test_a_cancelled_restore_leaves_nothing_and_a_killed_ones_rest_is_replaced(
