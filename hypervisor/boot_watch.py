@@ -272,9 +272,10 @@ class Watch:
         question = passphrase_in(text)
         if question is None:
             self._asks.pop(where, None)
-        elif where not in self._asks:
-            self._asks[where] = checked.printable(question, 80)
-            self._note(f"{where} it asks for a passphrase")
+        else:
+            if where not in self._asks:
+                self._note(f"{where} it asks for a passphrase")
+            self._asks[where] = checked.printable(question, 80)  # the first look may have seen half of it
 
     async def _state(self, qmp: Qmp) -> None:
         where = f"{qmp.where}, query-status"
