@@ -278,7 +278,7 @@ async def check_vm(qmp: Qmp, disks: Sequence[Disk], *, what: str = "back up") ->
             raise VmStateError(
                 f"{what} disk",
                 disk.device,
-                f"it is switched to {disk.node}: another backup runs, or one was killed",
+                f"it is switched to {checked.printable(disk.node)}: another backup runs, or one was killed",
                 "'fleece vm cleanup' undoes what a killed one left",
             )
     jobs = {
@@ -472,6 +472,6 @@ def _check_clashes(qmp: Qmp, found: Sequence[Disk]) -> None:
             raise DiskNameError(
                 "back up the disks of",
                 qmp.where,
-                f"{other.device} and {disk.device} are one disk (node {disk.node})",
+                f"{other.device} and {disk.device} are one disk (node {checked.printable(disk.node)})",
                 "exclude one of the two",
             )

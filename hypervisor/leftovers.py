@@ -302,9 +302,10 @@ async def clean_killed(qmp: Qmp, run: Run, scratch: Path | None) -> Undone:
 
 async def _refuse_half_disks(qmp: Qmp) -> None:
     if aside := await put_aside(qmp):
+        disks = checked.printable(", ".join(aside.values()), 500)
         raise VmStateError(
             "use the VM at", qmp.where,
-            f"a rollback has ended in the middle: {', '.join(aside.values())} may hold a part of a snapshot only",
+            f"a rollback has ended in the middle: {disks} may hold a part of a snapshot only",
             "roll back again: fleece vm restore SNAPSHOT --rollback ...",
         )  # fmt: skip
 

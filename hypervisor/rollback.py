@@ -175,8 +175,9 @@ async def _found(
     roots = {f"fleece-p{number}": node for number, node in aside.items()}
     disks = list(check((await kind.survey(qmp, selection, instead=roots)).disks))
     if missing := set(aside.values()) - {disk.node for disk in disks}:
+        also = checked.printable(", ".join(sorted(missing)), 500)
         raise VmStateError(
-            "roll back the VM at", qmp.where, f"the rollback before has not ended, and had {', '.join(missing)} too",
+            "roll back the VM at", qmp.where, f"the rollback before has not ended, and had {also} too",
             "roll back all the disks that it was to",
         )  # fmt: skip
     await check_vm(qmp, disks, what="roll back")

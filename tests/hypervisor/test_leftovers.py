@@ -23,7 +23,7 @@ from tests.hypervisor.fleecing_bench import MIB, TARGET, Bench, facts, make_qcow
 from tests.support.cache import ROOT
 from tests.support.qemu_binaries import QemuBinary
 from tests.support.running import RunningQemu, VmDisk
-from tests.support.scripted_qmp import ScriptedAgent
+from tests.support.scripted_qmp import ScriptedAgent, ScriptedQmp
 
 D0, D1 = "drive-d0.img", "drive-d1.img"
 SIZE = 32 * MIB
@@ -285,3 +285,22 @@ async def test_a_guest_is_freed_even_if_an_export_was_never_made(qemu: QemuBinar
         await cleanup(vm.qmp, run_dir=bench.run_dir, scratch=bench.folder / "scratch")
         assert (await vm.block_info("d0"))["inserted"]["node-name"] == "fmt-d0"
         assert TARGET in (await vm.bitmaps("fmt-d0"))[0]["name"]
+
+
+async def test_what_qemu_calls_a_disk_does_not_steer_a_terminal(tmp_path: Path) -> None:
+    disk = "fmt0\x1b[2J"
+    names = {"fleece-o0": "raw", disk: "raw"}
+    answers: dict[str, Any] = {
+        "query-named-block-nodes": [
+            {"node-name": name, "drv": driver, "ro": False, "image": {"virtual-size": 512}}
+            for name, driver in names.items()
+        ],
+        "x-debug-query-block-graph": {
+            "nodes": [{"id": number, "type": "block-driver", "name": name} for number, name in enumerate(names)],
+            "edges": [{"parent": 0, "child": 1, "name": "file"}],
+        },
+    }
+    async with ScriptedQmp(answers).serving() as path, connect(path) as qmp:
+        with pytest.raises(VmStateError, match=r"in the middle: fmt0.*may hold a part") as caught:
+            await look_for_left(qmp, tmp_path)
+    assert str(caught.value).isprintable()
