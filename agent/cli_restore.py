@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from datastore.manifest import Manifest, ManifestFile
     from repository.interface import Reader
 
+#: In a machine's folder, as long as its disks are not whole and it runs all the same. docs/vm-restore.md, "Live".
+LIVE_STATE_NAME = "live-restore.json"
+
 
 def add_to(application: typer.Typer) -> None:
     """Register the verb."""
@@ -478,11 +481,14 @@ def write_small_file(path: Path, data: bytes, force: bool) -> None:
     """Write `data` to the file `path`, whole or not at all.
 
     Raises:
-        TargetError: the file has content and `force` is not given, it is no regular file, or it cannot be written.
+        TargetError: the file has content and `force` is not given, it is no regular file, it would be taken for one of
+            Fleece's own, or it cannot be written.
     """
     import os
     import tempfile
 
+    if path.name == LIVE_STATE_NAME:  # `vm restore --resume` would run the command line in it
+        raise TargetError("restore to", str(path), "that is a name of Fleece's own", "choose another one, or -")
     try:
         if path.exists() and not path.is_file():
             raise TargetError("restore to", str(path), "it is no regular file")

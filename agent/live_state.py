@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
-from agent.vm_restore import LIVE_STATE_NAME, RestoredDisk, RestoredVm
+from agent.cli_restore import LIVE_STATE_NAME
+from agent.vm_restore import RestoredDisk, RestoredVm
 from core.errors import NotFoundError, TargetError, UsageError, os_reason
 from hypervisor import checked
 from hypervisor.live_restore import LiveDisk

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from agent.cli_restore import partly_written, status_of, write_small_file
+from agent.cli_restore import LIVE_STATE_NAME, partly_written, status_of, write_small_file
 from agent.snapshot_archives import OpenSnapshot
 from core.disks import DiskTarget
 from core.errors import BusyError, FormatError, NotFoundError, TargetError, UsageError, os_reason
@@ -32,8 +32,6 @@ from repository.restore import restore_blob, restore_disk
 
 #: Ends the names of indexes of disk images.
 _IMAGE_INDEX: Final = ".img.fidx"
-#: In the machine's folder, as long as its disks are not whole and it runs all the same. docs/vm-restore.md, "Live".
-LIVE_STATE_NAME: Final = "live-restore.json"
 #: Names in that folder which a snapshot must not bring: `--resume` runs the command line that is in the first.
 _OWN_NAMES: Final = frozenset({LIVE_STATE_NAME, "start.sh", "run", "tpm"})
 _FORCE_HINT: Final = "use another folder, or --force to replace it"

@@ -340,6 +340,10 @@ def test_the_command_tells_where_everything_is(stored: Fleece, tmpfs: Path) -> N
     refused = stored("vm", "restore", "vm/web/latest", tmpfs / "new", "--format", "qcow2")
     assert refused.code == 1
     assert "has content" in refused.err
+    # As a snapshot with such a file would, that is restored with --all.
+    refused = stored("restore", "vm/web/latest", "web.conf", tmpfs / "live-restore.json")
+    assert refused.code == 1
+    assert "that is a name of Fleece's own" in refused.err
     # A path at which nobody can look, as a user's in a folder of root's.
     nowhere = tmpfs / ("x" * 300)
     for line in (
