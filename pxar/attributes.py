@@ -52,7 +52,7 @@ class Attributes:
         return 0o666 & ~self._umask
 
     def start(self, fd: int, flags: int, complain: Complain) -> None:
-        """Set on a new, empty file or folder those `flags` that have no effect later."""
+        """Set on a new, empty file those `flags` that have no effect later."""
         mask = self.features & INITIAL_FLAGS
         if flags & mask:
             self._attempt(complain, "flags", set_flags, fd, flags & mask, mask & flags)

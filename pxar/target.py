@@ -130,8 +130,7 @@ class Target:
             name, fd, metadata if made or taken else None, inherited=above.inherits or not made,
             inherits=(above.inherits or not made) and attributes.inherits(fd, made=made),
         )  # fmt: skip
-        if made:
-            self._attributes.start(fd, metadata.stat.flags, self._complain_of(name))
+        # Its flags come at its end: what is made in it would inherit them, and in a quota project not take hard links.
         self._folders.append(folder)
         while len(self._folders) - self._first_open > MAX_OPEN:
             closed = self._folders[self._first_open]

@@ -14,8 +14,8 @@ from pxar.accessor import ArchiveAccessor
 from pxar.encoder import ArchiveEncoder
 from pxar.extract import extract_folder
 from pxar.extract_report import ExtractOptions
-from pxar.features import CHATTR_FLAGS, DEFAULT, FAT_FLAGS
-from pxar.filesystem import set_projid
+from pxar.features import CHATTR_FLAGS, DEFAULT, FAT_FLAGS, Features
+from pxar.filesystem import set_flags, set_projid
 from pxar.metadata import Metadata, Stat, encode_metadata
 from tests.pxar.archives import Item, MemoryBytes, MemorySink
 from tests.pxar.backups import back_up, run_script
@@ -54,17 +54,28 @@ def test_all_that_a_disk_file_system_holds_comes_back(disk: Path) -> None:
 
 
 @AS_ROOT
-def test_projects_come_back(tmp_path: Path) -> None:
+def test_projects_and_flags_that_folders_hand_down_come_back_where_they_were(tmp_path: Path) -> None:
     with mounted("xfs", tmp_path) as point:
         root = point / "source"
-        (root / "folder").mkdir(parents=True)
-        (root / "file").write_bytes(b"x")
-        for path in (root / "folder", root / "file"):
+        (root / "project/below").mkdir(parents=True)
+        (root / "quiet/below").mkdir(parents=True)
+        for path in (root / "file", root / "project/file", root / "quiet/file", root / "quiet/with attributes"):
+            path.write_bytes(b"x")
+        os.setxattr(root / "quiet/with attributes", "user.a", b"1")
+        os.link(root / "project/file", root / "project/second name")
+        for path, flags in (
+            (root / "file", 0),
+            (root / "project/file", 0),
+            (root / "project", Features.PROJINHERIT),
+            (root / "quiet", Features.NOATIME),
+        ):
             fd = os.open(path, os.O_RDONLY)
             set_projid(fd, 77)
+            set_flags(fd, flags, flags)
             os.close(fd)
         report = extract_folder(back_up(root).accessor(), str(point / "target"))
         assert report.warnings == []
+        assert report.hardlinks == 1
         assert described(point / "target") == described(root)
         assert described(root)[b"/file"][-1] == 77
 
