@@ -114,15 +114,25 @@ class Attributes:
 
     def _xattrs(self, where: int | str, kind: int, metadata: Metadata, complain: Complain) -> None:
         if self.features & Features.XATTRS:
-            for name, value in metadata.xattrs:
-                if not _is_restored(name):
-                    complain("extended attributes", "one is of a kind that is not restored", True)
-                elif not self._attempt(complain, "extended attributes", os.setxattr, where, name, value):
-                    return
+            self._stored_xattrs(where, metadata, complain)
         if metadata.fcaps is None or not self.features & Features.FCAPS or self._drop_setuid:
             return
         if kind == stat.S_IFREG:
             self._attempt(complain, "file capabilities", os.setxattr, where, "security.capability", metadata.fcaps)
+
+    def _stored_xattrs(self, where: int | str, metadata: Metadata, complain: Complain) -> None:
+        told = set()
+        for name, value in metadata.xattrs:
+            if not _is_restored(name):
+                complain("extended attributes", "one is of a kind that is not restored", True)
+                continue
+            try:
+                os.setxattr(where, name, value)
+            except OSError as error:
+                # One that is too large, or of a kind that the file system has not, says nothing about the others.
+                if error.errno not in told:
+                    told.add(error.errno)
+                    self._complain_of(complain, "extended attributes", error)
 
     def inherits(self, folder: int, *, made: bool) -> bool:
         """Whether new entries of an open folder get ACLs from it; one that was `made` here loses its default ACL."""

@@ -3,8 +3,10 @@
 import os
 import resource
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,20 @@ def test_projects_and_flags_that_folders_hand_down_come_back_where_they_were(tmp
         assert report.hardlinks == 1
         assert described(point / "target") == described(root)
         assert described(root)[b"/file"][-1] == 77
+
+
+@AS_ROOT
+def test_an_extended_attribute_that_is_refused_costs_neither_others_nor_capabilities(disk: Path) -> None:
+    caps = struct.pack("<IIIII", 0x0200_0001, 1 << 13, 0, 0, 0)
+    too_large = tuple((b"user.%d" % number, bytes(9000)) for number in range(3))
+    tool = file(b"\x7fELF")
+    tool.metadata = replace(tool.metadata, xattrs=(*too_large, (b"user.small", b"1")), fcaps=caps)
+    report = extract_folder(opened(folder({b"tool": tool})), str(disk / "target"))
+    assert report.warnings == ["'tool': extended attributes: No space left on device"]
+    assert {name: os.getxattr(disk / "target/tool", name) for name in os.listxattr(disk / "target/tool")} == {
+        "user.small": b"1",
+        "security.capability": caps,
+    }
 
 
 @AS_ROOT
