@@ -70,6 +70,7 @@ class LocalBackupSession:
     _manifest: Blob | None = None
     _finished: bool = False
     _aborted: bool = False
+    foreign: bool = False  #: the group belongs to somebody else; whoever may not write there all the same looks at it
     cache_chunks: bool = True  #: False asks a store with a cache in front not to keep uploaded chunks there
 
     async def previous_manifest(self) -> bytes | None:
@@ -355,6 +356,7 @@ async def open_session(
         new_group = store.base / snapshot.group.path in made
         try:
             warnings = await _check_owner(store, snapshot.group, owner, strict=for_client)
+            foreign = bool(warnings)
             await store.remove_unfinished(snapshot.group)
             base = await in_io_thread(store.latest, snapshot.group)
             if not for_client or await in_io_thread(_usable_base, store, base) is not None:
@@ -371,7 +373,9 @@ async def open_session(
                 raise LockedError("write", str(snapshot), _TAKEN)
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
-            session = LocalBackupSession(store, snapshot, usable, warnings, set_aside, cache_chunks=cache_chunks)
+            session = LocalBackupSession(
+                store, snapshot, usable, warnings, set_aside, foreign=foreign, cache_chunks=cache_chunks
+            )
         except BaseException as error:
             if new_group:
                 async with _cleaning(snapshot, error):

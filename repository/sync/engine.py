@@ -153,29 +153,40 @@ class _Run:
                     nursery.start_soon(work)
 
     async def _one_group(self, group: Group, target: Group, owners: dict[tuple[str, str], str | None]) -> None:
-        key, owner = (group.type.value, group.id), self.context.owner
-        if key in owners and owners[key] != owner:
-            what = f"it belongs to {owners[key] or 'nobody'} at the target, not to {owner}"
-            if self.context.options.direction is Direction.PUSH:
-                self.context.progress.warn(f"{group_text(target)} is left out: {what}")
-            else:
-                self._fail(group_text(target), what)
+        key = (group.type.value, group.id)
+        if key in owners and owners[key] != self.context.owner:
+            self._left_out(target, owners[key])
             return
         try:
-            await self._group(group, target)
+            foreign = await self._group(group, target)
         except _HOPELESS:
             raise
         except FleeceError as error:
             self._fail(group_text(target), str(error))
         else:
-            self.report.groups += 1
+            if foreign is None:
+                self.report.groups += 1
+            else:
+                self._left_out(target, foreign)
 
-    async def _group(self, group: Group, target: Group) -> None:
+    def _left_out(self, target: Group, owner: str | None) -> None:
+        """Tell of a group that is not ours."""
+        what = f"it belongs to {owner or 'nobody'} at the target, not to {self.context.owner}"
+        if self.context.options.direction is Direction.PUSH:
+            self.context.progress.warn(f"{group_text(target)} is left out: {what}")
+        else:
+            self._fail(group_text(target), what)
+
+    async def _group(self, group: Group, target: Group) -> str | None:
+        """Sync a group, unless somebody else owns it at the target by now, who is returned."""
         options, progress = self.context.options, self.context.progress
         infos = await self.source.snapshots(group.ns, group, unfinished=True)
         if not infos:
             progress.log(f"{group_text(group)} has no snapshot")
         there = await self._there(target)
+        # The groups were listed before others were synced, which takes hours, or as long as a hostile source likes.
+        if foreign := next((info.owner for info in there if info.owner not in (None, self.context.owner)), None):
+            return foreign
         choice = choose(infos, there, options)
         tell_skipped(choice, progress)
         self.report.skipped += len(choice.old) + len(choice.beyond_last)
@@ -191,6 +202,7 @@ class _Run:
             progress.log(f"{group_text(target)}: {percent} ({number}/{len(work)} snapshots)")
         if options.remove_vanished:
             await Remover(self.target, self.context, self.report).snapshots(infos, there)
+        return None
 
     async def _there(self, group: Group) -> list[SnapshotInfo]:
         try:
@@ -238,6 +250,8 @@ class _Run:
         try:
             async with self.target.backup(target, owner=self.context.owner) as session:
                 opened = True
+                if getattr(session, "foreign", False):
+                    raise FleeceError("write into", group_text(target.group), "it belongs to somebody else by now")
                 report = await send_snapshot(source, session, self.context)
                 await session.finish()
                 warnings = list(session.warnings)

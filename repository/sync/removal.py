@@ -73,7 +73,7 @@ class Remover:
             for info in target
             if (info.group.type.value, info.group.id) not in present
             and passes(options.filters, info.group)
-            and self._owns(info)
+            and self._owns(info.owner)
         ]
         if vanished and not options.rights.prunes(vanished[0].group.ns):
             ns = vanished[0].group.ns
@@ -91,6 +91,10 @@ class Remover:
     async def _group(self, group: Group) -> None:
         progress = self.context.progress
         before = await self.target.snapshots(group.ns, group, unfinished=True)
+        # The groups were listed when the sync began: this one may have been removed since, and made by somebody else.
+        if foreign := [info.owner for info in before if info.owner is not None and not self._owns(info.owner)]:
+            progress.warn(f"vanished group {group_text(group)} stays: it belongs to {foreign[0]} by now")
+            return
         kept = await self.target.forget_group(group)
         self.report.removed_snapshots += max(0, len(before) - len(kept))
         if kept:
@@ -100,13 +104,13 @@ class Remover:
             progress.log(f"removed vanished group {group_text(group)}")
             self.report.removed_groups.append(group)
 
-    def _owns(self, info: GroupInfo) -> bool:
+    def _owns(self, owner: str | None) -> bool:
         me = self.context.owner
-        if info.owner == me:
+        if owner == me:
             return True
         # Of a pull, what belongs to a token of the user counts as the user's.
         pull = self.context.options.direction is Direction.PULL
-        return pull and info.owner is not None and "!" not in me and info.owner.startswith(f"{me}!")
+        return pull and owner is not None and "!" not in me and owner.startswith(f"{me}!")
 
     async def namespaces(self, there: Collection[Namespace], present: Collection[Namespace]) -> None:
         """Remove the namespaces of the target that the source does not have, children first.
@@ -149,7 +153,7 @@ class Remover:
             reason = f"namespace {deep[0]} in it is deeper than --max-depth reaches"
         elif stuck.intersection(below):
             reason = "a namespace in it stays"
-        elif foreign := [i.group for i in held if not self._owns(i) or not passes(options.filters, i.group)]:
+        elif foreign := [i.group for i in held if not self._owns(i.owner) or not passes(options.filters, i.group)]:
             reason = f"it holds {group_text(foreign[0])}, which belongs to somebody else or does not pass the filter"
         if reason:
             stuck.add(ns)

@@ -218,3 +218,44 @@ async def test_a_failed_group_loses_nothing(pair: Pair, way: object) -> None:
     report = await way(source, pair.target, remove_vanished=True)  # type: ignore[operator]
     assert list(report.failed) == ["vm/1"]
     assert await times(pair.target, "vm/1", unfinished=True) == [1000, 2000]
+
+
+@pytest.mark.parametrize("when", ["snapshots", "reader.manifest"])
+@pytest.mark.parametrize("way", [push, pull])
+async def test_a_group_that_somebody_else_has_made_since_the_listing_stays_as_it_is(
+    pair: Pair, way: Any, when: str
+) -> None:
+    await write(pair.source, "vm/9", 1000)
+    await write(pair.target, "vm/1", 1000)
+
+    async def then(inner: Any, *given: Any, **named: Any) -> Any:
+        if not await times(pair.target, "vm/9"):
+            await write(pair.target, "vm/9", 500)
+            await pair.target.set_owner(group("vm/9"), "other@pbs")
+        return await getattr(inner, when.rpartition(".")[2])(*given, **named)
+
+    said = Said()
+    report = await way(Faulty(pair.source, Faults(), {when: then}), pair.target, said, remove_vanished=True)
+    assert await times(pair.target, "vm/9") == [500]
+    assert any("vm/9" in one and "belongs to" in one for one in said.warnings)
+    assert list(report.failed) == ([] if way is push and when == "snapshots" else ["vm/9"])
+
+
+async def test_a_vanished_group_that_somebody_else_has_made_anew_stays(pair: Pair) -> None:
+    await twice(pair)
+    await pair.source.forget_group(group("vm/2"))
+
+    async def snapshots(inner: Any, *given: Any, **named: Any) -> Any:
+        if "other@pbs" not in [info.owner for info in await pair.target.groups()]:
+            await pair.target.forget_group(group("vm/2"))
+            await write(pair.target, "vm/2", 3000)
+            await pair.target.set_owner(group("vm/2"), "other@pbs")
+        return await inner.snapshots(*given, **named)
+
+    said = Said()
+    report = await pull(
+        Faulty(pair.source, Faults(), {"snapshots": snapshots}), pair.target, said, remove_vanished=True
+    )
+    assert await times(pair.target, "vm/2") == [3000]
+    assert report.failed == {}
+    assert any("vm/2 stays: it belongs to other@pbs by now" in one for one in said.warnings)
