@@ -282,7 +282,14 @@ class Check:
         if self.record is None:
             return error
         if self._from_afar:
-            await self.record.state("failed")
+            try:
+                await self.record.state("failed")
+            except (S3BackendError, S3BudgetError):
+                raise
+            except FleeceError as failure:
+                # Nobody may take it for an error of reading the snapshot, which would then count as skipped.
+                self.progress.warn(str(failure))
+                return error
             self.seen.waiting[digest] = partial(self._set_aside_now, digest)
             return error
         name = await self._set_aside_now(digest)

@@ -72,6 +72,23 @@ async def test_a_few_bad_chunks_are_set_aside_once_the_others_are_known_to_be_so
         assert verification["state"] == "failed"
 
 
+async def test_a_damaged_snapshot_whose_manifest_is_busy_has_failed_and_is_not_skipped(
+    store_folder: Path, s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datastore.locks.MANIFEST_WAIT_S", 0.0)
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE[: 2 * CHUNK]})
+        await store.s3.chunks.cache.drop(DIGESTS[0])
+        s3_emulator.bucket.put(store.keys.chunk(DIGESTS[0]), b"nonsense")
+        async with store.locks.manifest(snapshot):
+            (result,) = await verify(repo, [snapshot], CODEC)
+        assert (result.state, result.skipped) == ("failed", "")
+        assert DIGESTS[0].hex() in result.errors[0]
+        assert "could not be recorded" in result.errors[-1]
+        assert bad_keys(s3_emulator) == [], "while the snapshot still counts as sound nothing of it is set aside"
+
+
 async def test_a_hard_limit_ends_it_with_a_warning_and_nothing_is_recorded(
     store_folder: Path, s3_emulator: S3Emulator
 ) -> None:
