@@ -9,13 +9,13 @@
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final, Self
 
-from core.errors import FleeceError, UsageError
+from core.errors import FleeceError, FormatError, UsageError
 from core.limits import in_cpu_thread, in_io_thread
 from core.progress import Progress
 from core.units import parse_size
@@ -23,14 +23,15 @@ from datastore.codec import ChunkCodec
 from datastore.digests import DigestSet
 from datastore.errors import LockedError, SnapshotNotFoundError
 from datastore.files import make_folders, read_file, replace_file, store_errors, temporary_path
+from datastore.manifest import ManifestFile
 from datastore.names import ArchiveKind, Snapshot, archive_kind
 from datastore.s3.listing import compare_listing
 from datastore.s3.opening import S3Datastore
 from datastore.store import Datastore
 from datastore.upid import Upid
-from repository.interface import Repository
+from repository.interface import Reader, Repository
 from repository.local import LocalRepository
-from repository.locate import load_readable
+from repository.locate import check_index, load_readable
 from repository.users import record_users
 from repository.verify import VerifyOptions, VerifyResult, verify
 
@@ -145,15 +146,14 @@ async def _by_budget(
     wanted = await _chunks_of(repository, snapshots, progress)
     average = await in_io_thread(_average, store)
     first, last, count, around = await in_cpu_thread(_window, wanted, after, mode, average)
-    if not count:
-        return []
-    progress.log(f"{count} of {len(wanted)} chunks are read, from {first.hex()[:16]} to {last.hex()[:16]}")
+    if count:
+        progress.log(f"{count} of {len(wanted)} chunks are read, from {first.hex()[:16]} to {last.hex()[:16]}")
 
     def part(digest: bytes) -> bool:
-        return first <= digest or digest <= last if around else first <= digest <= last
+        return first <= digest or digest <= last if around else bool(count) and first <= digest <= last
 
     results = await verify(repository, snapshots, codec, progress, replace(options, part=part), upid=upid)
-    if len(results) == len(snapshots):
+    if count and len(results) == len(snapshots):
         # Cut off by a limit, the same part has its turn once more.
         await in_io_thread(_write_cursor, store, last)
     return results
@@ -225,22 +225,23 @@ async def _by_listing(
     why_not = await repository.why_not_recording() if options.record else "not wanted"
     if why_not and options.record:
         progress.warn(f"results are not recorded, and nothing is repaired: {why_not}")
-    wanted = await _chunks_of(repository, snapshots, progress)
+    results = {snapshot: VerifyResult(snapshot) for snapshot in snapshots}
+    wanted = await _chunks_of(repository, snapshots, progress, results)
     report = await compare_listing(store, wanted, progress, change=not why_not)
     progress.log(
         f"{report.listed} of {len(wanted)} chunks are listed, {report.compared} of them compared with the cache's copy"
     )
     if report.repaired:
         progress.warn(f"{len(report.repaired)} chunks were missing or wrong, and are repaired from the cache")
-    lines = {}
     if report.bad:
         for digest, why in list(report.bad.items())[:20]:
             progress.log(f"chunk {digest.hex()}: {why}")
         if not why_not:
             upid = Upid.new("verify", repository.name) if upid is None else upid
             await record_users(repository, repository, report.bad, (), progress, upid)
-        lines = await _users_among(repository, snapshots, report.bad)
-    return [VerifyResult(snapshot, lines.get(snapshot, [])) for snapshot in snapshots]
+        for snapshot, lines in (await _users_among(repository, snapshots, report.bad)).items():
+            results[snapshot].errors += lines
+    return [results[snapshot] for snapshot in snapshots]
 
 
 async def _users_among(
@@ -268,19 +269,49 @@ def _store(repository: Repository, mode: VerifyMode) -> Datastore:
     return repository.store
 
 
-async def _chunks_of(repository: Repository, snapshots: Sequence[Snapshot], progress: Progress) -> DigestSet:
-    """Every chunk that one of `snapshots` uses; what cannot be read is reported by others."""
+async def _chunks_of(
+    repository: Repository,
+    snapshots: Sequence[Snapshot],
+    progress: Progress,
+    results: Mapping[Snapshot, VerifyResult] | None = None,
+) -> DigestSet:
+    """Every chunk that one of `snapshots` uses.
+
+    What is wrong with manifests and files goes into `results`; None: others look at them, and tell.
+    """
     found = DigestSet()
     for snapshot in snapshots:
+        result = VerifyResult(snapshot)
         try:
             async with repository.reader(snapshot) as reader:
                 manifest, _ = await load_readable(reader, ChunkCodec())
                 for entry in manifest.files:
-                    if archive_kind(entry.filename) is not ArchiveKind.BLOB:
-                        index = await reader.open_index(entry.filename)
-                        await in_io_thread(found.add_index, index)
-        except (SnapshotNotFoundError, LockedError):
-            continue
+                    try:
+                        await _add_chunks(reader, entry, found)
+                    except FleeceError as error:
+                        result.errors.append(str(error))
+        except SnapshotNotFoundError:
+            result.skipped = "removed meanwhile"
+        except LockedError as error:
+            result.skipped = f"locked ({error.why})"
         except FleeceError as error:
-            progress.warn(f"{snapshot} not looked at: {error}")
+            result.errors.append(str(error))
+        for line in result.errors:
+            progress.warn(f"not looked at: {line}")
+        if results is not None:
+            results[snapshot].errors += result.errors
+            results[snapshot].skipped = result.skipped
     return found
+
+
+async def _add_chunks(reader: Reader, entry: ManifestFile, found: DigestSet) -> None:
+    """Add the chunks of one file of a snapshot to `found`; a blob must be there, in the right size."""
+    if archive_kind(entry.filename) is ArchiveKind.BLOB:
+        size = len(await reader.read_blob(entry.filename, limit=entry.size))
+        if size != entry.size:
+            where = f"{reader.snapshot}/{entry.filename}"
+            raise FormatError("verify", where, f"wrong size ({size} != {entry.size})")
+        return
+    index = await reader.open_index(entry.filename, size=entry.size)
+    await check_index(index, entry)
+    await in_io_thread(found.add_index, index)

@@ -159,6 +159,37 @@ async def test_a_listing_of_a_real_gateway(store_folder: Path, rgw: RunningRgw) 
         assert result.errors == []
 
 
+@pytest.mark.parametrize("damage", ["manifest", "index", "no index", "blob"])
+async def test_a_listing_says_of_no_snapshot_that_cannot_be_restored_that_it_is_sound(
+    store_folder: Path, s3_emulator: S3Emulator, damage: str
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        files = {"disk.img.fidx": IMAGE[:CHUNK], "vm.conf.blob": b"memory: 1"}
+        snapshot = await write_snapshot(repo, GROUP, 1000, files)
+        sound = await write_snapshot(repo, Group.parse("vm/200"), 1000, {"disk.img.fidx": IMAGE[:CHUNK]})
+        name = {"manifest": "index.json.blob", "blob": "vm.conf.blob"}.get(damage, "disk.img.fidx")
+        path = store.base / snapshot.path / name
+        data = path.read_bytes()
+        path.unlink()
+        if damage == "manifest":
+            path.write_bytes(data[:-1])
+        elif damage == "index":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        one, two = await verify_by(LISTING, repo, [snapshot, sound], CODEC)
+        assert (one.state, two.errors) == ("failed", [])
+        assert name in one.errors[0] or damage == "manifest"
+
+
+async def test_a_listing_skips_what_is_locked(store_folder: Path, s3_emulator: S3Emulator) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE[:CHUNK]})
+        async with store.locks.snapshot(snapshot, shared=False):
+            (result,) = await verify_by(LISTING, repo, [snapshot], CODEC)
+        assert result.skipped.startswith("locked")
+
+
 async def test_a_listing_without_recording_changes_nothing(store_folder: Path, s3_emulator: S3Emulator) -> None:
     from repository.verify import VerifyOptions
 
@@ -216,6 +247,18 @@ async def test_a_budget_goes_on_where_the_last_run_ended_until_all_had_their_tur
         verification = (await repo.snapshot(snapshot)).verification
         assert verification is not None
         assert verification["state"] == "failed"
+
+
+async def test_a_budget_looks_at_snapshots_of_which_no_chunk_is_known(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        repo = LocalRepository(store, "test")
+        snapshot = await write_snapshot(repo, GROUP, 1000, {"disk.img.fidx": IMAGE[:CHUNK]})
+        manifest = store.base / snapshot.path / "index.json.blob"
+        manifest.write_bytes(manifest.read_bytes()[:-1])
+        results = await verify_by(VerifyMode(Mode.BUDGET, chunks=10), repo, [snapshot], CODEC)
+        assert [result.state for result in results] == ["failed"]
 
 
 async def test_a_budget_that_was_cut_off_has_its_turn_once_more(store_folder: Path, s3_emulator: S3Emulator) -> None:
