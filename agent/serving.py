@@ -10,7 +10,7 @@ from agent.config import Config
 from agent.invocation import Invocation
 from agent.places import state_dir
 from agent.registry import Registry
-from agent.repositories import repository_at
+from agent.repositories import local_store, repository_at
 from agent.s3_use import S3Use
 from core.errors import UsageError
 from repository.local import LocalRepository
@@ -41,6 +41,18 @@ class RegisteredStores:
     def names(self) -> Sequence[str]:
         """See `StoreProvider.names`."""
         return list(self._registry.datastores())
+
+    def place(self, name: str) -> object:
+        """See `StoreProvider.place`: how the datastore is registered, and which folder it is."""
+        if name not in self._registry.datastores():
+            return None
+        store = local_store(name, self._config, self._registry)
+        try:
+            # Each datastore has a lock file of its own, which is made with it and never written to.
+            found = (store.path / ".lock").stat()
+        except OSError:
+            return store, None
+        return store, (found.st_dev, found.st_ino, found.st_ctime_ns)
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[LocalRepository]:

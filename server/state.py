@@ -37,6 +37,13 @@ class StoreProvider(Protocol):
         """Their names, now; called in a worker thread."""
         ...
 
+    def place(self, name: str) -> object:
+        """What `name` means now: something else once it means another datastore; None if nothing has that name.
+
+        Called in a worker thread.
+        """
+        ...
+
     def open(self, name: str) -> AbstractAsyncContextManager[LocalRepository]:
         """One of them, open while the block runs."""
         ...
@@ -44,6 +51,7 @@ class StoreProvider(Protocol):
 
 @dataclass(slots=True)
 class _Opened:
+    place: object = None  #: what it was opened for
     repository: LocalRepository | None = None
     error: Exception | None = None
     ready: trio.Event = field(default_factory=trio.Event)
@@ -52,7 +60,10 @@ class _Opened:
 
 
 class StorePool:
-    """Datastores, each opened at its first use and closed when the server ends."""
+    """Datastores, each opened at its first use and closed when the server ends.
+
+    A name that means another one by now is opened anew; the old one stays open for those who use it.
+    """
 
     def __init__(self, provider: StoreProvider) -> None:
         self._provider = provider
@@ -81,13 +92,14 @@ class StorePool:
             ApiError: there is none.
             FleeceError: it cannot be opened; the next call tries again.
         """
-        if name not in await self.names():
+        place = await in_io_thread(self._provider.place, name)
+        if place is None:
             raise ApiError(f"no such datastore '{name}'")
         opened = self._opened.get(name)
-        if opened is None:
+        if opened is None or opened.place != place:
             if self._nursery is None:
                 raise ApiError("the server is going down")
-            opened = self._opened[name] = _Opened()
+            opened = self._opened[name] = _Opened(place)
             self._nursery.start_soon(self._hold, name, opened)
         await opened.ready.wait()
         if opened.repository is None:
@@ -107,7 +119,8 @@ class StorePool:
             _LOG.exception("datastore '%s' failed unexpectedly", name)
             opened.error = ApiError(f"internal error ({type(error).__name__})")
         finally:
-            self._opened.pop(name, None)
+            if self._opened.get(name) is opened:
+                del self._opened[name]
             if opened.error is None and opened.repository is None:
                 opened.error = ApiError("the server is going down")
             opened.ready.set()

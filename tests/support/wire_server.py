@@ -34,6 +34,9 @@ class Stores:
     def names(self) -> Sequence[str]:
         return list(self.repositories)
 
+    def place(self, name: str) -> object:
+        return self.repositories.get(name)
+
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[LocalRepository]:
         yield self.repositories[name]
