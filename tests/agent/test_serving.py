@@ -17,7 +17,8 @@ async def test_a_name_means_what_it_means_now(tmp_path: Path, monkeypatch: pytes
     invocation = Invocation()
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
-        (folder / ".chunks").mkdir(parents=True)
+        for name in ("0000", "7fff", "ffff"):
+            (folder / ".chunks" / name).mkdir(parents=True)
         (folder / ".lock").touch()
     invocation.registry.add("main", first)
     pool = StorePool(RegisteredStores(invocation))
