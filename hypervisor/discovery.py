@@ -11,7 +11,7 @@ from typing import Any, Final
 from hypervisor import checked
 from hypervisor.block_graph import nodes_of_jobs
 from hypervisor.disk_names import MAX_NAME, archive_name, base_name, given_name, image_path
-from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
+from hypervisor.errors import DiskNameError, QmpAnswerError, QmpCommandError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import Qmp
 
 #: Names of everything Fleece adds to a QEMU begin so.
@@ -30,6 +30,9 @@ _DEVICE_TYPES: Final = {
 }
 #: Devices whose guest talks to the hardware by itself: its writes pass by every filter and bitmap of QEMU.
 _PASS_THROUGH: Final = frozenset({"scsi-generic", "scsi-block"})
+
+#: Why no dirty bitmap of this QEMU tells what changed on a disk that others write to as well.
+SHAREABLE: Final = "the disk is shareable: what other machines write to it is in no dirty bitmap"
 
 #: Run states in which the disks belong to somebody else, or a write of the guest is waiting to be repeated.
 _REFUSED_STATES: Final = {
@@ -389,6 +392,10 @@ class _BlockDevice:
                 f"what the guest writes to a {kind} device passes QEMU by",
                 "exclude it, or use scsi-hd",
             )
+        try:
+            shareable = await qmp.qom_get(self.qom_path, "share-rw") is True
+        except QmpCommandError:  # an SD card cannot be shared
+            shareable = False
         inserted = dict(self.inserted or {})
         driver = checked.field(inserted, "drv", str, self.where)
         image = checked.field(inserted, "image", dict, self.where)
@@ -411,6 +418,7 @@ class _BlockDevice:
             backend=self.backend,
             aliases=aliases,
             active=checked.optional(inserted, "active", bool, self.where) is not False,
+            written_past=SHAREABLE if shareable else "",
         )
 
 
@@ -473,5 +481,5 @@ def _check_clashes(qmp: Qmp, found: Sequence[Disk]) -> None:
                 "back up the disks of",
                 qmp.where,
                 f"{other.device} and {disk.device} are one disk (node {checked.printable(disk.node)})",
-                "exclude one of the two",
+                "exclude both: QEMU freezes no disk that another device writes to",
             )

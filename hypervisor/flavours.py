@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hypervisor.bitmaps import Bitmap, BitmapMode, BitmapName, Choice, Finished
 from hypervisor.block_graph import BlockNode
-from hypervisor.discovery import Capabilities, Disk, Survey, survey
+from hypervisor.discovery import SHAREABLE, Capabilities, Disk, Survey, survey
 from hypervisor.pause import Pause
 from hypervisor.qmp import Qmp
 from hypervisor.scratch import Scratch
@@ -57,8 +57,7 @@ class DiskSelection:
         )
         if not self.shared:
             return found
-        why = "the disk is shareable: what other machines write to it is in no dirty bitmap"
-        disks = [replace(disk, written_past=why) if disk.device in self.shared else disk for disk in found.disks]
+        disks = [replace(disk, written_past=SHAREABLE) if disk.device in self.shared else disk for disk in found.disks]
         return replace(found, disks=tuple(disks))
 
 

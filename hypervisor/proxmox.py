@@ -65,7 +65,7 @@ class ProxmoxFleecing(Fleecing):
             await self._add_marks(qmp)
             await self._step("add the fleecing images")
             for disk in self.disks:
-                if disk.disk.written_past:
+                if _is_tpm(disk.disk):
                     await qmp.execute("blockdev-add", _tpm_node(disk.disk.node, str(self.tpm_state), disk.disk.size))
                 name = self.devices[disk.number] + _FLEECING
                 await self._add_image(qmp, disk, name, partial(_image, name, disk.number, disk.disk.size))
@@ -90,13 +90,11 @@ class ProxmoxFleecing(Fleecing):
     async def _add_marks(self, qmp: Qmp) -> None:
         useless = [Mark(one.node, one.name) for disk in self.disks for one in disk.choice.remove]
         await qmp.transaction([access.remove_bitmap(mark.node, mark.bitmap) for mark in useless])
-        await qmp.transaction([access.add_mark(mark) for mark in self._new_marks()])
+        await qmp.transaction([access.add_mark(mark) for mark in self._new_marks(self.disks)])
 
-    def _new_marks(self) -> list[Mark]:
+    def _new_marks(self, disks: Iterable[FleecedDisk]) -> list[Mark]:
         """Also without bitmaps: by its mark a run that was killed is found."""
-        return [
-            Mark(disk.disk.node, disk.new) for disk in self.disks if disk.new is not None and not disk.disk.written_past
-        ]
+        return [Mark(disk.disk.node, disk.new) for disk in disks if disk.new is not None and not _is_tpm(disk.disk)]
 
     def _old_marks(self, archives: Iterable[str] | None = None) -> list[Mark]:
         return [
@@ -178,9 +176,10 @@ class ProxmoxFleecing(Fleecing):
         undone.problems += result.problems
         undone.kept += result.kept
         if not success:
-            await self._remove_marks(qmp, [*self._new_marks(), *self._old_marks(self.distrusted)])
-        elif self.bitmap_mode is BitmapMode.NONE:
-            await self._remove_marks(qmp, self._new_marks())
+            await self._remove_marks(qmp, [*self._new_marks(self.disks), *self._old_marks(self.distrusted)])
+        else:
+            uncounted = (disk for disk in self.disks if self._mode(disk) == "none")
+            await self._remove_marks(qmp, self._new_marks(uncounted))
         if not result.problems:
             await self._remove_idle(qmp)
         if result.images:
@@ -294,7 +293,7 @@ class Proxmox:
         numbers = (number for number in range(len(chosen) + len(taken) + 1) if number not in taken)
         disks = []
         for (disk, choice), number in zip(chosen, numbers, strict=False):
-            if disk.written_past:
+            if _is_tpm(disk):
                 disk = replace(disk, node=f"fleece-t{number}", backend=f"fleece-t{number}")
             disks.append(
                 FleecedDisk(
@@ -339,6 +338,11 @@ def _accessible(disk: Disk, nodes: Mapping[str, BlockNode], graph: Mapping[str, 
     while node in nodes and nodes[node].driver in _FILTERS and "file" in graph.get(node, {}):
         node = graph[node]["file"]
     return replace(disk, node=node, backend=disk.backend or disk.node)
+
+
+def _is_tpm(disk: Disk) -> bool:
+    """Whether it is the TPM's state, which no device of QEMU's has."""
+    return not disk.qom_path
 
 
 def _tpm_disk(path: Path) -> Disk:

@@ -636,6 +636,19 @@ async def test_io_threads_are_backed_up_where_qemu_can_bear_it(qemu: QemuBinary,
             assert reads[D0].read == 4 * MIB
 
 
+async def test_what_another_machine_writes_to_a_shared_disk_is_not_missed(qemu: QemuBinary, tmpfs: Path) -> None:
+    disks = [VmDisk(tmpfs / "d0", "d0", device_options="share-rw=on"), VmDisk(tmpfs / "d1", "d1")]
+    async with vm_with(qemu, tmpfs, *disks, size=8 * MIB) as (vm, bench):
+        await bench.backup(vm)
+        with (tmpfs / "d0").open("r+b") as image:  # no bitmap of this QEMU sees that
+            image.seek(4 * MIB)
+            image.write(b"\x09" * MIB)
+        reads = await bench.backup(vm)
+        assert reads[D0].image == b"\x05" * 4 * MIB + b"\x09" * MIB + b"\x05" * 3 * MIB
+        assert reads[D0].reason == "the disk is shareable: what other machines write to it is in no dirty bitmap"
+        assert reads["drive-d1.img"].mode == "incremental"
+
+
 async def test_a_vm_without_disks_is_refused(qemu: QemuBinary, tmpfs: Path) -> None:
     async with vm_with(qemu, tmpfs, VmDisk(tmpfs / "ro", "ro", read_only=True)) as (vm, bench):
         with pytest.raises(FleecingError, match="it has no disk to be backed up"):

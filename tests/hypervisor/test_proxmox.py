@@ -311,6 +311,18 @@ async def test_efi_variables_and_the_state_of_a_tpm_are_disks(backports: QemuBin
         assert list(without) == [D0]
 
 
+async def test_a_shared_disk_is_read_in_full_each_time(backports: QemuBinary, tmpfs: Path) -> None:
+    disks = [VmDisk(tmpfs / "d0", "d0", device_options="share-rw=on"), VmDisk(tmpfs / "d1", "d1")]
+    async with proxmox(backports, tmpfs, *disks) as (vm, bench, double):
+        for mode in ("new", "use"):
+            reads = await bench.backup(vm)
+            assert devices(double.seen) == {"fmt-d0": "none", "fmt-d1": mode}
+            assert (reads[D0].mode, reads[D0].image) == ("full", b"\x05" * SIZE)
+            assert "shareable" in reads[D0].reason
+            assert await vm.bitmaps("fmt-d0") == []
+        assert reads[D1].mode == "incremental"
+
+
 async def test_limits_of_speed_stay_above_the_filter(backports: QemuBinary, tmpfs: Path) -> None:
     path = tmpfs / "d0"
     disk = VmDisk(path, "d0", blockdev_options={})
