@@ -174,7 +174,7 @@ class _Walk:
         self._warn_of_classes(given, "of the command line")
         encoder = ArchiveEncoder(archive, payload, prelude=prelude(given) if self._split else None)
         self._writer = EntryWriter(
-            encoder, self._report, split=self._split, catalog=catalog, progress=progress, measure=measure
+            encoder, self._report, source.is_at, split=self._split, catalog=catalog, progress=progress, measure=measure
         )
         self._payload, self._reference = payload, reference
         self._lookahead: Lookahead | None = None

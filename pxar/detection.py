@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from core.errors import FleeceError
 from pxar.create_report import CreateReport, Trouble
-from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter
+from pxar.entry_writer import FILE, FOLDER, FORMAT, EntryWriter, FirstName, Key, first_name
 from pxar.filesystem import Opened, Scanned
 from pxar.folders import Folder
 from pxar.format import HEADER_SIZE, MAX_NAME
@@ -40,14 +40,14 @@ _NOWHERE: Final = -1
 _GROUP: Final = 128
 
 #: A file in the cache: name, metadata, size, place in the range; its device and inode if it has several names.
-CachedFile: TypeAlias = tuple[bytes, bytes, int, int, tuple[int, int] | None]
+CachedFile: TypeAlias = tuple[bytes, bytes, int, int, Key | None]
 
 
 class _Link(NamedTuple):
     """A further name of a file."""
 
     name: bytes
-    key: tuple[int, int]
+    key: Key
 
 
 class _Other(NamedTuple):
@@ -111,7 +111,7 @@ class Lookahead:
         self._files = 0
         self._held: _Held | None = None
         #: Files with several names that are in the cache.
-        self._waiting: set[tuple[int, int]] = set()
+        self._waiting: dict[Key, FirstName] = {}
         self._lost = False  #: the reference cannot be read any more
 
     # --- entries in order --------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Lookahead:
         place = before.offset - self._start
         if nlink > 1 and len(folder.path_of(name)) <= MAX_NAME:
             self._cache.append((name, meta, size, place, (dev, ino)))
-            self._waiting.add((dev, ino))
+            self._waiting[dev, ino] = first_name(folder, name, size, meta)
         else:
             self._cache.append((name, meta, size, place, None))
         self._files += 1
@@ -257,10 +257,13 @@ class Lookahead:
     def _link(self, folder: Folder, name: bytes, found: Scanned | Opened) -> bool:
         """Take a file as a further name of one that is in the archive or in the cache; False if it is none."""
         key = (found[3], found[4])
-        if key in self._waiting:
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            if not self._writer.is_same(waiting, found):
+                return False
             self._put_off(_Link(name, key))
             return True
-        if not self._writer.linked(key):
+        if not self._writer.is_further(found):
             return False
         if self._cache:
             self._put_off(_Link(name, key))
@@ -441,7 +444,8 @@ class Lookahead:
                     else:
                         reference(name, meta, base + place, size)
                 else:
-                    writer.remember(folder, name, key, reference(name, meta, base + place, size))
+                    position = reference(name, meta, base + place, size)
+                    writer.remember(key, first_name(folder, name, size, meta), position)
             elif isinstance(entry, _Other):
                 writer.other(folder, entry.name, entry.found)
             elif isinstance(entry, _Link):

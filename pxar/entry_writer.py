@@ -1,9 +1,10 @@
 """Puts entries of the file system into an archive: contents, further names of files, the catalog beside it."""
 
 import os
+from collections.abc import Callable
 from stat import S_IFBLK, S_IFCHR, S_IFIFO, S_IFLNK, S_IFSOCK
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 from core.errors import os_reason
 from pxar.create_report import CreateReport, Progress, Trouble
@@ -24,6 +25,18 @@ _MTIME: Final = Struct("<qI")
 _MTIME_OFFSET: Final = 40
 
 
+#: Device and inode of a file.
+Key: TypeAlias = tuple[int, int]
+
+
+class FirstName(NamedTuple):
+    """The name under which a file with several names was met first, and what it was like."""
+
+    path: bytes
+    size: int
+    mtime_ns: int
+
+
 class EntryWriter:
     """Encodes entries in archive order and counts them.
 
@@ -35,13 +48,17 @@ class EntryWriter:
         self,
         encoder: ArchiveEncoder,
         report: CreateReport,
+        is_at: Callable[[bytes, Key], bool],
         *,
         split: bool,
         catalog: CatalogSink | None = None,
         progress: Progress | None = None,
         measure: "Measuring | None" = None,
     ) -> None:
-        """`measure`: contents are not read, only counted there (it is the encoder's content sink)."""
+        """`is_at`: whether a file lies at a path of the source now.
+
+        `measure`: contents are not read, only counted there (it is the encoder's content sink).
+        """
         self.encoder: Final = encoder
         self.report: Final = report
         self._split = split
@@ -49,8 +66,9 @@ class EntryWriter:
         self._catalog = catalog
         self._progress = progress
         self._measure = measure
-        #: First names of files that have several: path, position in the archive.
-        self._links: dict[tuple[int, int], tuple[bytes, int]] = {}
+        self._is_at = is_at
+        #: First names of files that have several, and their positions in the archive.
+        self._links: dict[Key, tuple[FirstName, int]] = {}
         #: A byte behind the announced end, to see whether there is one.
         self._behind = bytearray(1)
 
@@ -67,22 +85,36 @@ class EntryWriter:
         if self._catalog is not None:
             self._catalog.end_directory()
 
-    def linked(self, key: tuple[int, int]) -> bool:
+    def linked(self, key: Key) -> bool:
         """Whether the file (device, inode) is in the archive under another name."""
         return key in self._links
 
-    def link(self, name: bytes, key: tuple[int, int]) -> None:
+    def is_further(self, found: Scanned | Opened) -> bool:
+        """Whether a file is in the archive under another name, as far as can be told now that it is `found`."""
+        known = self._links.get((found[3], found[4]))
+        return known is not None and self.is_same(known[0], found)
+
+    def is_same(self, first: FirstName, found: Scanned | Opened) -> bool:
+        """Whether the file that was `first` is the one that is `found` to have its inode.
+
+        File systems give an inode to a new file as soon as the old one is gone, which a long backup lives to see.
+        """
+        if (first.size, first.mtime_ns) == (found[2], _mtime_ns(found[1])):
+            return True
+        return self._is_at(first.path, (found[3], found[4]))
+
+    def link(self, name: bytes, key: Key) -> None:
         """A further name of a file that is `linked`."""
-        self.encoder.hardlink(name, *self._links[key])
+        first, position = self._links[key]
+        self.encoder.hardlink(name, first.path, position)
         self.report.hardlinks += 1
         if self._catalog is not None:
             self._catalog.entry(b"h", name)
 
-    def remember(self, folder: Folder, name: bytes, key: tuple[int, int], position: int) -> None:
+    def remember(self, key: Key, first: FirstName, position: int) -> None:
         """The file (device, inode) was written at `position`; its further names become links to this one."""
-        path = folder.path_of(name)
-        if len(path) <= MAX_NAME:
-            self._links[key] = (path, position)
+        if len(first.path) <= MAX_NAME:
+            self._links[key] = first, position
 
     def file(self, folder: Folder, name: bytes, found: Opened) -> bool:
         """A regular file that is open, or a link if it is in the archive already; closes it in any case.
@@ -92,7 +124,7 @@ class EntryWriter:
         """
         _, meta, size, dev, ino, nlink, _, _, _, fd = found
         try:
-            if nlink > 1 and (dev, ino) in self._links:
+            if nlink > 1 and self.is_further(found):
                 self.link(name, (dev, ino))
                 return True
             position = self.encoder.begin_file(name, meta, size)
@@ -107,7 +139,7 @@ class EntryWriter:
                     self._fill_up(folder.path_of(name), size, error)
             self.encoder.end_file()
             if nlink > 1:
-                self.remember(folder, name, (dev, ino), position)
+                self.remember((dev, ino), first_name(folder, name, size, meta), position)
         finally:
             os.close(fd)
         report = self.report
@@ -230,6 +262,11 @@ class Measuring:
         """Count the chunks."""
         for chunk in chunks:  # type: ignore[attr-defined]
             self._position += chunk.size
+
+
+def first_name(folder: Folder, name: bytes, size: int, meta: bytes) -> FirstName:
+    """The name of a file of `size` bytes with these metadata."""
+    return FirstName(folder.path_of(name), size, _mtime_ns(meta))
 
 
 def _mtime_ns(meta: bytes) -> int:

@@ -138,6 +138,14 @@ class Source:
             meta = again[1]
         return enter, features, meta
 
+    def is_at(self, path: bytes, key: tuple[int, int]) -> bool:
+        """Whether the file `key` (device, inode) lies at `path`, from the root, now."""
+        try:
+            found = os.stat(path, dir_fd=self.folders.fd(self.root), follow_symlinks=False)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == key
+
     def patterns(self, folder: Folder, name: bytes) -> bytes | None:
         """The text of a file with patterns, symlinks followed; None, with a warning, if it cannot be used."""
         try:

@@ -165,6 +165,72 @@ def test_a_further_name_takes_over_where_the_first_is_excluded(root: Path) -> No
     assert rows_of_archive(made.accessor())[b"/a/third"][5] == (root / "large").read_bytes()
 
 
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_new_file_with_the_inode_of_one_that_is_gone_is_no_name_of_that(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, compared: bool
+) -> None:
+    tree = disk / "tree"
+    (tree / "1").mkdir(parents=True)
+    (tree / "2").mkdir()
+    old = os.urandom(8192)  # enough for its chunk to be used again
+    (tree / "1/a").write_bytes(old)
+    (tree / "1/b").hardlink_to(tree / "1/a")
+    base = back_up(tree) if compared else None
+
+    def replace() -> None:
+        inode = (tree / "1/a").stat().st_ino
+        for name in ("a", "b"):
+            (tree / "1" / name).unlink()
+        (tree / "2/c").write_bytes(b"another")
+        (tree / "2/d").hardlink_to(tree / "2/c")
+        if (tree / "2/c").stat().st_ino != inode:
+            pytest.skip("the file system gave another inode")
+
+    _before_the_last_of_two_folders(monkeypatch, replace)
+    made = back_up(tree, base, alone=True)
+    rows = rows_of_archive(made.accessor())
+    contents = {path.decode(): row[5] for path, row in rows.items() if row[5]}
+    assert contents == {"/1/a": old, "/1/b": old, "/2/c": b"another", "/2/d": b"another"}
+    assert (made.report.hardlinks, made.report.reused_files) == (2, int(compared))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_names_of_a_file_that_grows_meanwhile_are_links_while_the_first_is_there(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    tree = disk / "tree"
+    (tree / "1").mkdir(parents=True)
+    (tree / "2").mkdir()
+    (tree / "1/a").write_bytes(b"old")
+    (tree / "2/b").hardlink_to(tree / "1/a")
+    (tree / "2/c").hardlink_to(tree / "1/a")
+
+    def change() -> None:
+        (tree / "1/a").write_bytes(b"longer")
+        if gone:
+            (tree / "1/a").unlink()
+
+    _before_the_last_of_two_folders(monkeypatch, change)
+    made = back_up(tree)
+    second = b"longer" if gone else b"old"
+    rows = sorted(rows_of_archive(made.accessor()).items())
+    assert [row[5] for _, row in rows if row[5]] == [b"old", second, second]
+    assert made.report.hardlinks == 2 - gone
+
+
+def _before_the_last_of_two_folders(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> None:
+    """Have `call` called before the second folder in the root is listed."""
+    listed: list[int] = []
+
+    def listing(fd: int) -> tuple[list[bytes], bytes]:
+        listed.append(fd)
+        if len(listed) == 3:
+            call()
+        return list_folder(fd)
+
+    monkeypatch.setattr(pxar.create, "list_folder", listing)
+
+
 def test_patterns_of_the_command_line_are_a_file_of_self_contained_archives(root: Path) -> None:
     (root / ".pxarexclude-cli").write_bytes(b"an old one")
     stored, _ = self_contained(root, options(b"*.tmp", b"/large"))
