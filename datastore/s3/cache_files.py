@@ -182,6 +182,10 @@ class CacheFiles:
         """Numbers of corrupt copies without a local file, the lowest first."""
         return [number for number in range(BAD_NUMBERS) if not os.path.lexists(self.bad(digest, number))]
 
+    def was_set_aside(self, digest: bytes) -> bool:
+        """True if there is a corrupt copy of the chunk."""
+        return len(self.free_numbers(digest)) < BAD_NUMBERS
+
     def scan(self, start: int, count: int) -> Iterator[CachedFile]:
         """The chunk files in the folders `start` to `start + count - 1`, without `.using` and `.bad`.
 

@@ -125,7 +125,9 @@ class S3ChunkStore:
             if uncertain:
                 # An old delete may hit at any time: the endpoint's "there already" means nothing now (R31).
                 await in_io_thread(self.unknown.stored, digest)
-            put = await self.client.put(self.keys.chunk(digest), parts, if_absent=not uncertain)
+            # Beside a corrupt copy, what the endpoint has may be the original of it, which could not be deleted.
+            doubtful = uncertain or await in_io_thread(self.files.was_set_aside, digest)
+            put = await self.client.put(self.keys.chunk(digest), parts, if_absent=not doubtful)
             if cache or uncertain:
                 await self.cache.put(digest, parts)
             await in_io_thread(self.files.mark, digest)
@@ -308,14 +310,20 @@ class S3ChunkStore:
         return [digest for digest, there in zip(absent, await self.adopt(absent), strict=True) if not there]
 
     async def adopt(self, digests: Sequence[bytes]) -> list[bool]:
-        """Look in the bucket for chunks of which there is no file, and make markers of those that are there."""
+        """Look in the bucket for chunks of which there is no file, and make markers of those that are there.
+
+        What was set aside is not: if its object is still there, it is the corrupt one, which could not be deleted.
+        """
         found = dict.fromkeys(digests, False)
         left = iter(list(found))
 
         async def work() -> None:
             for digest in left:
                 async with hold(self.locks, digest):
-                    if await self.client.head(self.keys.chunk(digest)) is not None:
+                    if await in_io_thread(self.files.was_set_aside, digest):
+                        # A backup may have stored it anew since.
+                        found[digest] = await in_io_thread(self.files.size, digest) is not None
+                    elif await self.client.head(self.keys.chunk(digest)) is not None:
                         await in_io_thread(self.files.mark, digest)
                         found[digest] = True
 

@@ -120,6 +120,8 @@ class _Reconcile:
         changed = await self._chunks.times_set_aside() != self._set_aside
         if changed and await self._store.client.head(self._store.keys.chunk(digest)) is None:
             return
+        if await in_io_thread(self._chunks.files.was_set_aside, digest):
+            return  # the corrupt object, which could not be deleted
         if not self._dry_run:
             await in_io_thread(self._chunks.files.mark, digest)
         self._report.marked += 1

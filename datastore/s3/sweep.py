@@ -293,7 +293,9 @@ class BucketSweep:
         if one.bad:
             return _Fate.KEEP_BAD if used else self._unless_young(one)
         if used or one.key.digest in self._adopted or self._guard.uses(one.key.digest):
-            return _Fate.ADOPT
+            # Beside a corrupt copy it is the original of that, which could not be deleted: the chunk is lost.
+            aside = self._set_aside and self._files.was_set_aside(one.key.digest)
+            return _Fate.IN_USE if aside else _Fate.ADOPT
         return self._unless_young(one)
 
     def _unless_young(self, one: _Object) -> _Fate:

@@ -21,6 +21,7 @@ from datastore.s3.errors import S3BackendError, S3Error
 from datastore.s3.link import RetryPolicy
 from datastore.s3.opening import S3Datastore
 from datastore.s3.pending import NOTE_NAME
+from datastore.s3.reconcile import reconcile
 from repository.local import LocalRepository
 from repository.verify import verify
 from tests.support.s3_emulator import S3Emulator
@@ -345,6 +346,23 @@ async def test_a_copy_that_fails_keeps_the_original(store_folder: Path, s3_emula
             await store.chunks.quarantine(DIGEST)
         assert store.keys.chunk(DIGEST) in s3_emulator.bucket.objects
         assert path(store).stat().st_size == len(BLOB)
+
+
+async def test_a_corrupt_object_that_could_not_be_deleted_is_replaced_by_the_next_backup(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        await store.chunks.insert(DIGEST, BLOB)
+        s3_emulator.bucket.put(store.keys.chunk(DIGEST), b"corrupt")
+        s3_emulator.plan("DELETE", "answer", status=403, code="AccessDenied")
+        with pytest.raises(S3Error):
+            await store.chunks.quarantine(DIGEST)
+        assert s3_emulator.bucket.objects[store.keys.bad_chunk(DIGEST, 0)].data == b"corrupt"
+        assert await store.chunks.missing(DIGEST) == [DIGEST], "what a backup at its end asks"
+        assert (await reconcile(store)).marked == 0
+        assert not (await store.chunks.insert(DIGEST, BLOB)).duplicate
+        assert await store.chunks.missing(DIGEST) == []
+        assert s3_emulator.bucket.objects[store.keys.chunk(DIGEST)].data == bytes(BLOB)
 
 
 async def test_a_no_cache_backup_beside_a_garbage_collection_loses_nothing(

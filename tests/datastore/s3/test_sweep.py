@@ -11,6 +11,7 @@ from core.progress import Progress
 from datastore.errors import StoreError
 from datastore.gc import GcReport, collect_garbage
 from datastore.names import Group
+from datastore.s3.errors import S3BackendError
 from datastore.s3.link import RetryPolicy
 from datastore.s3.opening import S3Datastore
 from datastore.s3.settling import settle_unknown
@@ -311,3 +312,17 @@ async def test_corrupt_copies_stay_while_their_chunk_is_lost(store_folder: Path,
         report = await collect(store)
         assert (report.status.removed_bad, report.missing) == (1, [])
         assert bad not in s3_emulator.bucket.objects
+
+
+async def test_a_corrupt_object_that_could_not_be_deleted_counts_as_lost(
+    store_folder: Path, s3_emulator: S3Emulator
+) -> None:
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        await write_snapshot(LocalRepository(store, "test"), GROUP, 1000, {"disk.img.fidx": image(1, 2)})
+        digest = CODEC.digest(image(1))
+        s3_emulator.plan("DELETE", "answer", status=403, code="AccessDenied")
+        with pytest.raises(S3BackendError):
+            await store.chunks.quarantine(digest)
+        for dry_run in (True, False):
+            assert (await collect(store, dry_run=dry_run)).missing == [digest]
+            assert not Path(store.s3.chunks.path(digest)).exists()
