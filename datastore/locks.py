@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,9 +113,9 @@ class HeldLock:
 
 
 class StoreLocks:
-    """The flock files of one store."""
+    """The flock files of one store; `roots` gives the folders that have them, each time that one is locked."""
 
-    def __init__(self, roots: list[LockRoot]) -> None:
+    def __init__(self, roots: Callable[[], Sequence[LockRoot]]) -> None:
         self._roots = roots
 
     @asynccontextmanager
@@ -164,7 +164,7 @@ class StoreLocks:
         give_up = trio.current_time() + wait_s
         try:
             # Ours first, then PBS's: the same order everywhere, so two waiters cannot block each other.
-            for root in self._roots:
+            for root in self._roots():
                 while (locked := _try_flock(root, relative, shared=shared)) is None:
                     if trio.current_time() >= give_up:
                         raise LockedError(

@@ -32,14 +32,18 @@ class Datastore(StoreTree):
         super().__init__(base)
         self.sync_level: Final = sync_level
         self.owner: Final = Owner.of(base)
-        self.pbs: Final = pbs
+        self.pbs = pbs  #: what this host's PBS says of it, as of its opening or the last change
         self._backend: Final = LocalBackend(base, self.owner, sync_level) if backend is None else backend
         self.chunks: ChunkStore = self._backend.chunks
         self.meta: MetaStore = self._backend.meta
-        roots = [LockRoot(base, LOCK_FOLDER, self.owner)]
-        if pbs is not None and LOCKS.is_dir():
-            roots.append(LockRoot(LOCKS, pbs.name, self.owner))
-        self.locks: Final = StoreLocks(roots)
+        self.locks: Final = StoreLocks(self._lock_roots)
+
+    def _lock_roots(self) -> list[LockRoot]:
+        roots = [LockRoot(self.base, LOCK_FOLDER, self.owner)]
+        # PBS makes its folder with its first lock after a boot, which may be after ours.
+        if self.pbs is not None and LOCKS.parent.is_dir():
+            roots.append(LockRoot(LOCKS.parent, f"{LOCKS.name}/{self.pbs.name}", self.owner))
+        return roots
 
     @property
     def name(self) -> str:
@@ -127,6 +131,7 @@ class Datastore(StoreTree):
             StoreError: PBS's maintenance mode or way of locking forbids it, or the backend does.
         """
         self._backend.check_writable()
+        self.pbs = find_store(self.base)  # a server has it open for months
         if self.pbs is None:
             return
         if self.pbs.refuses_writing:

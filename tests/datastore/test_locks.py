@@ -28,7 +28,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def locks(base: Path) -> StoreLocks:
-    return StoreLocks([LockRoot(base, LOCK_FOLDER, Owner.of(base))])
+    return StoreLocks(lambda: [LockRoot(base, LOCK_FOLDER, Owner.of(base))])
 
 
 def child(script: str, *args: object) -> "subprocess.Popen[str]":
@@ -119,7 +119,7 @@ from datastore.locks import LOCK_FOLDER, LockRoot, StoreLocks
 from datastore.names import Group
 async def main():
     base = Path(sys.argv[1])
-    await StoreLocks([LockRoot(base, LOCK_FOLDER, Owner.of(base))]).acquire_group(Group.parse("vm/100"))
+    await StoreLocks(lambda: [LockRoot(base, LOCK_FOLDER, Owner.of(base))]).acquire_group(Group.parse("vm/100"))
     print("ready", flush=True)
     await trio.sleep_forever()
 trio.run(main)

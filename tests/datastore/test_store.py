@@ -518,6 +518,29 @@ async def test_locks_are_taken_where_pbs_looks_for_them_too(known_to_pbs: Path, 
     repo.close()
 
 
+async def test_a_lock_of_ours_may_be_the_first_since_pbs_was_started(known_to_pbs: Path, store_folder: Path) -> None:
+    import fcntl
+
+    locks = known_to_pbs.parent / "locks"
+    locks.rmdir()
+    repo = await open_local(store_folder)
+    async with repo.backup(Snapshot.parse("vm/100/2026-01-01T00:00:00Z")):
+        with (locks / "tank" / "vm-100").open("r+") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    repo.close()
+
+
+async def test_what_pbs_is_told_while_a_store_is_open_counts(known_to_pbs: Path, store_folder: Path) -> None:
+    repo = await open_local(store_folder)
+    known = known_to_pbs.read_text()
+    known_to_pbs.write_text(known + "\tmaintenance-mode offline\n")
+    with pytest.raises(StoreError, match="PBS has it in maintenance mode 'offline'"):
+        await write_snapshot(repo, "vm/1", 1000, FILES)
+    known_to_pbs.write_text(known)
+    await write_snapshot(repo, "vm/1", 1000, FILES)
+    repo.close()
+
+
 @pytest.mark.parametrize(
     ("mode_line", "reads", "writes"),
     [
