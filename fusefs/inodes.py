@@ -135,7 +135,10 @@ class EntryTable:
     def __init__(self) -> None:
         self._by_number: dict[int, ArchiveEntries] = {}
         self._by_archive: dict[FileArchive, ArchiveEntries] = {}
-        self._next = 0
+        #: Archives by their own inode number, the one used last at the end, and the number that each has, or had: while
+        #: the kernel knows none of its entries somebody else may still go by their inode numbers.
+        self._numbers: dict[int, int] = {}
+        self._next = 0  #: the first number that no archive has had
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -148,14 +151,25 @@ class EntryTable:
         """
         entries = self._by_archive.get(archive)
         if entries is None:
-            if len(self._by_number) >= _ARCHIVES:
-                raise FleeceError("show", os.fsdecode(archive.path), f"{_ARCHIVES} archives are in use already")
-            while self._next in self._by_number:
-                self._next = (self._next + 1) % _ARCHIVES
-            entries = ArchiveEntries(self, archive, _ENTRY | self._next << _PLACE_BITS)
-            self._by_number[self._next] = self._by_archive[archive] = entries
-            self._next = (self._next + 1) % _ARCHIVES
+            number = self._number(archive)
+            entries = ArchiveEntries(self, archive, _ENTRY | number << _PLACE_BITS)
+            self._by_number[number] = self._by_archive[archive] = entries
         return entries
+
+    def _number(self, archive: FileArchive) -> int:
+        number = self._numbers.pop(archive.inode, None)
+        if number is None or number in self._by_number:
+            number = self._next
+            if number < _ARCHIVES:
+                self._next += 1
+            else:
+                unused = (inode for inode, number in self._numbers.items() if number not in self._by_number)
+                inode = next(unused, None)
+                if inode is None:
+                    raise FleeceError("show", os.fsdecode(archive.path), f"{_ARCHIVES} archives are in use already")
+                number = self._numbers.pop(inode)
+        self._numbers[archive.inode] = number
+        return number
 
     def find(self, inode: int) -> ArchiveEntries | None:
         """Whose entry `inode` is; None if it is no archive's entry.

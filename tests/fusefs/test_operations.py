@@ -17,8 +17,9 @@ from datastore.errors import (  # noqa: E402
     SnapshotNotFoundError,
     StoreError,
 )
+from fusefs import inodes  # noqa: E402
 from fusefs.errors import StaleError, errno_of  # noqa: E402
-from fusefs.inodes import InodeTable  # noqa: E402
+from fusefs.inodes import EntryTable, InodeTable  # noqa: E402
 from fusefs.nodes import File  # noqa: E402
 from fusefs.operations import LogOnce, Operations  # noqa: E402
 from fusefs.tree import NamespaceFolder  # noqa: E402
@@ -159,3 +160,40 @@ def test_a_number_that_belongs_to_another_path_is_refused() -> None:
     table.remember(cast(Any, SimpleNamespace(inode=9, path=b"vm/100")))
     with pytest.raises(StaleError):
         table.known(cast(Any, SimpleNamespace(inode=9, path=b"vm/101")))
+
+
+def test_entries_keep_their_numbers_when_the_kernel_had_forgotten_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "_ARCHIVES", 4)
+    table = EntryTable()
+
+    class Archive:
+        def __init__(self, number: int) -> None:
+            self.inode, self.path = 100 + number, b"%d" % number
+
+    archives = [cast(Any, Archive(number)) for number in range(5)]
+    row = (56, 0, 0o100644, 0, 0, 0, 0, None)
+
+    def told(number: int) -> int:
+        entries = table.of(archives[number])
+        entries.remember(row)
+        return entries.inode(row)
+
+    def forgotten(*all_told: int) -> None:
+        for inode in all_told:
+            entries = table.find(inode)
+            assert entries is not None
+            entries.forget(inode, 1)
+
+    first = [told(number) for number in range(4)]
+    assert len(set(first)) == 4
+    forgotten(*first)
+    assert len(table) == 0
+    assert [told(number) for number in (3, 2, 0, 1)] == [first[number] for number in (3, 2, 0, 1)]
+    with pytest.raises(FleeceError, match="in use already"):
+        told(4)
+    forgotten(*first)
+    # There are no others than that of the one that was not used for longest.
+    assert told(4) == first[3]
+    assert [told(number) for number in (0, 1, 2)] == first[:3]
+    with pytest.raises(FleeceError, match="in use already"):
+        told(3)
