@@ -57,6 +57,8 @@ _FOLDERS: Final = 1 << 16
 _LISTED_EARLY: Final = 100_000
 #: Folders listed, and swept, by one call in a worker thread.
 _FOLDERS_AT_ONCE: Final = 512
+_PLAIN: Final = (BlobKind.PLAIN.value, BlobKind.PLAIN_ZSTD.value)
+_ENCRYPTED: Final = (BlobKind.ENCRYPTED.value, BlobKind.ENCRYPTED_ZSTD.value)
 #: Threads that sweep. Names in memory are quick in one already; a disk that seeks likes more.
 _SWEEPERS: Final = 4
 
@@ -215,23 +217,24 @@ class LocalChunkStore:
         """True if the file that is there stays, False if `blob` replaces it."""
         if not stat.S_ISREG(found.st_mode):
             raise StoreError("store chunk", path, "something that is no file is in its place", "remove it")
-        if found.st_size == len(blob):
-            return True  # equal length is taken for equal content, as in PBS; verify is there to find out
-        if found.st_size == 0:
+        if found.st_size == 0 or (found.st_size > len(blob) and not blob.kind.encrypted):
             return False
+        magic = _magic(path)
+        if magic is None:
+            return False  # the disk has lost it
         if not blob.kind.encrypted:
-            return found.st_size < len(blob)
-        with Path(path).open("rb") as file:
-            magic = file.read(8)
-        plain = magic in (BlobKind.PLAIN.value, BlobKind.PLAIN_ZSTD.value)
-        if plain or (magic == BlobKind.ENCRYPTED.value and blob.kind is BlobKind.ENCRYPTED):
+            # The key is part of an encrypted chunk's digest. One under that of a plain chunk is a lie, which a client
+            # may have told so that others lack what they store later.
+            return magic not in _ENCRYPTED
+        uncompressed = magic == BlobKind.ENCRYPTED.value and blob.kind is BlobKind.ENCRYPTED
+        if magic in _PLAIN or (uncompressed and found.st_size != len(blob)):
             raise StoreError(
                 "store chunk",
                 path,
                 "another chunk is stored under its digest",
                 "'fleece verify' tells whether it is sound",
             )
-        return True
+        return True  # equal length is taken for equal content, as in PBS; verify is there to find out
 
     def _write_new(self, path: str, blob: Blob, temporary: str | None) -> bool:
         folder = Path(path).parent
@@ -433,3 +436,16 @@ async def check_access_times(
         "touching a file does not change its access time",
         "garbage collection needs that; use another file system",
     )
+
+
+def _magic(path: str) -> bytes | None:
+    """The first bytes of a chunk's file; None if the disk cannot read them."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 8)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None
+    finally:
+        os.close(descriptor)

@@ -27,6 +27,9 @@ DIGEST = CODEC.digest(DATA)
 SMALL = CODEC.encode(DATA)
 LARGE = CODEC.encode(DATA, compress=False)
 SECRET = ChunkCodec(CryptKey.from_raw(bytes(range(32))), CryptMode.ENCRYPT)
+#: What a client that lies may store under the digest of anything: nobody without its key can look into it.
+SHORT_LIE = Blob.make(BlobKind.ENCRYPTED, b"x", iv=bytes(16), tag=bytes(16))
+LONG_LIE = Blob.make(BlobKind.ENCRYPTED_ZSTD, bytes(len(LARGE) - 44), iv=bytes(16), tag=bytes(16))
 
 
 #: What only a folder does, where a file is the chunk and not just a sign of it.
@@ -120,8 +123,18 @@ async def test_marking_tells_what_is_missing_and_touches_bad_copies(
         (b"", SMALL, False, "incoming"),
         (bytes(len(SMALL)), SMALL, True, "there"),  # equal length is taken for equal content
         (SECRET.encode(DATA), SECRET.encode(DATA + os.urandom(50)), True, "there"),
+        (SHORT_LIE, LARGE, False, "incoming"),
+        (LONG_LIE, LARGE, False, "incoming"),
     ],
-    ids=["shorter stays", "longer is replaced", "empty is replaced", "equal length stays", "encrypted stays"],
+    ids=[
+        "shorter stays",
+        "longer is replaced",
+        "empty is replaced",
+        "equal length stays",
+        "encrypted stays",
+        "a shorter lie",
+        "a lie as long",
+    ],
 )
 async def test_what_is_there_decides(
     store: ChunkStore, path: Callable[[bytes], Path], there: Blob | bytes, incoming: Blob, duplicate: bool, stays: str
@@ -139,12 +152,13 @@ async def test_what_is_there_decides(
     [
         (SMALL, SECRET.encode(DATA)),
         (LARGE, SECRET.encode(DATA)),
+        (LARGE, LONG_LIE),
         (
             Blob.make(BlobKind.ENCRYPTED, b"1234", iv=bytes(16), tag=bytes(16)),
             Blob.make(BlobKind.ENCRYPTED, b"12345", iv=bytes(16), tag=bytes(16)),
         ),
     ],
-    ids=["plain under an encrypted name", "plain, uncompressed", "encrypted of another length"],
+    ids=["plain under an encrypted name", "plain, uncompressed", "plain, as long", "encrypted of another length"],
 )
 async def test_an_impossible_chunk_in_its_place_is_an_error(
     store: ChunkStore, path: Callable[[bytes], Path], there: Blob, incoming: Blob
@@ -153,6 +167,21 @@ async def test_an_impossible_chunk_in_its_place_is_an_error(
     with pytest.raises(StoreError, match="another chunk is stored under its digest"):
         await store.insert(DIGEST, incoming)
     assert path(DIGEST).read_bytes() == bytes(there)
+
+
+@only_local
+async def test_a_chunk_that_the_disk_cannot_read_is_replaced(
+    store: ChunkStore, path: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path(DIGEST).write_bytes(bytes(len(SMALL)))
+
+    def bad(descriptor: int, size: int) -> bytes:
+        raise OSError(errno.EIO, "bad sector")
+
+    monkeypatch.setattr("datastore.local_chunks.os.read", bad)
+    assert await store.insert(DIGEST, SMALL) == PutResult(False, len(SMALL))
+    monkeypatch.undo()
+    assert path(DIGEST).read_bytes() == bytes(SMALL)
 
 
 async def test_a_folder_or_link_in_a_chunks_place_is_an_error(store: ChunkStore, path: Callable[[bytes], Path]) -> None:
