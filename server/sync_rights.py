@@ -142,7 +142,11 @@ def to_change(
             return checks
         return [*checks, Check(near, _P.DATASTORE_BACKUP if own else _P.DATASTORE_BACKUP | _P.DATASTORE_MODIFY)]
     wanted = _P.DATASTORE_AUDIT | _P.DATASTORE_BACKUP | (_P.DATASTORE_PRUNE if remove_vanished else _P(0))
-    return [Check(near, wanted if own else wanted | _P.DATASTORE_MODIFY), _source(sides)]
+    checks = [Check(near, wanted if own else wanted | _P.DATASTORE_MODIFY), _source(sides)]
+    if sides.remote is None and not own:
+        # The job reads with the rights of its owner, in a datastore of this server what its caller may not.
+        checks.append(Check(("datastore", sides.remote_store, *sides.remote_ns.components), _P.DATASTORE_READ))
+    return checks
 
 
 def first_missing(state: ServerState, who: AuthId, checks: list[Check]) -> str | None:

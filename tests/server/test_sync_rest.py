@@ -224,3 +224,23 @@ async def test_a_job_runs_with_the_rights_of_its_owner(
     assert (await direct.call("DELETE", "/config/sync/pull", "v@pbs")).status == 403
     assert (await direct.call("DELETE", "/config/sync/pull")).data is None
     assert (await direct.call("POST", run)).text == "no such sync 'pull'"
+
+
+async def test_nobody_reads_the_backups_of_others_by_a_job_of_somebody_else(
+    direct: Direct, stores: dict[str, LocalRepository]
+) -> None:
+    await write_snapshot(stores["other"], "host/secret", 1000, FILES)
+    direct.right("/datastore/main", USER, "DatastoreAdmin")
+    direct.right("/datastore/other", USER, "DatastoreBackup")
+    for owner in ({}, {"owner": "root@pam"}, {"owner": "v@pbs"}):
+        job = {"id": "pull", **PULL, **owner}
+        assert (await direct.call("POST", "/config/sync", USER, json_body=job)).status == 403
+    assert (await direct.call("POST", "/config/sync", json_body={"id": "pull", **PULL})).status == 200
+    assert "missing access" in (await direct.call("POST", "/admin/sync/pull/run", USER)).text
+    assert (
+        await direct.call("POST", "/config/sync", USER, json_body={"id": "own", **PULL, "owner": USER})
+    ).status == 200
+    assert await ended(direct, await direct.call("POST", "/admin/sync/own/run", USER)) == "OK"
+    assert await stores["main"].groups() == []
+    direct.right("/datastore/other", USER, "DatastoreReader")
+    assert await ended(direct, await direct.call("POST", "/admin/sync/pull/run", USER)) == "OK"
