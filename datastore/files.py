@@ -105,19 +105,28 @@ def touch_in(folder: int, path: bytes) -> bool:
     raise OSError(code, os.strerror(code), os.fsdecode(path))
 
 
-def sync_filesystem(path: Path) -> None:
-    """Write everything of the file system that holds `path` to the disk.
+def sync_filesystem(target: Path | int) -> None:
+    """Write everything of the file system that holds the path or open folder `target` to the disk.
+
+    The kernel tells each descriptor once of writes that have failed since it was opened. A path is opened now, and what
+    somebody else was told before is not told again.
 
     Raises:
         OSError: a write failed.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = target if isinstance(target, int) else open_folder(target)
     try:
         if _LIBC.syncfs(fd) != 0:
             code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(path))
+            raise OSError(code, os.strerror(code), None if isinstance(target, int) else str(target))
     finally:
-        os.close(fd)
+        if fd != target:
+            os.close(fd)
+
+
+def open_folder(path: Path) -> int:
+    """Open the folder `path`, for `sync_filesystem`."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def sync_path(path: Path) -> None:

@@ -284,10 +284,15 @@ class MetaStore(Protocol):
         """
         ...
 
-    async def sync(self, folders: Sequence[str]) -> None:
+    async def sync(self, folders: Sequence[str], *, since: int) -> None:
         """Make everything written so far durable, as the store's sync level says.
 
-        `folders` are the snapshot's folder and those above it, which level `file` syncs one by one.
+        Args:
+            folders: the snapshot's folder and those above it, which level `file` syncs one by one.
+            since: descriptor of the store's folder, opened before the first write that counts.
+
+        Raises:
+            StoreError: something written since then did not get to the disk.
         """
         ...
 

@@ -127,11 +127,11 @@ class LocalMetaStore:
 
         await in_io_thread(rename)
 
-    async def sync(self, folders: Sequence[str]) -> None:
+    async def sync(self, folders: Sequence[str], *, since: int) -> None:
         """See `MetaStore.sync`."""
         if self._level is SyncLevel.FILESYSTEM:
             with store_errors("sync", str(self._base)):
-                await in_io_thread(sync_filesystem, self._base)
+                await in_io_thread(sync_filesystem, since)
         elif self._level is SyncLevel.FILE:
             with store_errors("sync", str(self._base)):
                 await in_io_thread(_sync_folders, [self._base / folder for folder in folders])

@@ -24,7 +24,7 @@ from datastore.files import unlink_quietly
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
 from datastore.reader import open_snapshot_index
-from datastore.session import LocalBackupSession, _usable_base
+from datastore.session import LocalBackupSession, _usable_base, opened_folder
 from datastore.store import Datastore
 from datastore.written import named_blob
 
@@ -141,7 +141,7 @@ class LocalResyncSession(LocalBackupSession):
         manifest = self._files.check_manifest(self._manifest, self.snapshot)
         folder = self.snapshot.path
         async with grace(_GRACE_S), self.store.locks.manifest(self.snapshot):
-            await self.store.meta.sync([folder, ""])
+            await self.store.meta.sync([folder, ""], since=self._folder)
             for name, blob in self.waiting.items():
                 await self.store.meta.put(f"{folder}/{name}", (blob.header, blob.payload), replace=True, sync=True)
             for name, tmp in list(self.indexes.items()):
@@ -200,6 +200,7 @@ async def open_resync(
     store.check_writable()
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(store.chunks.writer(wait_s=lock_wait_s))
+        folder = stack.enter_context(opened_folder(store))
         if not await in_io_thread(store.is_finished, snapshot):
             raise SnapshotNotFoundError("write again", str(snapshot), "there is no such snapshot")
         await stack.enter_async_context(store.locks.group(snapshot.group))
@@ -213,7 +214,7 @@ async def open_resync(
         await stack.enter_async_context(store.locks.snapshot(snapshot, shared=False))
         if not await in_io_thread(store.is_finished, snapshot):
             raise SnapshotNotFoundError("write again", str(snapshot), "it was removed meanwhile")
-        session = LocalResyncSession(store, snapshot, usable, [], set_aside)
+        session = LocalResyncSession(store, snapshot, usable, [], folder, set_aside)
         try:
             yield session
         finally:

@@ -5,8 +5,8 @@ then everything is made durable, and only then the manifest appears, which makes
 """
 
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from datastore.changes import update_manifest
 from datastore.digests import DigestSet
 from datastore.dynamic_index import DynamicIndexWriter
 from datastore.errors import LockedError, OwnerError, StoreError
-from datastore.files import SyncLevel, unlink_quietly
+from datastore.files import SyncLevel, open_folder, store_errors, unlink_quietly
 from datastore.fixed_index import FixedIndexWriter
 from datastore.index import ArchiveIndex
 from datastore.interface import BlockingChunkStore, PutResult
@@ -61,7 +61,8 @@ class LocalBackupSession:
     store: Datastore
     snapshot: Snapshot
     base: Snapshot | None
-    warnings: list[str] = field(default_factory=list)  #: for people, for example about a foreign owner
+    warnings: list[str]  #: for people, for example about a foreign owner
+    _folder: int  #: descriptor of the store's, from before the first write: it is told of errors of the disk
     _set_aside: int = 0  #: `ChunkStore.times_set_aside` when it began, or when it looked last
     _known: DigestSet = field(default_factory=DigestSet)
     _writers: dict[int, _OpenIndex] = field(default_factory=dict)
@@ -251,7 +252,7 @@ class LocalBackupSession:
         async with grace(_FINISH_GRACE_S):
             # From here on the outcome is decided by the disk, not by an impatient caller. A bucket out of reach would
             # let them wait for a quarter of an hour.
-            await self.store.meta.sync([*folders, ""])
+            await self.store.meta.sync([*folders, ""], since=self._folder)
             if missing := await self._set_aside_meanwhile():
                 why = f"verify set {missing} of its chunks aside meanwhile, since they are corrupt"
                 raise StoreError("finish", where, why, "back it up again when 'fleece verify' has ended")
@@ -351,6 +352,7 @@ async def open_session(
     store.check_writable()
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(store.chunks.writer(wait_s=lock_wait_s))
+        folder = stack.enter_context(opened_folder(store))
         group_lock = await stack.enter_async_context(store.locks.group(snapshot.group))
         made = await store.meta.make_folders(snapshot.group.path)
         new_group = store.base / snapshot.group.path in made
@@ -374,7 +376,7 @@ async def open_session(
             if store.sync_level is SyncLevel.NONE:
                 warnings.append("sync level 'none': a power cut may leave this snapshot listed, but without its data")
             session = LocalBackupSession(
-                store, snapshot, usable, warnings, set_aside, foreign=foreign, cache_chunks=cache_chunks
+                store, snapshot, usable, warnings, folder, set_aside, foreign=foreign, cache_chunks=cache_chunks
             )
         except BaseException as error:
             if new_group:
@@ -397,6 +399,17 @@ async def open_session(
             await clean(error)
             raise
         await clean(None)
+
+
+@contextmanager
+def opened_folder(store: Datastore) -> Iterator[int]:
+    """The store's folder, open while a session writes; see `MetaStore.sync`."""
+    with store_errors("write to", store.base):
+        folder = open_folder(store.base)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 @asynccontextmanager

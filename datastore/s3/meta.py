@@ -233,9 +233,9 @@ class S3MetaStore:
                     continue
         return True
 
-    async def sync(self, folders: Sequence[str]) -> None:
+    async def sync(self, folders: Sequence[str], *, since: int) -> None:
         """See `MetaStore.sync`. The bucket is durable already, but what garbage collection reads is here."""
-        await self._local.sync(folders)
+        await self._local.sync(folders, since=since)
 
 
 def _is_stored(path: str) -> bool:

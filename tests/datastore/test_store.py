@@ -18,7 +18,7 @@ from datastore.names import Group, Namespace, Snapshot
 from datastore.session import open_session
 from datastore.store import Datastore, SnapshotEntry
 from repository.local import open_local
-from tests.support.snapshots import read_image, write_snapshot
+from tests.support.snapshots import put_all, read_image, write_snapshot
 from tests.support.stores import chunk_files
 
 FILES = {"disk.img.fidx": b"x" * 1000}
@@ -242,6 +242,30 @@ async def test_a_chunk_that_replaces_another_is_written_in_the_snapshots_folder(
         assert await session.put_chunk(writer, digest, len(data), small) == PutResult(False, len(small))
     assert sources == [store_folder / snapshot.path]
     repo.close()
+
+
+async def test_a_backup_is_told_of_what_could_not_be_written_since_it_began(
+    store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells a descriptor of errors since it was opened; one opened at the end only of what nobody knows."""
+    synced: list[int | Path] = []
+    monkeypatch.setattr("datastore.local_meta.sync_filesystem", synced.append)
+    repo = await open_local(store_folder)
+    async with repo.backup(Group.parse("vm/100").at(1000)) as session:
+        before = {fd for fd in map(int, os.listdir("/proc/self/fd")) if fd_path(fd) == store_folder}  # noqa: PTH208
+        await put_all(session, FILES)
+        await session.finish()
+    assert len(synced) == 1
+    assert synced[0] in before
+    assert not any(fd_path(fd) == store_folder for fd in before), "it is closed at the end"
+    repo.close()
+
+
+def fd_path(fd: int) -> Path | None:
+    try:
+        return Path(f"/proc/self/fd/{fd}").readlink()
+    except OSError:
+        return None
 
 
 async def test_folders_that_vanish_under_a_backup_are_a_clear_error(store_folder: Path) -> None:

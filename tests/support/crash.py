@@ -112,7 +112,7 @@ def dying_at(number: int, journal: Journal, on_death: Callable[[], None]) -> Ite
 
         return call
 
-    def syncfs(path: Path) -> None:
+    def syncfs(path: Path | int) -> None:
         count[0] += 1
         if count[0] == number:
             on_death()
