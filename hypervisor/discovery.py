@@ -31,6 +31,9 @@ _DEVICE_TYPES: Final = {
 #: Devices whose guest talks to the hardware by itself: its writes pass by every filter and bitmap of QEMU.
 _PASS_THROUGH: Final = frozenset({"scsi-generic", "scsi-block"})
 
+#: Devices whose disks another program serves to the guest: QEMU knows nothing of them.
+_SERVED_PAST: Final = ("child<vhost-user-blk", "child<vhost-user-scsi", "child<vhost-scsi")
+
 #: Why no dirty bitmap of this QEMU tells what changed on a disk that others write to as well.
 SHAREABLE: Final = "the disk is shareable: what other machines write to it is in no dirty bitmap"
 
@@ -201,7 +204,7 @@ async def survey(
 
     Raises:
         DiskNameError: two disks of one name, a name that cannot be used, or an `include` that chooses no disk.
-        VmUnsupportedError: a chosen device's guest writes pass QEMU by (`scsi-generic`, `scsi-block`).
+        VmUnsupportedError: a chosen device's guest writes pass QEMU by (`scsi-generic`, `vhost-user-blk` and the like).
         QmpError, QmpAnswerError: as `Qmp.execute`.
     """
     names = dict(names or {})
@@ -229,6 +232,11 @@ async def survey(
             left_out.append(LeftOut(device.label, reason, aliases))
             continue
         found.append(await device.disk(qmp, name, aliases))
+    for past in await _served_past(qmp):
+        if (wanted is None or _matches(past.aliases, wanted)) and not _matches(past.aliases, unwanted):
+            # Left out without a word, nobody would notice that it is missing.
+            raise VmUnsupportedError("back up disk", past.device, past.reason, "exclude it")
+        left_out.append(replace(past, reason="excluded"))
     for disk in also:
         if (wanted is None or _matches(disk.aliases, wanted)) and not _matches(disk.aliases, unwanted):
             found.append(disk)
@@ -237,6 +245,24 @@ async def survey(
     _check_wanted(qmp, wanted or (), found, left_out)
     _check_clashes(qmp, found)
     return Survey(tuple(found), tuple(left_out))
+
+
+async def _served_past(qmp: Qmp) -> list[LeftOut]:
+    """The devices of which QEMU has no block node."""
+    found: list[LeftOut] = []
+    if "qom-list" not in qmp.commands:
+        return found
+    for folder in (_PERIPHERAL, "/machine/peripheral-anon/"):
+        where = f"{qmp.where}, qom-list {folder}"
+        for entry in checked.objects(await qmp.execute("qom-list", {"path": folder.rstrip("/")}), where):
+            if not checked.field(entry, "type", str, where).startswith(_SERVED_PAST):
+                continue
+            name = checked.field(entry, "name", str, where)
+            path = folder + name
+            label = checked.printable(name if folder == _PERIPHERAL else path)
+            why = "another program serves it to the guest, past QEMU (vhost)"
+            found.append(LeftOut(label, why, frozenset({name, path})))
+    return found
 
 
 async def _named_nodes(qmp: Qmp, instead: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from hypervisor.disk_names import archive_name, image_path
 from hypervisor.errors import DiskNameError, QmpAnswerError, VmStateError, VmUnsupportedError
 from hypervisor.qmp import connect
 from tests.support.qemu_binaries import QemuBinary
-from tests.support.running import RunningQemu, VmDisk
+from tests.support.running import RunningQemu, RunningStorageDaemon, VmDisk
 from tests.support.scripted_qmp import ScriptedQmp
 
 MIB = 1 << 20
@@ -155,6 +155,27 @@ async def test_one_image_behind_two_devices_is_refused(distribution: QemuBinary,
         with pytest.raises(DiskNameError, match=r"are one disk.*; exclude both"):
             await list_disks(qmp)
         assert [disk.device for disk in await list_disks(qmp, exclude=["path1"])] == ["path0"]
+
+
+async def test_a_disk_that_another_program_serves_is_refused_until_it_is_excluded(
+    qemu: QemuBinary, tmp_path: Path
+) -> None:
+    other = VmDisk(raw(tmp_path, "b.raw"), "b")
+    async with RunningStorageDaemon.start(qemu, [other.blockdev()]) as daemon:
+        address = {"type": "unix", "path": str(daemon.folder / "vhost")}
+        export = {"type": "vhost-user-blk", "id": "e", "node-name": other.node, "addr": address, "writable": True}
+        await daemon.execute("block-export-add", export)
+        extra = [
+            *("-object", "memory-backend-memfd,id=m,size=256M,share=on", "-machine", "memory-backend=m"),
+            *("-chardev", f"socket,id=c,path={daemon.folder}/vhost", "-device", "vhost-user-blk-pci,chardev=c,id=past"),
+        ]
+        disk = VmDisk(raw(tmp_path, "a.raw"))
+        async with RunningQemu.start(qemu, [disk], extra=extra) as vm, connect(vm.qmp) as qmp:
+            with pytest.raises(VmUnsupportedError, match=r"back up disk past: another program .*; exclude it"):
+                await survey(qmp)
+            for found in (await survey(qmp, exclude=["past"]), await survey(qmp, include=["disk0"])):
+                assert [one.device for one in found.disks] == ["disk0"]
+                assert [(one.device, one.reason) for one in found.left_out] == [("past", "excluded")]
 
 
 async def test_bitmaps_of_the_root_are_listed(qemu: QemuBinary, tmp_path: Path) -> None:
