@@ -220,21 +220,20 @@ class LocalChunkStore:
         if found.st_size == 0 or (found.st_size > len(blob) and not blob.kind.encrypted):
             return False
         magic = _magic(path)
-        if magic is None:
-            return False  # the disk has lost it
-        if not blob.kind.encrypted:
-            # The key is part of an encrypted chunk's digest. One under that of a plain chunk is a lie, which a client
-            # may have told so that others lack what they store later.
-            return magic not in _ENCRYPTED
-        uncompressed = magic == BlobKind.ENCRYPTED.value and blob.kind is BlobKind.ENCRYPTED
-        if magic in _PLAIN or (uncompressed and found.st_size != len(blob)):
-            raise StoreError(
-                "store chunk",
-                path,
-                "another chunk is stored under its digest",
-                "'fleece verify' tells whether it is sound",
-            )
-        return True  # equal length is taken for equal content, as in PBS; verify is there to find out
+        if magic not in (_ENCRYPTED if blob.kind.encrypted else _PLAIN):
+            # The disk has lost it, in a power cut for example. Or it is plain or encrypted, and what comes is not: the
+            # key is part of an encrypted chunk's digest. One under that of a plain chunk is a lie, which a client may
+            # have told so that others lack what they store later.
+            if blob.kind.encrypted and magic in _PLAIN:
+                raise _another_chunk(path)
+            return False
+        if found.st_size == len(blob):
+            return True  # equal length is taken for equal content, as in PBS; verify is there to find out
+        if not _is_sound(path):
+            return False  # cut off, by a power cut or a repair of the file system
+        if magic == BlobKind.ENCRYPTED.value and blob.kind is BlobKind.ENCRYPTED:
+            raise _another_chunk(path)
+        return True
 
     def _write_new(self, path: str, blob: Blob, temporary: str | None) -> bool:
         folder = Path(path).parent
@@ -436,6 +435,24 @@ async def check_access_times(
         "touching a file does not change its access time",
         "garbage collection needs that; use another file system",
     )
+
+
+def _another_chunk(path: str) -> StoreError:
+    why, hint = "another chunk is stored under its digest", "'fleece verify' tells whether it is sound"
+    return StoreError("store chunk", path, why, hint)
+
+
+def _is_sound(path: str) -> bool:
+    """True if a chunk's file can be read and its CRC is right."""
+    try:
+        Blob.parse(read_file(path, limit=MAX_ENCODED_CHUNK), where=path).check(where=path)
+    except FormatError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EFBIG):
+            raise
+        return False
+    return True
 
 
 def _magic(path: str) -> bytes | None:
