@@ -437,6 +437,10 @@ async def _remove_group(store: Datastore, group: Group, lock: HeldLock) -> None:
 async def _check_owner(store: Datastore, group: Group, owner: str | None, *, strict: bool) -> list[str]:
     current = await in_io_thread(store.group_owner, group)
     if current is None:
+        if strict and await in_io_thread(lambda: bool(store.snapshots(group))):
+            # Whoever became its owner could read them, and perhaps remove them.
+            why = f"it has backups, but no owner, and does not become {owner}'s by writing to it"
+            raise OwnerError("write to group", str(group), why, f"'fleece owner {group} AUTHID' gives it one")
         await store.write_new_owner(group, owner or DEFAULT_OWNER)
         return []
     if owner is None or current == owner or ("!" not in owner and current.startswith(f"{owner}!")):

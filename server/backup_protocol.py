@@ -161,7 +161,7 @@ async def _refusal(error: FleeceError, call: Call, repository: LocalRepository) 
     match error:
         case OwnerError():
             owner = await in_io_thread(repository.store.group_owner, group)
-            return ApiError(f"backup owner check failed ({call.caller} != {owner})")
+            return ApiError(f"backup owner check failed ({call.caller} != {owner or 'nobody'})")
         case LockedError() if "of this second" in error.why:
             return ApiError("backup directory already exists.")
         case UsageError() if "not after" in error.why:

@@ -15,7 +15,7 @@ from server.state import ServerState
 from tests.support.direct_server import Direct, Session
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_stores import s3_store
-from tests.support.snapshots import CODEC
+from tests.support.snapshots import CODEC, write_snapshot
 from tests.support.wire_server import Stores
 
 USER = "u@pbs"
@@ -138,3 +138,19 @@ async def idle(direct: Direct) -> None:
     with trio.fail_after(60):
         while direct.state.tasks.busy:  # noqa: ASYNC110 - it lasts some milliseconds
             await trio.sleep(0.01)
+
+
+async def test_backups_without_an_owner_do_not_become_those_of_the_next_client(
+    direct: Direct, local: LocalRepository
+) -> None:
+    direct.right("/datastore/main", USER, "DatastoreBackup")
+    await write_snapshot(local, "host/web", 1000, {"a.conf.blob": b"secret"})
+    owner = local.store.base / "host/web/owner"
+    owner.unlink()
+    query = {"store": "main", "backup-type": "host", "backup-id": "web", "backup-time": 2000}
+    got = await direct.refusal("backup", USER, query)
+    assert (got.status, got.text) == (400, f"backup owner check failed ({USER} != nobody)")
+    assert not owner.exists()
+    # What a server leaves that is killed right after it has made the folder.
+    (local.store.base / "host/new").mkdir()
+    assert (await direct.refusal("backup", USER, {**query, "backup-id": "new"})).status == 101
