@@ -73,8 +73,9 @@ class _Holder:
         """Finish the session and let go of its locks."""
         self._wanted.set()
         await self._left.wait()
-        if self._error is not None:
-            raise self._error
+        if not self.finished:
+            # Without an error that was foreseen, the one that was not is on its way out beside this.
+            raise self._error or ApiError("the backup could not be finished, the log of the server tells why")
 
     async def settled(self) -> bool:
         """Wait for the end of a `finish` that is at work; True if the snapshot is there."""

@@ -9,6 +9,7 @@ import trio
 from datastore.blob import Blob, BlobKind
 from datastore.names import Group, Snapshot
 from datastore.s3.counters import Counters, Method, Totals
+from datastore.session import LocalBackupSession
 from repository.local import LocalRepository
 from server.application import Application
 from server.state import ServerState
@@ -154,3 +155,23 @@ async def test_backups_without_an_owner_do_not_become_those_of_the_next_client(
     # What a server leaves that is killed right after it has made the folder.
     (local.store.base / "host/new").mkdir()
     assert (await direct.refusal("backup", USER, {**query, "backup-id": "new"})).status == 101
+
+
+async def test_an_error_that_nobody_foresaw_is_no_finished_backup(
+    direct: Direct, local: LocalRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: dict[str, int] = {}
+
+    async def finish(session: LocalBackupSession) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    async def noted(session: Session, method: str, path: str, query: dict[str, object], body: bytes = b"") -> None:
+        answers[path] = (await session.call(method, path, query, body=body)).status
+
+    direct.right("/datastore/main", USER, "DatastoreBackup")
+    monkeypatch.setattr(LocalBackupSession, "finish", finish)
+    monkeypatch.setitem(globals(), "ok", noted)
+    with pytest.raises(RuntimeError, match="nobody foresaw this"):
+        await back_up(direct, 1000)
+    assert (answers["/blob"], answers["/finish"]) == (200, 400)
+    assert await local.groups() == []
