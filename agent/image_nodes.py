@@ -297,6 +297,10 @@ class ImageFolder(_Known, Directory):
     def __len__(self) -> int:
         return 0  # not known without reading all of it
 
+    def readable(self, lost: Callable[[FormatError | NotFoundError], object]) -> Iterator[Node]:
+        """See `Directory`; what cannot be read is complained about anyway."""
+        return self.stream()
+
     def children(self) -> list[Node]:
         """See `Directory`; they come sorted."""
         return list(self.stream())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, TypeAlias, TypeVar
 
-from core.errors import UsageError
+from core.errors import FormatError, NotFoundError, UsageError
 from pxar.entries import Head, read_head, read_name
 from pxar.format import (
     ENTRY_V1_SIZE,
@@ -35,6 +35,10 @@ from pxar.sinks import ReferenceBytes
 _ENTRY_READ: Final = 4096
 #: Bytes that are read at once for neighbours of one directory.
 _BLOCK: Final = 64 << 10
+#: Up to so many bytes of an entry behind which nothing can be read just those are read that it has.
+_EXACT: Final = 1024
+#: Errors of what stands at one place; all others concern every read.
+_UNREADABLE: Final = (FormatError, NotFoundError)
 #: Bytes of an entry that a node keeps; longer metadata are read again when they are asked for.
 _KEPT: Final = 512
 
@@ -265,6 +269,17 @@ class Directory(_Entry):
         Raises:
             ArchiveError: as `lookup`, and where children overlap. After this or any other error start anew.
         """
+        return self._stream(None)
+
+    def readable(self, lost: Callable[[FormatError | NotFoundError], object]) -> Iterator["Node"]:
+        """As `stream`, but a child that cannot be read is passed over, once `lost` was called with the reason.
+
+        Raises:
+            ArchiveError: the table cannot be read, or children overlap.
+        """
+        return self._stream(lost)
+
+    def _stream(self, lost: Callable[[FormatError | NotFoundError], object] | None) -> Iterator["Node"]:
         accessor = self._accessor
         end, rows = self.table
         places = sorted(self._place(end, *row) for row in ROW.iter_unpack(rows))
@@ -274,13 +289,24 @@ class Directory(_Entry):
         for index, (start, limit) in enumerate(places):
             if start < behind:
                 raise bad(accessor.where, start, "two entries of one directory overlap")
-            if known < stop and start + _ENTRY_READ > known:
-                data = accessor._read(start, _block(places, index, stop))
-                base, known = start, start + len(data)
             try:
-                node = accessor._parsed(data, start - base, base, limit)
-            except Short:
-                node = accessor._node(start, limit, stop)
+                if known < stop and start + _ENTRY_READ > known:
+                    data = accessor._read(start, _block(places, index, stop))
+                    base, known = start, start + len(data)
+                try:
+                    node = accessor._parsed(data, start - base, base, limit)
+                except Short:
+                    node = accessor._node(start, limit, stop)
+            except _UNREADABLE as error:
+                if lost is None:
+                    raise
+                base = known = 0
+                try:
+                    # What is damaged may be one of its neighbours, or its content.
+                    node = accessor._node(start, limit, stop, exact=True)
+                except _UNREADABLE:
+                    lost(error)
+                    continue
             assert node is not None
             behind = node.behind
             yield node
@@ -459,9 +485,11 @@ class ArchiveAccessor:
             raise bad(self.where, start, "no GOODBYE where a table must begin")
         return start, data[HEADER_SIZE : size - ROW_SIZE]
 
-    def _node(self, start: int, limit: int, stop: int, wanted: bytes | None = None) -> "Node | None":
+    def _node(
+        self, start: int, limit: int, stop: int, wanted: bytes | None = None, *, exact: bool = False
+    ) -> "Node | None":
         """The entry whose FILENAME is at `start`; None if its name is not the one wanted."""
-        return self._growing(start, stop, lambda data: self._parsed(data, 0, start, limit, wanted))
+        return self._growing(start, stop, lambda data: self._parsed(data, 0, start, limit, wanted), exact=exact)
 
     def _parsed(self, data: bytes, offset: int, base: int, limit: int, wanted: bytes | None = None) -> "Node | None":
         """As `_node`, for the FILENAME at `data[offset]`; `base` is the position of `data`."""
@@ -479,17 +507,20 @@ class ArchiveAccessor:
             raise bad(self.where, filename_position, f"{shown(name)} is larger than its directory's table says")
         return node
 
-    def _growing(self, start: int, stop: int, parse: Callable[[bytes], _T]) -> _T:
-        """What `parse` makes of as many bytes from `start` on as it needs; none at `stop` or behind."""
-        length = min(_ENTRY_READ, stop - start)
+    def _growing(self, start: int, stop: int, parse: Callable[[bytes], _T], *, exact: bool = False) -> _T:
+        """What `parse` makes of as many bytes from `start` on as it needs; none at `stop` or behind.
+
+        `exact`: if these are few, no others are read.
+        """
+        length = min(HEADER_SIZE if exact else _ENTRY_READ, stop - start)
         while True:
             data = self._read(start, length)
             try:
                 return parse(data)
-            except Short:
+            except Short as short:
                 if length >= stop - start:
                     raise bad(self.where, start, "an entry is cut off") from None
-                length = min(2 * length, stop - start)
+                length = min(short.needed if exact and short.needed <= _EXACT else 2 * length, stop - start)
 
     def _read(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._archive.size:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from core.buffers import Buffer
 from core.errors import FormatError, NotFoundError, UsageError
 from pxar.accessor import ArchiveAccessor, Directory, FileNode, Hardlink, Node
-from pxar.extract import pieces
+from pxar.extract import ENTRY_LOST, Unreadable, pieces
 from pxar.extract_report import ExtractOptions, ExtractReport
 from pxar.format import Kind, shown
 from pxar.selection import TAKEN, Selection
@@ -110,7 +110,11 @@ class Export:
         before = b"/" + self._prefix if self._prefix else b""
         fate = selection.fate(before or b"/", True, selection.root) if selection else TAKEN
         path = b""  # of the last level
-        levels = [_Level(0, None, _distinct(self._start), fate)]
+
+        def lost(error: Unreadable) -> None:
+            self.complain(path, ENTRY_LOST, error)
+
+        levels = [_Level(0, None, _distinct(self._start, lost), fate)]
         yield b"", self._start
         while levels:
             length, _, children, above = levels[-1]
@@ -129,7 +133,7 @@ class Export:
                             yield from self._given_out(levels, path)
                             yield here, node
                     elif fate == TAKEN or selection.may_hold(before + b"/" + here, fate):
-                        below, path = _Level(len(here), node, _distinct(node), fate), here
+                        below, path = _Level(len(here), node, _distinct(node, lost), fate), here
                         break
             except UNREADABLE as error:
                 self.complain(path, "not all of the folder could be read", error)
@@ -198,8 +202,8 @@ class Export:
             self._progress(self.report)
 
 
-def _distinct(directory: Directory) -> Iterator[Node]:
-    """The children of `directory` in archive order, up to a name that was there before.
+def _distinct(directory: Directory, lost: Callable[[Unreadable], None]) -> Iterator[Node]:
+    """The children of `directory` in archive order, up to a name that was there before; `lost`: as `readable` has it.
 
     Whoever unpacks a symlink and then a folder of the same name may write where the symlink leads.
 
@@ -207,7 +211,7 @@ def _distinct(directory: Directory) -> Iterator[Node]:
         ArchiveError: as `Directory.stream`, and at the second entry of a name.
     """
     last, is_checked = b"", False
-    for node in directory.stream():
+    for node in directory.readable(lost):
         if node.name <= last and not is_checked:
             directory.children()
             is_checked = True

@@ -12,7 +12,7 @@ Docs: docs/formats.md, "File archives"; what is safe against forged archives: `t
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeAlias
 
 from core.buffers import Buffer
 from core.errors import FormatError, NotFoundError
@@ -37,8 +37,11 @@ _PIECE: Final = 512 << 10
 #: Bytes of the largest chunk.
 _MAX_HELD: Final = 16 << 20
 _DAMAGED: Final = "the backup is damaged there"
+#: What is told of a folder for each of its entries of which not even the name is known.
+ENTRY_LOST: Final = "an entry in it, with all that may be in that, is missing"
 #: Errors of one entry. All others (no connection, no key) concern every entry.
 _UNREADABLE: Final = (FormatError, NotFoundError)
+Unreadable: TypeAlias = FormatError | NotFoundError
 _WANTED: Final = {
     Kind.BLOCK: Features.DEVICE_NODES,
     Kind.CHARACTER: Features.DEVICE_NODES,
@@ -129,9 +132,11 @@ class _Level:
 
     __slots__ = ("entered", "fate", "links", "metadata", "name", "stream")
 
-    def __init__(self, node: Directory, metadata: Metadata, fate: int, entered: bool) -> None:
+    def __init__(
+        self, node: Directory, metadata: Metadata, fate: int, entered: bool, lost: Callable[[Unreadable], None]
+    ) -> None:
         self.name, self.metadata = node.name, metadata
-        self.stream = node.stream()
+        self.stream = node.readable(lost)
         self.fate = fate
         self.entered = entered  #: the target is told
         self.links = False  #: there were hard links in it
@@ -167,7 +172,7 @@ class _Run:
             fate = selection.fate(shown or b"/", True, selection.root) if selection else TAKEN
             metadata = start.metadata
             self._path = shown
-            self._levels.append(_Level(start, metadata, fate, True))
+            self._levels.append(_Level(start, metadata, fate, True, self._lost))
             while self._levels:
                 self._go_on()
             behind.drain()
@@ -219,7 +224,7 @@ class _Run:
             self._lose(node.name, "the folder, with all that is in it, is missing", error)
             return False
         self._path = path
-        self._levels.append(_Level(node, metadata, fate, False))
+        self._levels.append(_Level(node, metadata, fate, False, self._lost))
         if fate == TAKEN:
             self._enter()
         if self._progress is not None:
@@ -350,7 +355,10 @@ class _Run:
         if self._progress is not None:
             self._progress(self._report)
 
-    def _lose(self, name: bytes | None, what: str, error: FormatError | NotFoundError) -> None:
+    def _lost(self, error: Unreadable) -> None:
+        self._lose(None, ENTRY_LOST, error)
+
+    def _lose(self, name: bytes | None, what: str, error: Unreadable) -> None:
         """An entry of the current folder, or a part of the folder itself, cannot be read."""
         names = [level.name for level in self._levels[1:]]
         if name is not None:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import trio
 
 from core.buffers import Buffer
-from core.errors import NotFoundError
+from core.errors import FormatError, NotFoundError
 from datastore.codec import ChunkCodec
 from datastore.manifest import Manifest
 from datastore.names import strip_archive_type
@@ -33,6 +33,7 @@ class StoredBytes:
         self._reader = reader
         self._start = self._end = 0  # of the chunk used last
         self._view = memoryview(b"")
+        self._bad: tuple[int, FormatError | NotFoundError] | None = None  # chunk that could not be read last, and why
 
     def read(self, offset: int, length: int) -> Buffer:
         """Bytes from `offset` on: `length` of them, or fewer at the end of the stream; a view where that saves a copy.
@@ -56,7 +57,14 @@ class StoredBytes:
         index = self._reader.archive.index
         number = index.find(offset)
         start, size = index.span(number)
-        chunk = trio.from_thread.run(self._reader.chunk, number)
+        if self._bad is not None and self._bad[0] == number:
+            # Who passes over what is damaged may ask for each of the thousands of entries in there.
+            raise self._bad[1].with_traceback(None)
+        try:
+            chunk = trio.from_thread.run(self._reader.chunk, number)
+        except (FormatError, NotFoundError) as error:
+            self._bad = number, error
+            raise
         self._start, self._end, self._view = start, start + size, memoryview(chunk).cast("B")
 
 

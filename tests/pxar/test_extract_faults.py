@@ -1,8 +1,10 @@
 """Restores that cannot go on, or not with every entry."""
 
 import errno
+import io
 import os
 import subprocess
+import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ from pxar.accessor import ArchiveAccessor
 from pxar.behind import Behind
 from pxar.extract import extract_folder
 from pxar.extract_report import MAX_ALIKE, ExtractOptions, ExtractReport
-from tests.pxar.archives import MemoryBytes, archived
+from pxar.format import ENTRY, U64
+from pxar.tar_stream import write_tar
+from tests.pxar.archives import Item, MemoryBytes, archived
 from tests.pxar.restored import (
     AS_ROOT,
     MIB,
@@ -44,6 +48,44 @@ def test_files_that_cannot_be_read_are_named_and_the_others_restored(tmp_path: P
     assert names_below(tmp_path / "second") == {"058", "059", "big", "z"}
     assert (report.failed, report.files, len(report.warnings)) == (58, 4, MAX_ALIKE + 1)
     assert report.warnings[-1].endswith("more entries: not restored: the backup is damaged there")
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("to_tar", [True, False])
+def test_what_stands_behind_something_damaged_is_restored(tmp_path: Path, split: bool, to_tar: bool) -> None:
+    def some(count: int) -> Item:
+        return folder({b"%03d" % number: file(b"content %d of it" % number) for number in range(count)})
+
+    root = folder({name: some(60) for name in (b"a", b"b", b"c")} | {b"d": file(b"d")})
+    archive, payload = archived(root, split=split)
+
+    def place(name: bytes, start: int = 0) -> int:
+        return archive.index(name + b"\0" + U64.pack(ENTRY), start)
+
+    second = place(b"b")
+
+    def restored(start: int, end: int) -> tuple[set[str], ExtractReport]:
+        accessor = ArchiveAccessor(Damaged(archive, start, end), MemoryBytes(payload) if split else None)
+        if to_tar:
+            data = bytearray()
+            report = write_tar(accessor, data.extend)
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                return {name for name in tar.getnames() if name not in ("", ".")}, report
+        target = tmp_path / str(start)
+        report = extract_folder(accessor, str(target))
+        return names_below(target), report
+
+    everything, _ = restored(-1, -1)
+    # The entry of one folder, and what stands before and behind it.
+    names, report = restored(second, second + 60)
+    assert everything - names == {"b"} | {f"b/{number:03}" for number in range(60)}
+    assert report.failed == 1
+    assert report.warnings[0].startswith("'/': an entry in it, with all that may be in that, is missing: ")
+    # Some files within a folder.
+    names, report = restored(place(b"020", second), place(b"022", second) - 60)
+    assert everything - names == {"b/020", "b/021"}
+    assert report.failed == 2
+    assert all(warning.startswith("'b': an entry in it") for warning in report.warnings)
 
 
 def test_an_error_of_the_store_ends_it_and_leaves_no_half_file(tmp_path: Path) -> None:
