@@ -113,15 +113,17 @@ def parse_page(body: Buffer) -> Page:
         FormatError: anything else.
     """
     root = _root(body, "ListBucketResult")
-    objects, truncated, token = [], False, None
+    objects, truncated, token = [], None, None
     for child in root:
         name = _name(child)
         if name == "Contents":
             objects.append(_listed(child))
         elif name == "IsTruncated":
-            truncated = (child.text or "").strip() == "true"
+            truncated = _is_true(child)
         elif name == "NextContinuationToken":
             token = child.text or ""
+    if truncated is None:
+        truncated = bool(token)  # who does not say so, but gives a token, has more
     if truncated and not token:
         raise _wrong("truncated, but without a token to go on with")
     return Page(objects, token if truncated else None)
@@ -139,7 +141,7 @@ def parse_versions(body: Buffer) -> VersionPage:
         if name in ("Version", "DeleteMarker"):
             versions.append(_version(child))
         elif name == "IsTruncated":
-            truncated = (child.text or "").strip() == "true"
+            truncated = _is_true(child)
         elif name == "NextKeyMarker":
             key = child.text or ""
         elif name == "NextVersionIdMarker":
@@ -253,6 +255,11 @@ def _root(body: Buffer, name: str) -> ElementTree.Element:
 
 def _name(element: ElementTree.Element) -> str:
     return element.tag.rpartition("}")[2]
+
+
+def _is_true(element: ElementTree.Element) -> bool:
+    # A listing that is taken for whole although it is not would lose what it lacks: only a plain "no" is one.
+    return (element.text or "").strip().lower() not in ("", "false", "0")
 
 
 def _fields(element: ElementTree.Element) -> dict[str, str]:

@@ -50,6 +50,8 @@ def test_a_truncated_page_has_a_token_or_is_wrong() -> None:
     token = "<NextContinuationToken>a+/=</NextContinuationToken>"
     assert parse_page(listing(f"<IsTruncated>true</IsTruncated>{token}")).token == "a+/="
     assert parse_page(listing(f"<IsTruncated>false</IsTruncated>{token}")).token is None
+    for other in ("<IsTruncated>True</IsTruncated>", "<IsTruncated>1</IsTruncated>", ""):
+        assert parse_page(listing(f"{other}{token}")).token == "a+/=", "what it lacks must not be taken for removed"
     with pytest.raises(FormatError, match="without a token"):
         parse_page(listing("<IsTruncated>true</IsTruncated>"))
 
