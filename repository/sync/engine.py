@@ -234,7 +234,7 @@ class _Run:
                 progress.log(f"{snapshot_text(snapshot)} is left out: its manifest does not pass the filter")
                 return
             if kind is _Work.NEW or there is None:
-                report = await self._new(source, target)
+                report = await self._new(source, target, there)
             else:
                 report = await look_again(source, self.target, there, self.context, corrupt=kind is _Work.CORRUPT)
         if report is None:
@@ -244,8 +244,11 @@ class _Run:
         self.report.snapshots.append(report)
         progress.log(f"synced {snapshot_text(target)} ({report.outcome.value})")
 
-    async def _new(self, source: Source, target: Snapshot) -> SnapshotReport | None:
-        """Write a snapshot that the target does not have; None if somebody else did meanwhile."""
+    async def _new(self, source: Source, target: Snapshot, there: SnapshotInfo | None) -> SnapshotReport | None:
+        """Write a snapshot that the target does not have; None if somebody else did meanwhile, or it cannot be.
+
+        `there` is an unfinished one of that time, which PBS refuses to replace until its prune has removed it.
+        """
         opened = False
         try:
             async with self.target.backup(target, owner=self.context.owner) as session:
@@ -255,9 +258,15 @@ class _Run:
                 report = await send_snapshot(source, session, self.context)
                 await session.finish()
                 warnings = list(session.warnings)
-        except FleeceError:
-            if opened or not await self._is_there(target):
+        except FleeceError as error:
+            if opened:
                 raise
+            if await self._is_there(target):
+                return None
+            if there is None or self.context.options.direction is Direction.PULL:
+                raise
+            why = f"an unfinished one of that time is in its way at the target, which refuses it: {error}"
+            self.context.progress.warn(f"{snapshot_text(target)} is left out: {why}")
             return None
         for warning in warnings:
             if warning not in self.told:

@@ -130,7 +130,8 @@ def choose(source: Sequence[SnapshotInfo], target: Sequence[SnapshotInfo], optio
     pull = options.direction is Direction.PULL
     by_time = {info.snapshot.ctime: info for info in source if info.finished and _passes(info, options)}
     candidates = [by_time[ctime] for ctime in sorted(by_time)]
-    there = {info.snapshot.ctime: info for info in target if info.finished or not pull}
+    # What a sync or server left that was killed is not there: the next session of the group removes it.
+    there = {info.snapshot.ctime: info for info in target if info.finished}
     last = max(there, default=0)
     first_of_last = 0 if options.transfer_last is None else max(0, len(candidates) - options.transfer_last)
     choice = Choice()

@@ -1,5 +1,8 @@
 """Syncs that fail or end at any call, run twice at once, or lose what they were about to read."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ import trio
 
 from core.errors import FleeceError
 from datastore.errors import LockedError
-from datastore.names import Group
+from datastore.names import Group, Snapshot
 from tests.repository.sync.conftest import Pair
 from tests.support.snapshots import CHUNK, read_image, write_snapshot
 from tests.support.syncs import Faults, Faulty, Said, pull, push, times, write
@@ -143,3 +146,39 @@ async def test_a_damaged_manifest_is_left_out_of_a_push_and_fails_a_pull(pair: P
     assert report.failed == {}
     assert await times(pair.target, GROUP) == [2000]
     assert "is left out" in said.warnings[0]
+
+
+def leave(pair: Pair, time: str) -> Path:
+    """The folder of a snapshot without a manifest."""
+    left = pair.target.store.base / "vm/1" / time
+    left.mkdir(parents=True)
+    (left.parent / "owner").write_text("root@pam\n")
+    return left
+
+
+@pytest.mark.parametrize("way", [push, pull])
+async def test_what_a_killed_sync_left_is_synced_by_the_next_one(pair: Pair, way: Any) -> None:
+    await write(pair.source, "vm/1", 1000, 2000)
+    left = leave(pair, "1970-01-01T00:33:20Z")
+    (left / "disk.tmp_fidx").touch()
+    report = await way(pair.source, pair.target)
+    assert report.failed == {}
+    assert await times(pair.target, "vm/1") == [1000, 2000]
+
+
+async def test_an_unfinished_snapshot_that_a_server_does_not_replace_does_not_end_the_group(pair: Pair) -> None:
+    await write(pair.source, "vm/1", 1000, 2000)
+    leave(pair, "1970-01-01T00:16:40Z")
+
+    @asynccontextmanager
+    async def backup(inner: Any, snapshot: Snapshot, **named: Any) -> AsyncIterator[Any]:
+        if snapshot.ctime == 1000:
+            raise FleeceError("back up to", str(snapshot), "backup directory already exists.")
+        async with inner.backup(snapshot, **named) as session:
+            yield session
+
+    said = Said()
+    report = await push(pair.source, Faulty(pair.target, Faults(), {"backup": backup}), said)
+    assert report.failed == {}
+    assert await times(pair.target, "vm/1") == [2000]
+    assert "is left out: an unfinished one" in said.warnings[0]
