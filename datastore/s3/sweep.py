@@ -129,6 +129,8 @@ class BucketSweep:
             S3Error: the bucket cannot be listed.
         """
         self._set_aside = await self._store.times_set_aside()
+        if not self._dry_run:
+            await in_io_thread(self._store.unknown.begin)
         with self._progress.task("sweep the bucket", None, "objects") as task:
             await self._sweep_bucket(task)
         cache = CacheSweep(
@@ -353,11 +355,13 @@ class BucketSweep:
         marker, which is harmless. What the endpoint refuses to delete gets its marker again, of the old age (R39).
         What may be deleted later gets none, so that a backup stores it again (R31).
         """
+        chunks = [one.key.digest for one in batch if not one.bad]
         try:
             ages = await in_io_thread(self._remove_files, batch)
             for one in batch:
                 if not one.bad:
                     self._store.cache.forget(one.key.digest)
+            await in_io_thread(self._store.unknown.began, chunks)
             try:
                 failures = await self._client.delete_many([one.listed.key for one in batch])
             except S3BackendError:
@@ -385,6 +389,8 @@ class BucketSweep:
                 if one.listed.key not in failed:
                     self._count(one, _Fate.REMOVE, self._status)
         finally:
+            with trio.CancelScope(shield=True):  # a few system calls
+                await in_io_thread(self._store.unknown.ended, chunks)
             self._release(batch)
 
     def _keep(self, objects: Sequence[_Object]) -> None:

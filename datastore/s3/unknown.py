@@ -5,22 +5,29 @@ are stored without a condition, so that the endpoint's old copy does not stand i
 the cache, and are looked for once the hour is over.
 
 The list is a file of the cache folder, so that all processes know it: a line `<hex> <Unix seconds> <what>` each, `d`
-for a delete and `s` for a chunk that was stored meanwhile.
+for a delete and `s` for a chunk that was stored meanwhile. A second file has the digests, 32 bytes each, of the batches
+whose answers a garbage collection is waiting for: if it is killed then, it cannot tell.
 """
 
 import fcntl
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from datastore.files import FILE_MODE, Owner, make_folders, read_file, store_errors
+from datastore.errors import StoreError
+from datastore.files import FILE_MODE, Owner, make_folders, read_file, store_errors, write_all
 
+_LOG = logging.getLogger(__name__)
 #: Seconds after which a delete is not expected to happen any more.
 UNKNOWN_FOR_S: Final = 3600.0
 _NAME: Final = ".fleece/s3-unknown"
+_RUNNING: Final = ".fleece/s3-deleting"
 _MAX_SIZE: Final = 64 << 20
+_DIGEST: Final = 32
 _DELETE: Final = "d"
 _STORED: Final = "s"
 
@@ -41,6 +48,8 @@ class UnknownDeletes:
         self._deletes: dict[bytes, float] = {}
         self._stored: dict[bytes, float] = {}
         self._unwritten: dict[bytes, float] = {}  # deletes that only this process knows of
+        self._running: list[bytes] = []  # of our own batches that are under way
+        self._running_lock = threading.Lock()
 
     def add(self, digests: Iterable[bytes]) -> None:
         """These may be deleted at any time from now on.
@@ -59,13 +68,73 @@ class UnknownDeletes:
         self._append([digest], _STORED)
 
     def may_be_deleted(self, digest: bytes) -> bool:
-        """True if an old delete may still hit the chunk.
+        """True if an old delete may still hit the chunk; the caller holds its lock.
 
         Raises:
             StoreError: the list cannot be read.
         """
         self._look()
-        return self._clock() < self._over_at(digest)
+        if self._clock() < self._over_at(digest):
+            return True
+        if digest not in self._read_running():
+            return False
+        # Whoever sent that held the lock that is ours now, so he was killed before he had the answer.
+        self.add([digest])
+        return True
+
+    def begin(self) -> None:
+        """Before the first batch of a garbage collection: take over what a killed one left. It is the only one."""
+        data = self._read_running()
+        left = [data[at : at + _DIGEST] for at in range(0, len(data), _DIGEST)]
+        try:
+            if left:
+                self.add(left)
+        except StoreError as error:
+            _LOG.warning("deletes of a garbage collection that was killed are not written down: %s", error)
+            self._running = left
+        else:
+            self.ended(left)
+
+    def began(self, digests: Iterable[bytes]) -> None:
+        """A batch is about to be sent; the caller holds the locks of its chunks until `ended`."""
+        with self._running_lock:
+            at = _DIGEST * len(self._running)
+            self._running += digests
+            self._write_running(at)
+
+    def ended(self, digests: Iterable[bytes]) -> None:
+        """The answer is there, or `add` has been told that there is none."""
+        gone = set(digests)
+        with self._running_lock:
+            if gone:
+                self._running = [digest for digest in self._running if digest not in gone]
+                self._write_running(0)
+
+    def _write_running(self, at: int) -> None:
+        """Write what runs from byte `at` on. Killed in between, none that runs is lost: they only move to the front."""
+        try:
+            with store_errors("write", self._base / _RUNNING):
+                make_folders(self._base, ".fleece", self._owner)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                fd = os.open(self._base / _RUNNING, flags, FILE_MODE)
+                try:
+                    os.fchmod(fd, FILE_MODE)
+                    self._owner.own(fd)
+                    os.lseek(fd, at, os.SEEK_SET)
+                    write_all(fd, [b"".join(self._running)[at:]])
+                    os.ftruncate(fd, _DIGEST * len(self._running))
+                finally:
+                    os.close(fd)
+        except StoreError as error:
+            # A full disk must not keep anybody from making room.
+            _LOG.info("%s", error)
+
+    def _read_running(self) -> bytes:
+        with store_errors("read", self._base / _RUNNING):
+            try:
+                return read_file(self._base / _RUNNING, limit=_MAX_SIZE)
+            except FileNotFoundError:
+                return b""
 
     def _over_at(self, digest: bytes) -> float:
         return max(self._deletes.get(digest, 0.0), self._unwritten.get(digest, 0.0)) + UNKNOWN_FOR_S

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from datastore.s3.errors import S3BackendError
 from datastore.s3.link import RetryPolicy
 from datastore.s3.opening import S3Datastore
 from datastore.s3.settling import settle_unknown
+from datastore.s3.xml import DeleteFailure
 from repository.local import LocalRepository
 from tests.support.s3_emulator import S3Emulator
 from tests.support.s3_faults import ALWAYS
@@ -198,6 +200,43 @@ async def test_a_delete_that_may_still_happen_loses_no_later_upload(
         await settle_unknown(store.s3.chunks)
         assert s3_emulator.bucket.objects[store.keys.chunk(digest)].data == bytes(blob)
         assert unknown.due() == []
+
+
+async def test_what_a_killed_garbage_collection_was_deleting_loses_no_later_upload(
+    store_folder: Path, s3_emulator: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is gone, and nobody holds the chunk any more; then the endpoint gets round to its request."""
+    digest, blob = CODEC.digest(image(1)), CODEC.encode(image(1))
+    async with s3_store(store_folder, s3_emulator.endpoint()) as store:
+        await write_snapshot(LocalRepository(store, "test"), GROUP, 1000, {"disk.img.fidx": image(9)})
+        await store.chunks.insert(digest, blob)
+        let_days_pass(store, s3_emulator)
+        real, note = store.client.delete_many, store.base / ".fleece/s3-deleting"
+        left: list[bytes] = []
+
+        async def noting(keys: Sequence[str]) -> list[DeleteFailure]:
+            left.append(note.read_bytes())
+            return await real(keys)
+
+        monkeypatch.setattr(store.client, "delete_many", noting)
+        await collect(store)
+        assert left == [digest]
+        assert note.read_bytes() == b"", "the answer is there"
+        assert not store.s3.chunks.unknown.may_be_deleted(digest)
+        # As it were if it had been killed instead of getting the answer.
+        note.write_bytes(left[0])
+        s3_emulator.bucket.put(store.keys.chunk(digest), bytes(blob))
+        before = len(s3_emulator.requests("PUT"))
+        await store.chunks.insert(digest, blob)
+        (put,) = s3_emulator.requests("PUT")[before:]
+        assert put.header("if-none-match") is None
+        s3_emulator.bucket.delete(store.keys.chunk(digest))
+        await collect(store)
+        assert note.read_bytes() == b""
+        unknown = store.s3.chunks.unknown
+        unknown._clock = lambda: time.time() + 3700
+        await settle_unknown(store.s3.chunks)
+        assert s3_emulator.bucket.objects[store.keys.chunk(digest)].data == bytes(blob)
 
 
 async def test_a_delete_that_cannot_be_written_down_is_known_to_this_process(
