@@ -72,7 +72,9 @@ async def open_reader(store: Datastore, snapshot: Snapshot) -> AsyncIterator[Loc
     Raises:
         SnapshotNotFoundError: not there, or unfinished.
         LockedError: it is being removed or written.
+        StoreError: PBS has the store in a maintenance mode that refuses reading.
     """
+    await in_io_thread(store.check_readable)
     if not await in_io_thread(store.is_finished, snapshot):
         raise _not_there(store, snapshot)
     async with store.locks.snapshot(snapshot, shared=True):

@@ -124,6 +124,16 @@ class Datastore(StoreTree):
         """Give the descriptors back; nothing may be running."""
         self._backend.close()
 
+    def check_readable(self) -> None:
+        """See to it that backups may be read now; opening has done so, but may be long ago.
+
+        Raises:
+            StoreError: PBS's maintenance mode forbids it.
+        """
+        self.pbs = find_store(self.base)
+        if self.pbs is not None and self.pbs.refuses_reading:
+            raise StoreError("read from", str(self.base), f"PBS has it in maintenance mode {self.pbs.maintenance!r}")
+
     def check_writable(self) -> None:
         """See to it that snapshots may be written and removed now.
 

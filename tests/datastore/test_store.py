@@ -561,7 +561,10 @@ async def test_what_pbs_is_told_while_a_store_is_open_counts(known_to_pbs: Path,
     with pytest.raises(StoreError, match="PBS has it in maintenance mode 'offline'"):
         await write_snapshot(repo, "vm/1", 1000, FILES)
     known_to_pbs.write_text(known)
-    await write_snapshot(repo, "vm/1", 1000, FILES)
+    snapshot = await write_snapshot(repo, "vm/1", 1000, FILES)
+    known_to_pbs.write_text(known + "\tmaintenance-mode offline\n")
+    with pytest.raises(StoreError, match="PBS has it in maintenance mode 'offline'"):
+        await read_image(repo, snapshot, "disk.img.fidx")
     repo.close()
 
 
