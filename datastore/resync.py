@@ -19,8 +19,11 @@ from core.limits import in_io_thread
 from core.nursery import grace
 from datastore.blob import Blob
 from datastore.codec import ChunkCodec
+from datastore.dynamic_index import DynamicIndex
 from datastore.errors import SnapshotNotFoundError, StoreError
 from datastore.files import unlink_quietly
+from datastore.fixed_index import FixedIndex
+from datastore.index import ArchiveIndex
 from datastore.manifest import Manifest, ManifestFile
 from datastore.names import CLIENT_LOG_NAME, MANIFEST_NAME, ArchiveKind, Snapshot, archive_kind
 from datastore.reader import open_snapshot_index
@@ -62,6 +65,7 @@ class LocalResyncSession(LocalBackupSession):
 
     waiting: dict[str, Blob] = field(default_factory=dict)
     indexes: dict[str, str] = field(default_factory=dict)  #: temporary file by name, both in the snapshot's folder
+    _written: list[str] = field(default_factory=list)  #: names of all indexes that are new
 
     async def keep(self, file: ManifestFile) -> bool:
         """See `ResyncSession.keep`."""
@@ -110,6 +114,7 @@ class LocalResyncSession(LocalBackupSession):
         index = self._writer(writer)
         await self._close_writer(index, count, size, csum)
         self.indexes[index.name] = index.tmp.name
+        self._written.append(index.name)
         del self._writers[writer]
         self._files.add_index(index.name, size, csum)
 
@@ -140,15 +145,38 @@ class LocalResyncSession(LocalBackupSession):
             raise UsageError("finish", where, "an index is still being written, or there is no manifest")
         manifest = self._files.check_manifest(self._manifest, self.snapshot)
         folder = self.snapshot.path
-        async with grace(_GRACE_S), self.store.locks.manifest(self.snapshot):
+        async with grace(_GRACE_S):
             await self.store.meta.sync([folder, ""], since=self._folder)
-            for name, blob in self.waiting.items():
-                await self.store.meta.put(f"{folder}/{name}", (blob.header, blob.payload), replace=True, sync=True)
+            if missing := await self._set_aside_meanwhile():
+                why = f"verify set {missing} of its chunks aside meanwhile, since they are corrupt"
+                raise StoreError("finish", where, why, "pull it again when 'fleece verify' has ended")
+            await self._put_in_place(manifest, self._manifest)
+            # The users that verify looks for cannot be told while we hold them.
+            await self._record_set_aside()
+
+    def _written_indexes(self) -> list[str]:
+        return list(self._written)
+
+    def _open_written(self, name: str) -> ArchiveIndex:
+        tmp = self.indexes.get(name)
+        if tmp is None:
+            return open_snapshot_index(self.store, self.snapshot, name)
+        path = self.store.base / self.snapshot.path / tmp
+        where = f"{self.snapshot}/{name}"
+        if archive_kind(name) is ArchiveKind.FIXED:
+            return FixedIndex.open(path, where=where)
+        return DynamicIndex.open(path, where=where)
+
+    async def _put_in_place(self, manifest: Manifest, blob: Blob) -> None:
+        folder = self.snapshot.path
+        async with self.store.locks.manifest(self.snapshot):
+            for name, one in self.waiting.items():
+                await self.store.meta.put(f"{folder}/{name}", (one.header, one.payload), replace=True, sync=True)
             for name, tmp in list(self.indexes.items()):
                 await self.store.meta.publish_index(self.store.base / folder / tmp, f"{folder}/{name}")
                 del self.indexes[name]
             path = f"{folder}/{MANIFEST_NAME}"
-            await self.store.meta.put(path, (self._manifest.header, self._manifest.payload), replace=True, sync=True)
+            await self.store.meta.put(path, (blob.header, blob.payload), replace=True, sync=True)
             self._finished = True
             listed = {file.filename for file in manifest.files} | {MANIFEST_NAME, CLIENT_LOG_NAME}
             for name in await in_io_thread(self._archives):

@@ -259,16 +259,28 @@ class LocalBackupSession:
             path = f"{self.snapshot.path}/{MANIFEST_NAME}"
             await self.store.meta.put(path, (self._manifest.header, self._manifest.payload), replace=False, sync=True)
             self._finished = True
-            # Verify looks for the users of what it set aside later than that. It saw this snapshot, or we see its note.
-            try:
-                if missing := await self._set_aside_meanwhile():
-                    self.warnings.append(f"verify set {missing} of its chunks aside while it ended: back it up again")
-                    state = {"state": "failed", "upid": str(Upid.new("backup", where))}
-                    await update_manifest(self.store, self.snapshot, {"verify_state": state})
-            except FleeceError as error:
-                # It is listed and stays so, which an error would deny.
-                why = "whether verify set chunks of it aside while it ended could not be found out and recorded"
-                self.warnings.append(f"{why}: {error}")
+            await self._record_set_aside()
+
+    async def _record_set_aside(self) -> None:
+        """The manifest is in place: find out what verify has set aside since we looked last.
+
+        It looks for the users of what it set aside later than that. It saw this snapshot, or we see its note.
+        """
+        try:
+            if missing := await self._set_aside_meanwhile():
+                self.warnings.append(f"verify set {missing} of its chunks aside while it ended: back it up again")
+                state = {"state": "failed", "upid": str(Upid.new("backup", str(self.snapshot)))}
+                await update_manifest(self.store, self.snapshot, {"verify_state": state})
+        except FleeceError as error:
+            # It is listed and stays so, which an error would deny.
+            why = "whether verify set chunks of it aside while it ended could not be found out and recorded"
+            self.warnings.append(f"{why}: {error}")
+
+    def _written_indexes(self) -> list[str]:
+        return [name for name in self._files if archive_kind(name) is not ArchiveKind.BLOB]
+
+    def _open_written(self, name: str) -> ArchiveIndex:
+        return open_snapshot_index(self.store, self.snapshot, name)
 
     async def _set_aside_meanwhile(self) -> int:
         """How many chunks of the indexes are not there any more, if some of the store were set aside.
@@ -282,10 +294,9 @@ class LocalBackupSession:
             return 0
         self._set_aside = times
         missing: set[bytes] = set()
-        for name in self._files:
-            if archive_kind(name) is not ArchiveKind.BLOB:
-                index = await in_io_thread(open_snapshot_index, self.store, self.snapshot, name)
-                missing.update(await self.store.chunks.missing(index.digests))
+        for name in self._written_indexes():
+            index = await in_io_thread(self._open_written, name)
+            missing.update(await self.store.chunks.missing(index.digests))
         return len(missing)
 
     async def abort(self) -> None:

@@ -20,7 +20,7 @@ from datastore.upid import Upid
 from repository.local import LocalRepository, open_local
 from repository.users import record_users
 from repository.verify import VerifyOptions, VerifyResult, choose, verify
-from tests.support.snapshots import CHUNK, put_all, write_snapshot
+from tests.support.snapshots import CHUNK, put_all, read_image, write_snapshot
 
 CODEC = ChunkCodec()
 GROUP = Group.parse("vm/100")
@@ -213,6 +213,23 @@ class TestUsers:
         assert [result.state for result in await run(repo)] == ["failed"]
         with pytest.raises(SnapshotNotFoundError):
             await choose(repo, gone)
+
+
+async def test_a_pull_that_mends_a_snapshot_fails_if_a_chunk_that_it_took_over_is_set_aside(
+    repo: LocalRepository,
+) -> None:
+    """It may bring along a verify state that says "ok", which nobody would look behind."""
+    old, new = image("old"), image("new")
+    mended = await write(repo, 1000, old)
+    newest = await write(repo, 2000, new)
+    async with repo.resync(mended) as session:
+        assert await session.previous_index(NAME) is not None
+        await put_all(session, {NAME: new})
+        flip(repo, new[:CHUNK])
+        await verify(repo, [newest], CODEC, options=VerifyOptions())
+        with pytest.raises(StoreError, match="verify set 1 of its chunks aside meanwhile"):
+            await session.finish()
+    assert await read_image(repo, mended, NAME) == old
 
 
 async def test_depth_and_filters_choose_groups(repo: LocalRepository) -> None:
