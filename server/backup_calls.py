@@ -57,12 +57,18 @@ class _Writer:
     number: int  #: of the session's writer
     size: int = 0  #: of a fixed one as announced, of a dynamic one so far
     count: int = 0  #: elements appended, repeated ones too
-    incremental: bool = False
+    base_size: int | None = None  #: bytes of the image whose index it began with
+    last_put: bool = False  #: the last position of a fixed one was written
     closed: bool = False  #: of no use any more, but still open
 
     @property
     def word(self) -> str:
         return "fixed" if self.kind is ArchiveKind.FIXED else "dynamic"
+
+    @property
+    def incremental(self) -> bool:
+        """It began with the entries of the previous snapshot."""
+        return self.base_size is not None
 
     @property
     def expected(self) -> int:
@@ -157,15 +163,15 @@ class BackupCalls:
         entries = 32 * -(-size // FIXED_CHUNK_SIZE)
         if self._entries + entries > MAX_FIXED_ENTRIES:
             raise ApiError(f"the images of one backup may have {MAX_FIXED_ENTRIES // 32 * 4 >> 20} TiB")
-        if reuse is not None:
-            await self._check_reuse(name, size, bytes.fromhex(reuse))
+        base_size = None if reuse is None else await self._check_reuse(name, size, bytes.fromhex(reuse))
         csum = None if reuse is None else bytes.fromhex(reuse)
         number = await self._session.open_index(name, size=size, reuse_csum=csum, learn=False)
         self._entries += entries
         self._task.log(f'created new fixed index {self._next} ("{self._session.snapshot}/{name}")')
-        return self._register(_Writer(ArchiveKind.FIXED, name, number, size, incremental=reuse is not None))
+        return self._register(_Writer(ArchiveKind.FIXED, name, number, size, base_size=base_size))
 
-    async def _check_reuse(self, name: str, size: int, csum: bytes) -> None:
+    async def _check_reuse(self, name: str, size: int, csum: bytes) -> int:
+        """Bytes of the image whose index can be reused."""
         base = self._session.base
         if base is None:
             raise ApiError("cannot reuse index - no valid previous backup exists")
@@ -178,6 +184,7 @@ class BackupCalls:
             raise ApiError(f"{why}, cannot do incremental backup")
         if not isinstance(index, FixedIndex) or index.count != -(-size // FIXED_CHUNK_SIZE):
             raise ApiError("clone_data_from failed - index sizes not equal")
+        return index.size
 
     async def _open_dynamic(self, call: Call) -> object:
         name = call["archive-name"]
@@ -275,6 +282,8 @@ class BackupCalls:
         # What came before the fault stays, as in PBS.
         await self._session.append(writer.number, entries)
         writer.count += len(entries)
+        if writer.incremental and any(offset + FIXED_CHUNK_SIZE >= writer.size for offset, _ in entries):
+            writer.last_put = True
         if kind is ArchiveKind.DYNAMIC:
             writer.size = end
         if refused is not None:
@@ -295,6 +304,9 @@ class BackupCalls:
                 raise ApiError(f"{what} - unexpected chunk count ({writer.expected} != {count})")
             if writer.size != size:
                 raise ApiError(f"{what} - unexpected file size ({writer.size} != {size})")
+        elif writer.base_size != writer.size and not writer.last_put:
+            # It would be listed, but never restored.
+            raise ApiError(f"{what} - the last chunk is still that of an image of {writer.base_size} bytes")
         writer.closed = True
         try:
             await self._session.close_index(writer.number, writer.expected, writer.size, csum)

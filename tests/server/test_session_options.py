@@ -175,3 +175,29 @@ async def test_an_error_that_nobody_foresaw_is_no_finished_backup(
         await back_up(direct, 1000)
     assert (answers["/blob"], answers["/finish"]) == (200, 400)
     assert await local.groups() == []
+
+
+@pytest.mark.parametrize("mended", [False, True])
+async def test_an_image_that_changed_its_size_within_its_last_chunk_needs_that_chunk_anew(
+    direct: Direct, local: LocalRepository, mended: bool
+) -> None:
+    direct.right("/datastore/main", USER, "DatastoreBackup")
+    await write_snapshot(local, "host/web", 1000, {"d.img.fidx": DATA}, chunk_size=4 << 20)
+    await local.set_owner(GROUP, USER)
+    query = {"store": "main", "backup-type": "host", "backup-id": "web", "backup-time": 2000}
+    longer = DATA * 2
+    digests = {data: hashlib.sha256(data).hexdigest() for data in (DATA, longer)}
+    csums = {data: hashlib.sha256(bytes.fromhex(digest)).hexdigest() for data, digest in digests.items()}
+    async with direct.session("backup", USER, query) as session:
+        opening = {"archive-name": "d.img.fidx", "size": len(longer), "reuse-csum": csums[DATA]}
+        await ok(session, "POST", "/fixed_index", opening)
+        if mended:
+            blob = bytes(Blob.make(BlobKind.PLAIN, longer))
+            chunk = {"wid": 1, "digest": digests[longer], "size": len(longer), "encoded-size": len(blob)}
+            await ok(session, "POST", "/fixed_chunk", chunk, blob)
+            await ok(session, "PUT", "/fixed_index", {"wid": 1, "digest-list": digests[longer], "offset-list": 0})
+        csum = csums[longer if mended else DATA]
+        closing = {"wid": 1, "chunk-count": int(mended), "size": len(longer), "csum": csum}
+        got = await session.call("POST", "/fixed_close", closing)
+    why = f"the last chunk is still that of an image of {len(DATA)} bytes"
+    assert (got.status, why in got.text) == ((200, False) if mended else (400, True))
