@@ -41,6 +41,9 @@ class Undone:
     problems: list[str] = field(default_factory=list)  #: left-overs that a later run has to remove
     kept: list[str] = field(default_factory=list)  #: harmless nodes that must stay because others stand on them
     images: bool = True  #: no fleecing image is open in QEMU any more
+    #: QEMU holds on to an export, since its reader takes no answers: a command that waits for all requests, as every
+    #: transaction does, would make QEMU stand still, and the guest with it.
+    held: bool = False
 
     async def attempt(self, what: str, command: Awaitable[object]) -> bool:
         """Await `command`; a refusal becomes a problem."""
@@ -95,6 +98,7 @@ async def _remove_exports(qmp: Qmp, undone: Undone, server: bool) -> bool:
             await qmp.poll("query-block-exports", none_ours, timeout_s=_EXPORTS_TIMEOUT_S)
         except QmpTimeoutError:
             undone.problems.append(f"QEMU still holds the exports {', '.join(ours)}")
+            undone.held = True
             return False
         _, others = await our_exports(qmp)
     if (server or ours) and not others:

@@ -175,6 +175,8 @@ class ProxmoxFleecing(Fleecing):
         result = await undo(qmp, server=self.state.nbd_server, access_ends=ends)
         undone.problems += result.problems
         undone.kept += result.kept
+        if result.held:
+            return  # the next run settles the bitmaps as well, as after a kill
         if not success:
             await self._remove_marks(qmp, [*self._new_marks(self.disks), *self._old_marks(self.distrusted)])
         else:
@@ -193,7 +195,8 @@ class ProxmoxFleecing(Fleecing):
             if mark not in there:
                 continue
             try:
-                await qmp.transaction([access.remove_bitmap(mark.node, mark.bitmap)])
+                # No transaction: it would wait for all requests, those of a reader that hangs as well.
+                await qmp.execute("block-dirty-bitmap-remove", {"node": mark.node, "name": mark.bitmap})
             except QmpCommandError as error:
                 self.warnings.append(f"the mark {mark.bitmap} on {mark.node} stays: {error.desc}")
                 complete = False

@@ -143,6 +143,8 @@ class StockFleecing(Fleecing):
         result = await undo(qmp, server=self.state.nbd_server)
         undone.problems += result.problems
         undone.kept += result.kept
+        if result.held:
+            return  # the next run settles the bitmaps as well, as after a kill
         # The bitmaps are of the disks' own nodes: what is left in the way above them does not matter here.
         self.on_step("hand the bitmaps over")
         names = [(disk.disk.node, disk.choice.bitmap, disk.new) for disk in self.disks if disk.new is not None]

@@ -573,6 +573,27 @@ async def test_a_killed_qemu_during_the_set_up_leaves_no_file(qemu: QemuBinary, 
                 pass
 
 
+async def test_a_reader_that_hangs_at_the_end_does_not_hold_up_the_guest(
+    qemu: QemuBinary, tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbd = pytest.importorskip("nbd")
+    monkeypatch.setattr(leftovers, "_EXPORTS_TIMEOUT_S", 0.2)
+    async with vm_with(qemu, tmpfs, size=32 * MIB) as (vm, bench):
+        await bench.backup(vm)
+        reader = nbd.NBD()
+        with pytest.raises(FleecingError, match="QEMU still holds the exports fleece-e0"):
+            async with bench.view(vm) as view:
+                reader.connect_uri(str(view.sources[0].address))
+                for part in range(4):  # and never takes an answer
+                    reader.aio_pread(nbd.Buffer(8 * MIB), part * 8 * MIB)
+        await vm.qemu_io("d0", "write -P 9 4M 1M")
+        reader.__del__()  # libnbd's binding has no close
+        del reader._o
+        read = (await bench.backup(vm))[D0]
+        assert (read.mode, read.read) == ("incremental", 4 * MIB)
+        assert read.image == b"\x05" * 4 * MIB + b"\x09" * MIB + b"\x05" * 27 * MIB
+
+
 async def test_two_runs_exclude_each_other(qemu: QemuBinary, tmpfs: Path) -> None:
     async with vm_with(qemu, tmpfs) as (vm, bench):
         async with bench.view(vm) as view:
