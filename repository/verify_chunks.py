@@ -37,7 +37,8 @@ MAX_BAD_IN_A_ROW: Final = 20
 class Seen:
     """Chunks that one run has checked already."""
 
-    good: DigestSet = field(default_factory=DigestSet)
+    plain: DigestSet = field(default_factory=DigestSet)  #: good ones
+    encrypted: DigestSet = field(default_factory=DigestSet)  #: good ones; none of them is what a plain archive needs
     bad: dict[bytes, str] = field(default_factory=dict)  #: digest -> what is wrong with it
     set_aside: dict[bytes, str] = field(default_factory=dict)  #: digest -> name it has now
     system_errors: int = 0  #: in a row
@@ -45,6 +46,10 @@ class Seen:
     #: Corrupt chunks from afar, with what sets each aside: once a sound one has come, or at the end.
     waiting: dict[bytes, Callable[[], Awaitable[object]]] = field(default_factory=dict)
     bytes: int = 0  #: plain bytes of chunks read
+
+    def good(self, *, encrypted: bool) -> DigestSet:
+        """Chunks of that kind which are right."""
+        return self.encrypted if encrypted else self.plain
 
 
 async def set_waiting_aside(seen: Seen) -> None:
@@ -120,7 +125,8 @@ class Check:
     async def _chunks(self, index: ArchiveIndex, entry: ManifestFile) -> list[str]:
         archive = Archive(index, entry, None)
         errors = Lines(index.where)
-        numbers = list(self._unseen(index, errors))
+        encrypted = entry.crypt_mode is CryptMode.ENCRYPT
+        numbers = list(self._unseen(index, self.seen.good(encrypted=encrypted), errors))
         total = sum(index.span(number)[1] for number in numbers)
         with self.progress.task(f"{self.reader.snapshot}/{entry.filename}", total) as task:
 
@@ -130,14 +136,14 @@ class Check:
             await fetch(self.reader, self.codec, archive, numbers, consume)
         return errors.all()
 
-    def _unseen(self, index: ArchiveIndex, errors: Lines) -> Iterator[int]:
+    def _unseen(self, index: ArchiveIndex, good: DigestSet, errors: Lines) -> Iterator[int]:
         """Numbers of chunks that are to be read, each digest once; known faults go to `errors`."""
         here: dict[bytes, int] = {}
         for number in range(index.count):
             digest, (offset, length) = index.digest(number), index.span(number)
             if self.part is not None and not self.part(digest):
                 continue
-            size = self.seen.good.size_of(digest)
+            size = good.size_of(digest)
             if size is None:
                 size = here.get(digest)
             if size is None and digest not in self.seen.bad:
@@ -155,9 +161,10 @@ class Check:
         task.advance(length)
         self.seen.bytes += length
         encrypted = archive.entry.crypt_mode is CryptMode.ENCRYPT
+        good = self.seen.good(encrypted=encrypted)
         if not isinstance(data, FleeceError) or (isinstance(data, KeyNeededError) and encrypted):
             self.seen.system_errors = 0
-            self.seen.good.add(digest, length)
+            good.add(digest, length)
             await self._store_is_sound()
             return
         if isinstance(data, S3BackendError | S3BudgetError):
@@ -165,7 +172,7 @@ class Check:
         if isinstance(data, FormatError | ChunkNotFoundError):
             again = await self._look_again(archive, number, data)
             if again is None:
-                self.seen.good.add(digest, length)
+                good.add(digest, length)
                 await self._store_is_sound()
                 return
             data = again
@@ -184,7 +191,7 @@ class Check:
                 ) from data
             return
         self.seen.system_errors = 0
-        if digest not in self.seen.good:
+        if digest not in self.seen.plain and digest not in self.seen.encrypted:
             self.seen.bad[digest] = data.why
 
     @property
@@ -244,7 +251,7 @@ class Check:
         if size in (0, length) and blob.kind.encrypted is (mode is CryptMode.ENCRYPT):
             self.progress.warn(f"{where} was wrong at the first look ({first.why}) and right at the second")
             return None
-        self.seen.good.add(digest, size or length)
+        self.seen.good(encrypted=blob.kind.encrypted).add(digest, size or length)
         return first
 
     async def _repaired(self, digest: bytes, where: str) -> bool:

@@ -105,6 +105,15 @@ async def test_index_and_blob_are_compared_with_the_manifest() -> None:
     assert "wrong checksum" in result.errors[1]
 
 
+def change_csum(repository: MemoryRepository, snapshot: Snapshot, digests: bytes) -> None:
+    """Let the manifest of a snapshot say that its index has these digests."""
+    files = repository.stored[snapshot].files
+    manifest = Manifest.new(snapshot)
+    old = Manifest.parse(files[MANIFEST_NAME], where="").file(FIDX)
+    manifest.add(replace(old, csum=hashlib.sha256(digests).digest()))
+    files[MANIFEST_NAME] = bytes(manifest.encode())
+
+
 async def test_chunk_that_an_index_uses_with_two_lengths_is_an_error() -> None:
     """A restore of this image would stop at its end."""
     repository = MemoryRepository()
@@ -112,10 +121,7 @@ async def test_chunk_that_an_index_uses_with_two_lengths_is_an_error() -> None:
     files = repository.stored[snapshot].files
     digest = ChunkCodec().digest(b"a" * CHUNK)
     files[FIDX] = files[FIDX][:-32] + digest
-    old = Manifest.parse(files[MANIFEST_NAME], where="")
-    manifest = Manifest.new(snapshot)
-    manifest.add(replace(old.file(FIDX), csum=hashlib.sha256(2 * digest).digest()))
-    files[MANIFEST_NAME] = bytes(manifest.encode())
+    change_csum(repository, snapshot, 2 * digest)
     (result,) = await check(repository)
     assert result.errors == [f"{snapshot}/{FIDX} at {CHUNK}: chunk {digest.hex()} has {CHUNK} bytes, not 99"]
 
@@ -166,6 +172,24 @@ class TestEncrypted:
         for given in (None, codec):
             (result,) = await check(repository, given)
             assert "not encrypted" in result.errors[0]
+
+    @pytest.mark.parametrize("first", [1000, 2000])
+    async def test_encrypted_chunk_under_the_digest_of_a_plain_one_is_an_error_whoever_has_it_too(
+        self, first: int
+    ) -> None:
+        codec, plain = ChunkCodec(KEY, CryptMode.ENCRYPT), ChunkCodec()
+        repository = MemoryRepository()
+        lie = await store(repository, 1000, chunks_of("ab"), codec)
+        await store(repository, 2000, chunks_of("cd"))
+        digest = plain.digest(b"c" * CHUNK)
+        repository.chunks[digest] = repository.chunks[codec.digest(b"a" * CHUNK)]
+        files = repository.stored[lie].files
+        files[FIDX] = files[FIDX].replace(codec.digest(b"a" * CHUNK), digest)
+        change_csum(repository, lie, digest + codec.digest(b"b" * CHUNK))
+        order = [GROUP.at(first), GROUP.at(3000 - first)]
+        results = {result.snapshot: result for result in await verify(repository, order, plain)}
+        assert results[lie].state == "ok"  # of which the key would say more
+        assert results[GROUP.at(2000)].state == "failed"
 
 
 async def test_snapshot_that_is_gone_or_locked_is_skipped_as_ok(monkeypatch: pytest.MonkeyPatch) -> None:
