@@ -89,6 +89,9 @@ async def serve(store: str, folder: str) -> None:
         def names(self) -> Sequence[str]:
             return [STORE]
 
+        def place(self, name: str) -> object:
+            return name
+
         @asynccontextmanager
         async def open(self, name: str) -> AsyncIterator[Any]:
             yield repository
