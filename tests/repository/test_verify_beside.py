@@ -216,9 +216,10 @@ class TestUsers:
 
 
 async def test_a_pull_that_mends_a_snapshot_fails_if_a_chunk_that_it_took_over_is_set_aside(
-    repo: LocalRepository,
+    repo: LocalRepository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may bring along a verify state that says "ok", which nobody would look behind."""
+    monkeypatch.setattr("repository.users._PAUSE_S", 0.0)  # the pull keeps the snapshot locked
     old, new = image("old"), image("new")
     mended = await write(repo, 1000, old)
     newest = await write(repo, 2000, new)
