@@ -1,15 +1,18 @@
 """What the tests of fleecing share: a VM on small disks, a datastore of the simplest kind, and guest writes."""
 
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from core.disks import DiskSource, ExtentState
 from hypervisor.bitmaps import BaseInfo
+from hypervisor.errors import FleecingError
 from hypervisor.extents import CHUNK_SIZE
 from hypervisor.vm import Scratch, frozen_view
 from tests.support.qemu_binaries import QemuBinary
@@ -133,6 +136,24 @@ class Bench:
                 view.commit()
         self.warnings = view.warnings
         return reads
+
+
+@asynccontextmanager
+async def hanging_reader(vm: RunningProcess, bench: Bench) -> AsyncIterator[None]:
+    """A reader of the first disk, of 32 MiB, that takes none of the answers it has asked for, as one that is stopped.
+
+    The view that it reads has ended when the block begins, and QEMU holds its export until the block ends.
+    """
+    nbd = pytest.importorskip("nbd")
+    reader = nbd.NBD()
+    with pytest.raises(FleecingError, match="QEMU still holds the exports fleece-e0"):
+        async with bench.view(vm) as view:
+            reader.connect_uri(str(view.sources[0].address))
+            for part in range(4):
+                reader.aio_pread(nbd.Buffer(8 * MIB), part * 8 * MIB)
+    yield
+    reader.__del__()  # libnbd's binding has no close
+    del reader._o
 
 
 async def facts(vm: RunningProcess, bench: Bench) -> dict[str, Any]:
