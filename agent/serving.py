@@ -48,11 +48,11 @@ class RegisteredStores:
             return None
         store = local_store(name, self._config, self._registry)
         try:
-            # Each datastore has a lock file of its own, which is made with it and never written to.
+            # Each datastore has a lock file of its own, which is made with it and never written to: its time is that.
             found = (store.path / ".lock").stat()
         except OSError:
             return store, None
-        return store, (found.st_dev, found.st_ino, found.st_ctime_ns)
+        return store, (found.st_dev, found.st_ino, found.st_mtime_ns)
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[LocalRepository]:
