@@ -90,7 +90,7 @@ async def test_what_lies_on_several_disks_is_gone_through_again_if_another_one_h
 ) -> None:
     try:
         paths, _ = made_group()
-    except Unavailable as reason:
+    except Unavailable as reason:  # not root, or neither packages nor a network to get them by
         pytest.skip(f"no volume group to test with: {reason}")
     disks = [Path(shutil.copy(path, tmp_path)) for path in paths]
     source = Files(*disks)

@@ -191,16 +191,22 @@ def walkers(folder: Path) -> list[int]:
     return found
 
 
+async def begin_slow_walk(plugin: Plugin, folder: Path) -> int:
+    """Let a fork of the worker begin a backup of `folder` that would take minutes; the pid of its session."""
+    await plugin("backup_init", 101, "lxc", START)
+    await plugin("backup_container_prepare", 101, {})
+    (session,) = plugin.children()
+    info = {"directory": str(folder), "sources": ["."], "bandwidth-limit": 10_000}
+    call = {"on": "provider", "call": "backup_container", "args": [101, CONFIG, [], info], "forked": ROOT_ID}
+    await plugin.send(call)
+    return session
+
+
 async def test_a_worker_that_is_killed_takes_session_and_walk_along(worker: Worker, mounts: Path) -> None:
     folder = mounts / "ct"
     make_container(folder)
     async with worker.started() as plugin:
-        await plugin("backup_init", 101, "lxc", START)
-        await plugin("backup_container_prepare", 101, {})
-        (session,) = plugin.children()
-        info = {"directory": str(folder), "sources": ["."], "bandwidth-limit": 10_000}  # it would take minutes
-        call = {"on": "provider", "call": "backup_container", "args": [101, CONFIG, [], info], "forked": ROOT_ID}
-        await plugin.send(call)
+        session = await begin_slow_walk(plugin, folder)
         group = Path(worker.scfg["fleece-repository"], "ct/101")
         await until(lambda: list(group.glob("*/*didx*")))
         fork = [pid for pid in plugin.children() if pid != session]
@@ -218,12 +224,7 @@ async def test_a_walk_does_not_outlive_the_fork_that_has_begun_it(worker: Worker
     folder = mounts / "ct"
     make_container(folder)
     async with worker.started() as plugin:
-        await plugin("backup_init", 101, "lxc", START)
-        await plugin("backup_container_prepare", 101, {})
-        (session,) = plugin.children()
-        info = {"directory": str(folder), "sources": ["."], "bandwidth-limit": 10_000}  # it would take minutes
-        call = {"on": "provider", "call": "backup_container", "args": [101, CONFIG, [], info], "forked": ROOT_ID}
-        await plugin.send(call)
+        session = await begin_slow_walk(plugin, folder)
         await until(lambda: walkers(folder))
         (fork,) = [pid for pid in plugin.children() if pid != session]
         os.kill(fork, signal.SIGKILL)
